@@ -1,0 +1,98 @@
+"""Linear layers, dense or quantized, and the factory that chooses by name (used by `models`).
+
+A layer is its parameters and one kernel call. Reading files is `models.loading`'s business, packing
+and the choice of a kernel are `mgvq_kernels`'.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from mgvq_kernels import ops
+from mgvq_kernels.layout import PackedVQ, VQLayout, VQWeight
+from mgvq_runtime.layers.embedding import VQEmbedding
+
+
+class VQLinear(nn.Module):
+    """`x @ W.T + bias` with a vector-quantized `W [O, I]`; `load` must come before `forward`."""
+
+    packed: PackedVQ
+
+    def __init__(
+        self, in_features: int, out_features: int, layout: VQLayout, bias: bool = False
+    ) -> None:
+        """Make the layer without weights.
+
+        Args:
+            in_features: I.
+            out_features: O.
+            layout: Bands and stages of `W`.
+            bias: Whether a bias `[O]` is added.
+
+        Raises:
+            ValueError: if the layout is of another shape.
+        """
+        super().__init__()
+        if (layout.out_features, layout.in_features) != (out_features, in_features):
+            raise ValueError(
+                f"layout is [{layout.out_features}, {layout.in_features}], "
+                f"the layer is [{out_features}, {in_features}]"
+            )
+        self.in_features, self.out_features, self.layout = in_features, out_features, layout
+        self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None
+
+    def load(self, weight: VQWeight, device: torch.device | str = "cpu") -> None:
+        """Pack a weight of this layer's layout for `device`, replacing the one before.
+
+        Raises:
+            ValueError: if the weight has another layout.
+        """
+        if weight.layout != self.layout:
+            raise ValueError(
+                f"the weight's layout {weight.layout} is not the layer's {self.layout}"
+            )
+        self.packed = ops.pack_for(weight, device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return `[..., O]` in the dtype of `x [..., I]`."""
+        return ops.vq_linear(x, self.packed, self.bias)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}"
+
+
+class LayerFactory:
+    """Makes a layer quantized where `layouts` names it, dense everywhere else."""
+
+    def __init__(self, layouts: Mapping[str, VQLayout] | None = None) -> None:
+        """Take the layouts of the quantized matrices by module name; None makes a dense model."""
+        self.layouts = dict(layouts or {})
+
+    def linear(
+        self, name: str, in_features: int, out_features: int, bias: bool = False
+    ) -> nn.Linear | VQLinear:
+        """Make the linear layer that the checkpoint calls `name`, its weights not filled yet.
+
+        Raises:
+            ValueError: if the layout of `name` has another shape.
+        """
+        layout = self.layouts.get(name)
+        if layout is not None:
+            return VQLinear(in_features, out_features, layout, bias)
+        linear = nn.Linear(in_features, out_features, bias=bias)
+        return linear.requires_grad_(False)
+
+    def embedding(self, name: str, vocab_size: int, hidden_size: int) -> nn.Embedding | VQEmbedding:
+        """Make the embedding table that the checkpoint calls `name`, not filled yet.
+
+        Raises:
+            ValueError: if the layout of `name` has another shape.
+        """
+        layout = self.layouts.get(name)
+        if layout is not None:
+            return VQEmbedding(vocab_size, hidden_size, layout)
+        embedding = nn.Embedding(vocab_size, hidden_size)
+        return embedding.requires_grad_(False)

@@ -1,0 +1,24 @@
+"""The decoder's gated feed-forward network (used by `models.decoder`)."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from mgvq_kernels import ops
+from mgvq_runtime.layers.linear import LayerFactory
+
+
+class GatedMLP(nn.Module):
+    """`down(silu(gate(x)) * up(x))`, gate and up in one matrix."""
+
+    def __init__(
+        self, name: str, hidden_size: int, intermediate_size: int, factory: LayerFactory
+    ) -> None:
+        super().__init__()
+        D, F = hidden_size, intermediate_size
+        self.gate_up_proj = factory.linear(f"{name}.gate_up_proj", D, 2 * F)
+        self.down_proj = factory.linear(f"{name}.down_proj", F, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return `[T, D]` for `[T, D]`."""
+        return self.down_proj(ops.swiglu(self.gate_up_proj(x)))

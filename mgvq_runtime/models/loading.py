@@ -1,0 +1,149 @@
+"""From a checkpoint folder to a filled graph (called by `engine`, `mgvq_quantizer` and tests).
+
+Total: every tensor of the checkpoint has its parameter and every parameter its tensor, or one
+`CheckpointError` lists everything that does not fit, before a tensor is read. The graph is made on
+the meta device and filled one tensor at a time, so the peak is the model and its largest tensor.
+Bytes and digests are `checkpoint.reader`'s business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from mgvq_kernels.layout import VQLayout
+from mgvq_runtime.checkpoint.reader import Checkpoint, open_checkpoint
+from mgvq_runtime.errors import CheckpointError
+from mgvq_runtime.layers.embedding import VQEmbedding
+from mgvq_runtime.layers.linear import LayerFactory, VQLinear
+from mgvq_runtime.models.config import Qwen2VLConfig
+from mgvq_runtime.models.qwen2_vl import Qwen2VL
+from mgvq_runtime.models.registry import Family, find_family
+
+_TIED_HEAD = "lm_head.weight"
+
+
+def load_model(
+    path: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> Qwen2VL:
+    """Load a dense or quantized checkpoint folder.
+
+    Args:
+        path: The folder.
+        device: Where the weights go.
+        dtype: Type of dense weights, norms, biases and activations.
+
+    Returns:
+        The filled graph, in eval mode, without gradients.
+
+    Raises:
+        CheckpointError: if files, names or shapes do not agree; every problem is listed.
+        ConfigError: if config.json cannot be understood or asks for what is not implemented.
+    """
+    return fill_model(open_checkpoint(path), device, dtype)
+
+
+def fill_model(
+    checkpoint: Checkpoint,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Qwen2VL:
+    """Make the graph of an open checkpoint and fill it.
+
+    Args:
+        checkpoint: From `open_checkpoint`.
+        device: As in `load_model`.
+        dtype: As in `load_model`.
+
+    Raises:
+        CheckpointError: if names or shapes do not agree; every problem is listed.
+        ConfigError: if config.json cannot be understood or asks for what is not implemented.
+    """
+    family = find_family(checkpoint.config)
+    config = family.config.from_hf(checkpoint.config)
+    matrices = {} if checkpoint.quantization is None else checkpoint.quantization.matrices
+    layouts = {name: matrix.layout for name, matrix in matrices.items()}
+    if problems := _misfits(family, config, checkpoint, layouts):
+        raise CheckpointError(f"{checkpoint.path} does not fit its config.json", problems)
+    with torch.device("meta"):
+        model = family.model(config, LayerFactory(layouts))
+    tied_head: Tensor | None = None
+    for name, tensor in checkpoint.tensors():
+        if name == _TIED_HEAD and config.tie_word_embeddings:
+            tied_head = tensor
+        else:
+            problems += _fill_parameter(model, name, tensor, device, dtype)
+    if tied_head is not None and _differs_from_table(model, tied_head):
+        problems.append(f"{_TIED_HEAD} differs from the token table config.json ties it to")
+    if problems:
+        raise CheckpointError(f"{checkpoint.path} cannot be loaded", problems)
+    for name, weight in checkpoint.vq_weights():
+        layer = model.get_submodule(name)
+        assert isinstance(layer, VQLinear | VQEmbedding), name
+        layer.load(weight, device)
+    _settle(model, device, dtype)
+    return model.eval()
+
+
+def _misfits(
+    family: Family,
+    config: Qwen2VLConfig,
+    checkpoint: Checkpoint,
+    layouts: Mapping[str, VQLayout],
+) -> list[str]:
+    """List where the checkpoint's names and shapes are not those of the dense graph."""
+    with torch.device("meta"):
+        dense = family.model(config, LayerFactory())
+    expected = {name: tuple(p.shape) for name, p in dense.named_parameters()}
+    problems = []
+    for name, layout in layouts.items():
+        shape = expected.pop(f"{name}.weight", None)
+        given = (layout.out_features, layout.in_features)
+        if shape is None:
+            problems.append(f"{name} is quantized, but this model has no such matrix")
+        elif shape != given:
+            problems.append(f"{name} is quantized as {list(given)}, expected {list(shape)}")
+    for name, tensor in checkpoint.dense.items():
+        if name == _TIED_HEAD and config.tie_word_embeddings:
+            continue
+        shape = expected.pop(name, None)
+        if shape is None:
+            problems.append(f"{name} is in the checkpoint, but this model has no such parameter")
+        elif shape != tuple(tensor.shape):
+            problems.append(f"{name} is {list(tensor.shape)}, expected {list(shape)}")
+        elif not tensor.dtype.is_floating_point:
+            problems.append(f"{name} is {tensor.dtype}, expected a floating-point tensor")
+    problems += [f"{n} {list(shape)} is not in the checkpoint" for n, shape in expected.items()]
+    return problems
+
+
+def _fill_parameter(
+    model: nn.Module, name: str, tensor: Tensor, device: torch.device | str, dtype: torch.dtype
+) -> list[str]:
+    """Put one tensor where it belongs; returns what is wrong with its values."""
+    owner_name, _, leaf = name.rpartition(".")
+    value = tensor.to(device=device, dtype=dtype)
+    setattr(model.get_submodule(owner_name), leaf, nn.Parameter(value, requires_grad=False))
+    if not value.isfinite().all():
+        return [f"{name} has values that are not finite in {dtype}"]
+    return []
+
+
+def _differs_from_table(model: Qwen2VL, head: Tensor) -> bool:
+    """Return whether a head stored beside the table it is tied to repeats it; some files do."""
+    table = model.model.embed_tokens
+    if not isinstance(table, nn.Embedding):
+        return True
+    return not torch.equal(table.weight, head.to(table.weight.device, table.weight.dtype))
+
+
+def _settle(model: nn.Module, device: torch.device | str, dtype: torch.dtype) -> None:
+    """Move what is computed, not loaded, and tell quantized tables the type of their rows."""
+    for module in model.modules():
+        if isinstance(module, VQEmbedding):
+            module.dtype = dtype
+        for name, buffer in module.named_buffers(recurse=False):
+            module.register_buffer(name, buffer.to(device), persistent=False)

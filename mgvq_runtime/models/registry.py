@@ -1,0 +1,55 @@
+"""Which architectures run, and what makes each of them (called by `models.loading`, `engine`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mgvq_runtime.errors import ConfigError
+from mgvq_runtime.models.config import Qwen2VLConfig
+from mgvq_runtime.models.qwen2_vl import Qwen2VL
+from mgvq_runtime.multimodal.processors.qwen2_vl import Qwen2VLImageProcessor
+
+
+@dataclass(frozen=True)
+class Family:
+    """The parts of one architecture."""
+
+    architecture: str
+    """What config.json calls it, under "architectures"."""
+    config: type[Qwen2VLConfig]
+    """Read with `.from_hf(config.json)`."""
+    model: type[Qwen2VL]
+    """Made with `(config, factory)`."""
+    image_processor: type[Qwen2VLImageProcessor]
+    """Read with `.from_folder(path)`."""
+
+
+FAMILIES: Mapping[str, Family] = {
+    family.architecture: family
+    for family in (
+        Family("Qwen2VLForConditionalGeneration", Qwen2VLConfig, Qwen2VL, Qwen2VLImageProcessor),
+    )
+}
+"""Every family this release runs, by the architecture string of config.json."""
+
+
+def find_family(config: Mapping[str, Any]) -> Family:
+    """Return the family that a parsed config.json names.
+
+    Raises:
+        ConfigError: if it names none, or one that is not known; the known ones are listed.
+    """
+    names = config.get("architectures")
+    if not isinstance(names, list) or not names:
+        raise ConfigError(
+            f"config.json: architectures must be a list with one name, got {names!r}; "
+            f"known: {', '.join(FAMILIES)}"
+        )
+    for name in names:
+        if isinstance(name, str) and name in FAMILIES:
+            return FAMILIES[name]
+    raise ConfigError(
+        f"config.json: architecture {names[0]!r} is not supported; known: {', '.join(FAMILIES)}"
+    )

@@ -1,0 +1,164 @@
+"""Bytes of a picture to pixels, safely (called by serve's `media`, by `llm` and by calibration).
+
+In: bytes or a data URL from anybody. Out: an RGB picture, upright, or `ImageError` in words that
+can be shown to a client: no path, no object address, no text of Pillow's. Never fetches anything.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import struct
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from mgvq_runtime.errors import ImageError
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+"""Formats that are decoded; Pillow knows many more, and each is a door."""
+
+_FORMAT_NAMES = ", ".join(FORMATS)
+_DECODER_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    IndexError,
+    TypeError,
+    OverflowError,
+    KeyError,
+    ZeroDivisionError,
+    struct.error,
+)
+"""What Pillow's decoders raise on damaged input."""
+
+_BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
+
+
+@dataclass(frozen=True)
+class MediaLimits:
+    """How much a picture may cost before it is refused."""
+
+    max_image_bytes: int = 20 * 1024 * 1024
+    """Bytes of one encoded picture."""
+    max_image_pixels: int = 50_000_000
+    """Width times height, read from the header before anything is decoded."""
+
+
+def decode_image(data: bytes, limits: MediaLimits | None = None) -> Image.Image:
+    """Decode a picture to upright RGB.
+
+    An animated picture gives its first frame. Transparency is laid on white, as Qwen2-VL's image
+    processor in transformers does. 16-bit grey is scaled to 8 bits, not clipped.
+
+    Args:
+        data: A whole file: JPEG, PNG, WEBP, GIF or BMP.
+        limits: Caps; None takes the defaults.
+
+    Returns:
+        A PIL image in mode "RGB".
+
+    Raises:
+        ImageError: if it is not such a file, is damaged or cut short, or is over a limit.
+    """
+    limits = limits or MediaLimits()
+    if not data:
+        raise ImageError("the picture is empty")
+    if len(data) > limits.max_image_bytes:
+        raise ImageError(
+            f"the picture has {len(data)} bytes, at most {limits.max_image_bytes} are allowed"
+        )
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        _check_size(image.size, limits)
+    except _BOMBS:
+        raise ImageError(f"the picture has more than {limits.max_image_pixels} pixels") from None
+    except ImageError:
+        raise
+    except (UnidentifiedImageError, *_DECODER_ERRORS):
+        raise ImageError(
+            f"this is not a picture that can be read; known formats: {_FORMAT_NAMES}"
+        ) from None
+    try:
+        image.load()
+        _check_size(image.size, limits)
+        return to_rgb(_upright(image))
+    except ImageError:
+        raise
+    except MemoryError:
+        raise ImageError("the picture does not fit into memory") from None
+    except (*_BOMBS, *_DECODER_ERRORS):
+        raise ImageError(f"the {image.format} picture is damaged or cut short") from None
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Convert any mode to RGB: transparency on white, 16-bit grey scaled to 8 bits."""
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode.startswith("I"):
+        pixels = np.asarray(image).astype(np.int64).clip(0, 65535) >> 8
+        image = Image.fromarray(pixels.astype(np.uint8))
+    if "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        image = Image.alpha_composite(white, image)
+    return image.convert("RGB")
+
+
+def decode_data_url(url: str, limits: MediaLimits | None = None) -> Image.Image:
+    """Decode a picture out of `data:image/...;base64,...`.
+
+    Args:
+        url: The whole URL.
+        limits: Caps; None takes the defaults.
+
+    Returns:
+        A PIL image in mode "RGB".
+
+    Raises:
+        ImageError: if the URL is not of that form, the base64 is not strict, or as `decode_image`.
+    """
+    limits = limits or MediaLimits()
+    head, comma, payload = url.partition(",")
+    if not comma or not head[:5].lower() == "data:":
+        raise ImageError("a data URL must look like data:image/png;base64,...")
+    kind, *parameters = [part.strip().lower() for part in head[5:].split(";")]
+    if not kind.startswith("image/"):
+        raise ImageError(
+            f"a data URL must have a type of image/*, got {kind[:40] or 'none'!r}; "
+            f"known formats: {_FORMAT_NAMES}"
+        )
+    if "base64" not in parameters:
+        raise ImageError("a data URL of a picture must be base64: data:image/png;base64,...")
+    if len(payload) * 3 // 4 > limits.max_image_bytes + 2:
+        raise ImageError(
+            f"the picture has about {len(payload) * 3 // 4} bytes, "
+            f"at most {limits.max_image_bytes} are allowed"
+        )
+    try:
+        data = base64.b64decode(payload.encode("ascii"), validate=True)
+    except (binascii.Error, UnicodeEncodeError):
+        raise ImageError("the data URL is not valid base64") from None
+    return decode_image(data, limits)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Turn a picture as its EXIF orientation says; damaged EXIF turns nothing."""
+    try:
+        return ImageOps.exif_transpose(image)
+    except _DECODER_ERRORS:
+        return image
+
+
+def _check_size(size: tuple[int, int], limits: MediaLimits) -> None:
+    width, height = size
+    if width < 1 or height < 1:
+        raise ImageError(f"the picture has no pixels: {width} x {height}")
+    if width * height > limits.max_image_pixels:
+        raise ImageError(
+            f"the picture is {width} x {height} = {width * height} pixels, "
+            f"at most {limits.max_image_pixels} are allowed"
+        )
