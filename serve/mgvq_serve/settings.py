@@ -1,0 +1,80 @@
+"""What the operator of a server can set, besides the engine's own config (filled by `cli`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mgvq_runtime.errors import ConfigError
+
+
+def _flag(default: Any, explanation: str) -> Any:
+    return field(default=default, metadata={"help": explanation})
+
+
+@dataclass(frozen=True)
+class ServerSettings:
+    """Limits and manners of the HTTP server; each field is also a flag of `mgvq-serve`."""
+
+    served_model_name: str | None = _flag(
+        None,
+        "name of the model on the wire; the name of the checkpoint folder when not given",
+    )
+    api_key: str | None = _flag(
+        None,
+        "key that requests to /v1 must bring; without it, everybody who reaches the port may ask",
+    )
+    max_queue: int = _flag(
+        32,
+        "most answers that wait besides those that run; more are refused with status 429",
+    )
+    max_body_mb: float = _flag(
+        64,
+        "largest request body, in megabytes",
+    )
+    limit_images: int = _flag(
+        8,
+        "most images in one request",
+    )
+    max_image_mb: float = _flag(
+        20,
+        "largest image file, in megabytes",
+    )
+    max_image_pixels: int = _flag(
+        50_000_000,
+        "largest image, in pixels",
+    )
+    allowed_local_media_path: Path | None = _flag(
+        None,
+        "folder below which file:// image URLs may read; none when not given",
+    )
+    media_threads: int = _flag(
+        2,
+        "threads that decode and prepare images",
+    )
+    sse_ping_interval: float = _flag(
+        10,
+        "seconds of silence after which a stream sends a comment to stay connected; 0 is never",
+    )
+    drain_timeout: float = _flag(
+        30,
+        "seconds that open answers get to finish when the server is told to stop",
+    )
+
+    def __post_init__(self) -> None:
+        lowest = {"max_queue": 0, "limit_images": 0, "max_image_pixels": 1, "media_threads": 1}
+        for name, low in lowest.items():
+            if getattr(self, name) < low:
+                raise ConfigError(f"{name} must be at least {low}, got {getattr(self, name)}")
+        for name in ("max_body_mb", "max_image_mb"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name} must be above 0, got {getattr(self, name)}")
+        for name in ("sse_ping_interval", "drain_timeout"):
+            if not getattr(self, name) >= 0:
+                raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.api_key is not None and not self.api_key.strip():
+            raise ConfigError("api_key must not be empty; leave it out for an open server")
+        path = self.allowed_local_media_path
+        if path is not None and not path.is_dir():
+            raise ConfigError(f"allowed_local_media_path must be a folder; {path} is none")

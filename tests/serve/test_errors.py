@@ -1,0 +1,244 @@
+"""Every fault of a client gets its status and OpenAI's error body, and the server lives on."""
+
+from __future__ import annotations
+
+import base64
+import json
+import struct
+import zlib
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from tests.serve.conftest import MODEL, RunningServer, ask, data_url, image_part
+
+URL = "messages[0].content[0].image_url.url"
+
+
+def with_image(url: Any, **more: Any) -> dict[str, Any]:
+    return {"model": MODEL, "messages": [{"role": "user", "content": [image_part(url, **more)]}]}
+
+
+def with_part(part: Any) -> dict[str, Any]:
+    return {"model": MODEL, "messages": [{"role": "user", "content": [part]}]}
+
+
+def png_header(width: int, height: int) -> str:
+    """A PNG that claims a size and has no pixels."""
+    header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    chunk = struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
+    data = b"\x89PNG\r\n\x1a\n" + chunk
+    return "data:image/png;base64," + base64.b64encode(data).decode()
+
+
+def truncated() -> str:
+    raw = base64.b64decode(data_url((200, 200), "JPEG").partition(",")[2])
+    return "data:image/jpeg;base64," + base64.b64encode(raw[: len(raw) // 2]).decode()
+
+
+NOT_AN_IMAGE = "data:image/png;base64," + base64.b64encode(b"hello").decode()
+
+BAD_REQUESTS = {
+    # what a picture can be
+    "not an image": (with_image(NOT_AN_IMAGE), 400, "invalid_image", URL),
+    "truncated": (with_image(truncated()), 400, "invalid_image", URL),
+    "100 megapixels": (with_image(png_header(10_000, 10_000)), 400, "invalid_image", URL),
+    "bad base64": (with_image("data:image/png;base64,@@@"), 400, "invalid_image", URL),
+    "a text file": (with_image("data:text/plain;base64,aGk="), 400, "invalid_image", URL),
+    "https": (with_image("https://example.org/a.png"), 400, "remote_images_unsupported", URL),
+    "HTTP": (with_image("HTTP://169.254.169.254/"), 400, "remote_images_unsupported", URL),
+    "file": (with_image("file:///etc/passwd"), 403, "file_not_allowed", URL),
+    "ftp": (with_image("ftp://example.org/a.png"), 400, "invalid_image_url", URL),
+    "a bare path": (with_image("/etc/passwd"), 400, "invalid_image_url", URL),
+    "empty url": (with_image(""), 400, "invalid_image_url", URL),
+    "url is a number": (with_image(5), 400, None, URL),
+    "bad detail": (
+        with_image(data_url(), detail="huge"), 400, None, URL.replace("url.url", "url.detail"),
+    ),
+    "nine images": (
+        {"model": MODEL, "messages": [{"role": "user", "content": [image_part(data_url())] * 9}]},
+        400, "too_many_images", "messages",
+    ),
+    "image from the system": (
+        {"model": MODEL, "messages": [{"role": "system", "content": [image_part(data_url())]}]},
+        400, None, "messages[0].content",
+    ),
+    # what a message can be
+    "image_url is a string": (
+        with_part({"type": "image_url", "image_url": data_url()}),
+        400, None, "messages[0].content[0].image_url",
+    ),
+    "unknown part": (with_part({"type": "smell"}), 400, None, "messages[0].content[0]"),
+    "audio part": (with_part({"type": "input_audio"}), 400, None, "messages[0].content[0]"),
+    "part without type": (with_part({"text": "x"}), 400, None, "messages[0].content[0]"),
+    "part is a string": (with_part("x"), 400, None, "messages[0].content[0]"),
+    "no parts": ({"model": MODEL, "messages": [{"role": "user", "content": []}]},
+                 400, None, "messages[0].content"),
+    "no content": ({"model": MODEL, "messages": [{"role": "user"}]},
+                   400, None, "messages[0].content"),
+    "null content": ({"model": MODEL, "messages": [{"role": "user", "content": None}]},
+                     400, None, "messages[0].content"),
+    "no messages": ({"model": MODEL, "messages": []}, 400, None, "messages"),
+    "messages missing": ({"model": MODEL}, 400, None, "messages"),
+    "messages a string": ({"model": MODEL, "messages": "hi"}, 400, None, "messages"),
+    "unknown role": ({"model": MODEL, "messages": [{"role": "king", "content": "x"}]},
+                     400, None, "messages[0].role"),
+    "tool role": ({"model": MODEL, "messages": [{"role": "tool", "content": "x"}]},
+                  400, None, "messages[0].role"),
+    "tool calls": (
+        {"model": MODEL, "messages": [{"role": "assistant", "content": "", "tool_calls": [{}]}]},
+        400, "unsupported", "messages[0]",
+    ),
+    # what a field can be
+    "no model": ({"messages": [{"role": "user", "content": "x"}]}, 400, None, "model"),
+    "unknown model": (ask(model="gpt-9"), 404, "model_not_found", "model"),
+    "too long": (ask("word " * 600), 400, "context_length_exceeded", "messages"),
+    "far too long": (ask("x" * 140_000), 400, "context_length_exceeded", "messages"),
+    "exactly full": (ask("word " * 511), 400, "context_length_exceeded", "messages"),
+    "number as text": (ask(temperature="0.5"), 400, None, "temperature"),
+    "hot": (ask(temperature=2.5), 400, None, "temperature"),
+    "top_p 0": (ask(top_p=0), 400, None, "top_p"),
+    "no tokens": (ask(max_tokens=0), 400, None, "max_tokens"),
+    "half a token": (ask(max_tokens=0.5), 400, None, "max_tokens"),
+    "true tokens": (ask(max_tokens=True), 400, None, "max_tokens"),
+    "n 9": (ask(n=9), 400, None, "n"),
+    "seed": (ask(seed=2**63), 400, None, "seed"),
+    "many logprobs": (ask(logprobs=True, top_logprobs=21), 400, None, "top_logprobs"),
+    "top without logprobs": (ask(top_logprobs=2), 400, None, "top_logprobs"),
+    "stream options": (ask(stream_options={"include_usage": True}), 400, None, "stream_options"),
+    "empty stop": (ask(stop=[""]), 400, None, "stop"),
+    "seventeen stops": (ask(stop=[str(i) for i in range(17)]), 400, None, "stop"),
+    "stop a number": (ask(stop=5), 400, None, "stop"),
+    "stream a word": (ask(stream="yes"), 400, None, "stream"),
+    "second answer refused": (ask("refuse", n=2), 400, None, "n"),
+    # what is known and not served
+    "tools": (ask(tools=[{"type": "function"}]), 400, "unsupported", "tools"),
+    "json": (ask(response_format={"type": "json_object"}), 400, "unsupported", "response_format"),
+    "logit_bias": (ask(logit_bias={"5": 1}), 400, "unsupported", "logit_bias"),
+    "presence": (ask(presence_penalty=0.1), 400, "unsupported", "presence_penalty"),
+    "frequency": (ask(frequency_penalty=-1), 400, "unsupported", "frequency_penalty"),
+    "repetition": (ask(repetition_penalty=1.1), 400, "unsupported", "repetition_penalty"),
+    "audio": (ask(audio={"voice": "x"}), 400, "unsupported", "audio"),
+    "modalities": (ask(modalities=["text", "audio"]), 400, "unsupported", "modalities"),
+    "guided": (ask(guided_json={}), 400, "unsupported", "guided_json"),
+}  # fmt: skip
+
+
+def check_error(response: httpx.Response, status: int, code: str | None = None) -> dict[str, Any]:
+    assert response.status_code == status, response.text
+    assert response.headers["content-type"] == "application/json"
+    assert response.headers["x-request-id"]
+    error = response.json()["error"]
+    assert list(response.json()) == ["error"]
+    assert isinstance(error["message"], str)
+    assert isinstance(error["type"], str)
+    assert error["code"] == code
+    assert len(error["message"]) <= 600
+    assert "0x7f" not in error["message"]
+    return error
+
+
+def still_answers(server: RunningServer) -> None:
+    response = server.post(ask("still here"))
+    assert response.json()["choices"][0]["message"]["content"] == "still here"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("name", BAD_REQUESTS)
+def test_bad_request(server: RunningServer, name: str, stream: bool) -> None:
+    body, status, code, param = BAD_REQUESTS[name]
+    if stream and "stream" not in name:
+        body = body | {"stream": True}
+    error = check_error(server.post(body), status, code)
+    assert error["param"] == param
+    still_answers(server)
+    assert server.engine.has_unfinished() is False
+
+
+@pytest.mark.parametrize(
+    ("raw", "word"),
+    [
+        (b"", "json_invalid"),
+        (b"{", "json_invalid"),
+        (b"not json", "json_invalid"),
+        (b"[" * 100_000, "json_invalid"),
+        (b'{"model": "\xff"}', "json_invalid"),
+        (b'{"model": "x", "messages": [{"role": "user", "content": "\\ud800"}]}', "json_invalid"),
+        (b"[]", ""),
+        (b"null", ""),
+        (b'"text"', ""),
+        (b'{"model": "test-model", "messages": [{"role":"user","content":"x"}], "top_p": NaN}', ""),
+        (b"{" + b" " * 300_000, "json_invalid"),
+    ],
+)
+def test_malformed_json(server: RunningServer, raw: bytes, word: str) -> None:
+    response = server.post_raw(raw, content_type="application/json")
+    assert word in check_error(response, 400)["message"]
+    still_answers(server)
+
+
+@pytest.mark.parametrize("content_type", ["text/plain", "multipart/form-data", "", None])
+def test_wrong_content_type(server: RunningServer, content_type: str | None) -> None:
+    headers = {} if content_type is None else {"content-type": content_type}
+    response = server.http.post("/v1/chat/completions", content=b"{}", headers=headers)
+    check_error(response, 415, "unsupported_media_type")
+
+
+def test_json_with_a_charset_is_json(server: RunningServer) -> None:
+    raw = json.dumps(ask("é"), ensure_ascii=False).encode()
+    response = server.post_raw(raw, content_type="Application/JSON; charset=utf-8")
+    assert response.json()["choices"][0]["message"]["content"] == "é"
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_body_too_large(serve, chunked: bool) -> None:
+    server = serve(max_body_mb=0.1)
+    raw = b'{"model": "' + b"x" * 150_000 + b'"}'
+    response = server.post_raw(iter([raw]) if chunked else raw, content_type="application/json")
+    check_error(response, 413, "body_too_large")
+    still_answers(server)
+
+
+def test_unknown_route_and_method(server: RunningServer) -> None:
+    assert check_error(server.http.get("/v2"), 404)["type"] == "not_found_error"
+    response = server.http.get("/v1/chat/completions")
+    check_error(response, 405)
+    assert response.headers["allow"] == "POST"
+
+
+def test_context_overflow_tells_both_numbers(server: RunningServer) -> None:
+    error = check_error(server.post(ask("word " * 600)), 400, "context_length_exceeded")
+    assert error["type"] == "exceed_context_size_error"
+    assert (error["n_prompt_tokens"], error["n_ctx"]) == (601, 512)
+    assert "maximum context length is 512 tokens" in error["message"]
+
+
+def test_pydantic_words_stay_in_the_message(server: RunningServer) -> None:
+    error = check_error(server.post(ask(seed=-(2**63) - 1)), 400)
+    assert "greater_than_equal" in error["message"]
+
+
+def test_a_request_that_fails_in_the_engine_fails_alone(server: RunningServer) -> None:
+    error = check_error(server.post(ask("nan")), 500, "internal_error")
+    assert error["type"] == "server_error"
+    still_answers(server)
+
+
+def test_a_bug_while_adding_fails_alone_and_says_nothing(server: RunningServer) -> None:
+    response = server.post(ask("trip"))
+    check_error(response, 500, "internal_error")
+    assert "secret" not in response.text
+    assert response.headers["x-should-retry"] == "false"
+    still_answers(server)
+
+
+def test_clients_raise_their_own_exceptions(client) -> None:
+    with pytest.raises(openai.NotFoundError) as caught:
+        client.chat.completions.create(**ask(model="gpt-9"))
+    assert caught.value.code == "model_not_found"
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.chat.completions.create(**ask(tools=[{"type": "function"}]))
+    assert caught.value.param == "tools"
+    assert caught.value.request_id
