@@ -1,0 +1,149 @@
+"""The safetensors of an unquantized Hugging Face folder (called by the reader).
+
+Finds the files (one, or shards with an index), refuses pickles, and gives each of our parameters
+its shape and the tensors it is made of. What the names mean is in `hf_names.py`. No tensor is read.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from mgvq_runtime.checkpoint.files import is_file_name, read_json
+from mgvq_runtime.checkpoint.hf_names import Source, map_names
+from mgvq_runtime.checkpoint.tensor_file import Place, TensorFile, open_tensor_file
+from mgvq_runtime.errors import CheckpointError
+
+SINGLE_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
+FLOAT_WORDS = ("F32", "F16", "BF16")
+
+Parameter = tuple[tuple[int, ...], torch.dtype, tuple[str, ...]]
+"""Shape and dtype of one of our parameters, and the tensors it is made of."""
+
+
+def open_files(folder: Path) -> dict[str, TensorFile]:
+    """Open every safetensors file of a folder.
+
+    Args:
+        folder: with `model.safetensors`, or shards and `model.safetensors.index.json`.
+
+    Returns:
+        The file each tensor lies in, by tensor name.
+
+    Raises:
+        CheckpointError: if there is none (for pickles, with the command that converts them), or if
+            index and shards disagree; every problem is listed.
+    """
+    present = {p.name for p in folder.glob("*.safetensors")}
+    weight_map = _read_index(folder) if (folder / INDEX_NAME).exists() else None
+    if weight_map is None and not present:
+        raise CheckpointError(_nothing_to_read(folder))
+    wanted = {SINGLE_NAME} if weight_map is None else set(weight_map.values())
+    problems = [f"{name} is missing: copy it again" for name in sorted(wanted - present)]
+    said_by = SINGLE_NAME if weight_map is None else INDEX_NAME
+    problems += [
+        f"{name} does not belong to {said_by}: remove it" for name in sorted(present - wanted)
+    ]
+    files: dict[str, TensorFile] = {}
+    for name in sorted(wanted & present):
+        try:
+            file = open_tensor_file(folder / name)
+        except CheckpointError as error:
+            problems.append(str(error))
+            continue
+        for tensor in file.places:
+            if tensor in files:
+                problems.append(f"{tensor} is in {files[tensor].path.name} and in {name}")
+            elif weight_map is not None and weight_map.get(tensor) != name:
+                problems.append(f"{tensor} is in {name}, the index says {weight_map.get(tensor)}")
+            files[tensor] = file
+    if not problems:
+        problems += [
+            f"{tensor} is in no shard" for tensor in weight_map or () if tensor not in files
+        ]
+    if problems:
+        raise CheckpointError(f"{folder} is not complete", problems)
+    return files
+
+
+def parameters(folder: Path, files: Mapping[str, TensorFile]) -> dict[str, Parameter]:
+    """Map the tensors of a folder to our parameters.
+
+    Args:
+        folder: named in errors.
+        files: the file each tensor lies in.
+
+    Returns:
+        Shape, dtype and source tensors of every parameter, by our name.
+
+    Raises:
+        CheckpointError: if a name is unknown, a tensor missing or its shape or dtype impossible.
+    """
+    try:
+        sources = map_names(files.keys())
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder}: {error}") from error
+    result: dict[str, Parameter] = {}
+    problems: list[str] = []
+    for name, source in sources.items():
+        places = [files[part].places[part] for part in source.parts]
+        try:
+            shape = _shape(source, places)
+        except CheckpointError as error:
+            problems.append(f"{' + '.join(source.parts)}: {error}")
+            continue
+        result[name] = (shape, places[0].dtype, source.parts)
+    if problems:
+        raise CheckpointError(f"{folder} holds tensors that cannot be used", problems)
+    return result
+
+
+def _shape(source: Source, places: list[Place]) -> tuple[int, ...]:
+    """Return the shape after stacking and flattening, or say why there is none."""
+    specs = [place.spec for place in places]
+    if specs[0].dtype not in FLOAT_WORDS or any(s.dtype != specs[0].dtype for s in specs):
+        found = ", ".join(s.dtype for s in specs)
+        raise CheckpointError(f"dtype is {found}; expected one of {', '.join(FLOAT_WORDS)}")
+    shape = specs[0].shape
+    if any(not s.shape or s.shape[1:] != shape[1:] for s in specs) or math.prod(shape) == 0:
+        found = ", ".join(str(list(s.shape)) for s in specs)
+        raise CheckpointError(f"shapes {found} cannot be stacked along the rows")
+    if source.flattened:
+        if len(shape) != 5:
+            raise CheckpointError(f"expected a 3-D convolution [E, C, T, P, P], got {list(shape)}")
+        return (shape[0], math.prod(shape[1:]))
+    if len(shape) > 2:
+        raise CheckpointError(f"expected a vector or a matrix, got {list(shape)}")
+    return (sum(s.shape[0] for s in specs), *shape[1:])
+
+
+def _read_index(folder: Path) -> dict[str, str]:
+    path = folder / INDEX_NAME
+    weight_map = read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{path} has no weight_map")
+    for tensor, name in weight_map.items():
+        if not is_file_name(name) or not name.endswith(".safetensors"):
+            raise CheckpointError(
+                f"{path} puts {tensor[:200]} into {str(name)[:200]!r}; only the name of a "
+                "*.safetensors file in the same folder may stand there"
+            )
+    return weight_map
+
+
+def _nothing_to_read(folder: Path) -> str:
+    pickles = [
+        p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in sorted(folder.glob(pattern))
+    ]
+    if not pickles:
+        return f"{folder} has no {SINGLE_NAME} and no {INDEX_NAME}"
+    return (
+        f"{folder} holds its weights in {pickles[0]}, a pickle; pickles can run code and are not "
+        "read. If you trust the folder, convert it once and open the new one: python -c "
+        '"from transformers import AutoModelForImageTextToText as M; '
+        f"M.from_pretrained('{folder}').save_pretrained('{folder}-safetensors')\""
+    )

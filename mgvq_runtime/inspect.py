@@ -1,0 +1,211 @@
+"""`mgvq-inspect DIR`: what is in a checkpoint, and what it needs to run (a command-line tool).
+
+Reads headers and JSON only, unless `--verify` asks for every digest; builds no model and loads no
+weight. Numbers are counted from the files, never taken from what the checkpoint says of itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import traceback
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from mgvq_runtime.checkpoint.bits import TOTAL, count_bits
+from mgvq_runtime.checkpoint.reader import Checkpoint, open_checkpoint
+from mgvq_runtime.checkpoint.spec import FORMAT_VERSION
+from mgvq_runtime.env import debug_tracebacks
+from mgvq_runtime.errors import ConfigError, MgvqError
+
+HALF_BYTES, FLOAT_BYTES = 2, 4
+EXIT_BAD_FOLDER = 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        argv: arguments without the program's name; None takes those of the process.
+
+    Returns:
+        0, or 2 where the folder is not a checkpoint that can be used.
+    """
+    parser = argparse.ArgumentParser(
+        prog="mgvq-inspect",
+        description="Show what is in a checkpoint: bits, bands, sizes, memory it will need.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("checkpoint", type=Path, help="an MGVQ or an unquantized folder")
+    parser.add_argument("--verify", action="store_true", help="read every tensor, check its digest")
+    parser.add_argument("--json", action="store_true", help="print one JSON line after the table")
+    arguments = parser.parse_args(argv)
+    shows_traceback = False
+    try:
+        shows_traceback = debug_tracebacks()
+        checkpoint = open_checkpoint(arguments.checkpoint)
+        if arguments.verify:
+            checkpoint.verify()
+        report = describe(checkpoint)
+    except MgvqError as error:
+        if shows_traceback:
+            traceback.print_exc()
+        print(f"mgvq-inspect: {error}", file=sys.stderr)
+        return EXIT_BAD_FOLDER
+    report["verified"] = arguments.verify
+    for line in render(report):
+        print(line)
+    if arguments.json:
+        print(json.dumps(report))
+    return 0
+
+
+def describe(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return everything the table shows, as JSON values.
+
+    Args:
+        checkpoint: an opened folder.
+
+    Returns:
+        Names, sizes in bytes, bits a weight by group, bands by stages, memory; "memory" holds
+        "unknown" with a reason where the architecture is not one of ours.
+    """
+    matrices = {} if checkpoint.quantization is None else checkpoint.quantization.matrices
+    architectures: Any = checkpoint.config.get("architectures")
+    named = isinstance(architectures, list) and len(architectures) > 0
+    counts = count_bits(matrices)
+    dense_weights = sum(math.prod(tensor.shape) for tensor in checkpoint.dense.values())
+    groups = {
+        group: {
+            "weights": count.weights,
+            "bits_per_weight": round(count.bits_per_weight, 4),
+            "codes_bits": count.codes,
+            "codebooks_bits": count.codebooks,
+            "scales_bits": count.scales,
+            "permutation_bits": count.permutation,
+        }
+        for group, count in counts.items()
+        if count.weights
+    }
+    return {
+        "path": str(checkpoint.path),
+        "architecture": str(architectures[0]) if named else "unknown",
+        "format_version": None if checkpoint.quantization is None else FORMAT_VERSION,
+        "parameters": dense_weights + counts[TOTAL].weights,
+        "unquantized_parameters": dense_weights,
+        "groups": groups,
+        "bands": _bands(checkpoint),
+        "file_bytes": sum(p.stat().st_size for p in checkpoint.path.iterdir() if p.is_file()),
+        "tensor_bytes": sum(f.places[n].size for n, f in checkpoint.files.items()),
+        "memory": _memory(checkpoint, dense_weights, counts[TOTAL].bits // 8),
+    }
+
+
+def render(report: dict[str, Any]) -> Iterator[str]:
+    """Yield the lines of the table."""
+    version = report["format_version"]
+    kind = "unquantized" if version is None else f"MGVQ, format version {version}"
+    yield f"checkpoint    {report['path']}"
+    yield f"architecture  {report['architecture']} ({kind})"
+    unquantized = report["unquantized_parameters"]
+    yield f"parameters    {report['parameters']:,} ({unquantized:,} of them not quantized)"
+    yield f"files         {_size(report['file_bytes'])}"
+    if report["verified"]:
+        yield "digests       every tensor read" + (", all right" if version is not None else "")
+    if report["groups"]:
+        yield ""
+        yield f"{'group':<12}{'weights':>15}{'bits/weight':>13}  of which codes, codebooks, rest"
+        for name, group in report["groups"].items():
+            parts = [group["codes_bits"], group["codebooks_bits"]]
+            parts.append(group["scales_bits"] + group["permutation_bits"])
+            shares = ", ".join(f"{part / group['weights']:.3f}" for part in parts)
+            bits = group["bits_per_weight"]
+            yield f"{name:<12}{group['weights']:>15,}{bits:>13.3f}  {shares}"
+        yield ""
+        yield f"{'bands':<12}{'weights':>15}{'share':>13}  stages (vector dimensions)"
+        for band in report["bands"]:
+            stages = " + ".join(str(dim) for dim in band["vector_dims"])
+            weights, share = band["weights"], band["share"]
+            yield f"{band['bits']:>2} bit{'':<6}{weights:>15,}{share:>13.1%}  {stages}"
+    yield ""
+    yield from _render_memory(report["memory"])
+
+
+def _render_memory(memory: dict[str, Any]) -> Iterator[str]:
+    yield f"{'memory':<26}{'float16 (GPU)':>15}{'float32 (CPU)':>15}"
+    for label, key in (("weights, at least", "weights"), ("KV cache, a token", "kv_token")):
+        if f"{key}_half_bytes" in memory:
+            half, full = memory[f"{key}_half_bytes"], memory[f"{key}_float_bytes"]
+            yield f"{label:<26}{_size(half):>15}{_size(full):>15}"
+    if "unknown" in memory:
+        yield f"the KV cache is not known: {memory['unknown']}"
+        return
+    if memory["max_image_tokens"] is None:
+        yield f"largest picture           not known: {memory['image_unknown']}"
+    else:
+        yield f"largest picture           {memory['max_image_tokens']:,} tokens"
+    yield f"longest context           {memory['max_position_embeddings']:,} tokens"
+
+
+def _bands(checkpoint: Checkpoint) -> list[dict[str, Any]]:
+    """Count weights by the stages of their band, cheapest first."""
+    weights: Counter[tuple[int, ...]] = Counter()
+    matrices = {} if checkpoint.quantization is None else checkpoint.quantization.matrices
+    for matrix in matrices.values():
+        for band in matrix.layout.bands:
+            dims = tuple(stage.vector_dim for stage in band.stages)
+            weights[dims] += matrix.layout.out_features * band.width
+    total = sum(weights.values())
+    bands = [
+        {
+            "vector_dims": list(dims),
+            "bits": sum(8 // dim for dim in dims),
+            "weights": count,
+            "share": count / total,
+        }
+        for dims, count in weights.items()
+    ]
+    return sorted(bands, key=lambda band: (band["bits"], band["vector_dims"]))
+
+
+def _memory(checkpoint: Checkpoint, dense_weights: int, quantized_bytes: int) -> dict[str, Any]:
+    """Return bytes of weights and KV cache; the tables a backend pads are not in it."""
+    from mgvq_runtime.models.registry import find_family
+
+    memory: dict[str, Any] = {
+        "weights_half_bytes": quantized_bytes + dense_weights * HALF_BYTES,
+        "weights_float_bytes": quantized_bytes + dense_weights * FLOAT_BYTES,
+    }
+    try:
+        family = find_family(checkpoint.config)
+        config = family.config.from_hf(checkpoint.config)
+    except ConfigError as error:
+        return {**memory, "unknown": str(error)}
+    text = config.text_config
+    kv_numbers = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim
+    memory["kv_token_half_bytes"] = kv_numbers * HALF_BYTES
+    memory["kv_token_float_bytes"] = kv_numbers * FLOAT_BYTES
+    memory["max_position_embeddings"] = text.max_position_embeddings
+    memory["max_image_tokens"] = None
+    try:
+        processor = family.image_processor.from_folder(checkpoint.path)
+        memory["max_image_tokens"] = processor.max_num_tokens
+    except ConfigError as error:
+        memory["image_unknown"] = str(error)
+    return memory
+
+
+def _size(count: int) -> str:
+    """Write a number of bytes for people."""
+    for unit, factor in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if count >= factor:
+            return f"{count / factor:.2f} {unit}"
+    return f"{count} B"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,197 @@
+"""The tokenizer files of a checkpoint folder (called by `tokenizer.Tokenizer.from_folder`).
+
+Reads `tokenizer.json`, or builds Qwen2's tokenizer from `vocab.json` and `merges.txt`; collects
+added tokens, end-of-sequence ids and the chat template from the files beside it. Executes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mgvq_runtime.checkpoint.files import read_bytes, read_json
+from mgvq_runtime.errors import CheckpointError, TokenizerError
+
+MAX_TOKENIZER_BYTES = 64 * 1024**2
+"""tokenizer.json of a 150,000-token vocabulary is 7 to 12 MB."""
+
+# Source: Qwen2's pre-tokenizer, tokenizer.json of Qwen/Qwen2-VL-2B-Instruct.
+QWEN2_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+@dataclass(frozen=True)
+class AddedToken:
+    """A token that stands for a literal string, outside the model's merges."""
+
+    id: int
+    content: str
+    is_special: bool
+    """Left out of decoded text."""
+    lstrip: bool = False
+    rstrip: bool = False
+    single_word: bool = False
+
+
+@dataclass(frozen=True)
+class TokenizerFiles:
+    """What a folder says about its tokenizer."""
+
+    definition: dict[str, Any]
+    """The contents of a tokenizer.json."""
+    added_tokens: tuple[AddedToken, ...]
+    eos_token_ids: frozenset[int]
+    chat_template: str | None
+    template_variables: Mapping[str, str]
+    """`bos_token`, `eos_token` and their like, for the template."""
+
+
+def read_tokenizer_files(folder: Path) -> TokenizerFiles:
+    """Read every tokenizer file of a folder.
+
+    Raises:
+        TokenizerError: if there is no tokenizer of a known kind, or its files are malformed or
+            contradict each other.
+    """
+    try:
+        definition = _read_definition(folder)
+        config = _read_optional(folder / "tokenizer_config.json")
+        added = _added_tokens(definition, config, folder)
+        variables = _template_variables(config)
+        eos = {token.id for token in added if token.content == variables.get("eos_token")}
+        for name in ("config.json", "generation_config.json"):
+            eos |= _eos_ids(_read_optional(folder / name), name)
+        template = _read_template(folder, config)
+    except CheckpointError as error:
+        raise TokenizerError(str(error)) from error
+    return TokenizerFiles(definition, added, frozenset(eos), template, variables)
+
+
+def _read_definition(folder: Path) -> dict[str, Any]:
+    if (folder / "tokenizer.json").is_file():
+        return read_json(folder / "tokenizer.json", MAX_TOKENIZER_BYTES)
+    if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+        return _qwen2_definition(folder)
+    hint = (
+        "vocab.json and merges.txt"
+        if not (folder / "tokenizer.model").is_file()
+        else ("a conversion of its tokenizer.model; sentencepiece files are not read")
+    )
+    raise TokenizerError(f"{folder} has no tokenizer: expected tokenizer.json, or {hint}")
+
+
+def _qwen2_definition(folder: Path) -> dict[str, Any]:
+    """Return the tokenizer.json that Qwen2's two older files stand for."""
+    lines = read_bytes(folder / "merges.txt", MAX_TOKENIZER_BYTES).decode("utf-8", "replace")
+    merges = [line for line in lines.split("\n") if line and not line.startswith("#version")]
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False}
+    split = {
+        "type": "Split",
+        "pattern": {"Regex": QWEN2_SPLIT},
+        "behavior": "Isolated",
+        "invert": False,
+    }
+    return {
+        "version": "1.0",
+        "added_tokens": [],
+        "normalizer": {"type": "NFC"},
+        "pre_tokenizer": {
+            "type": "Sequence",
+            "pretokenizers": [split, {**byte_level, "use_regex": False}],
+        },
+        "post_processor": None,
+        "decoder": {**byte_level, "use_regex": False},
+        "model": {
+            "type": "BPE",
+            "vocab": read_json(folder / "vocab.json", MAX_TOKENIZER_BYTES),
+            "merges": [line.rstrip("\r") for line in merges],
+        },
+    }
+
+
+def _added_tokens(
+    definition: Mapping[str, Any], config: Mapping[str, Any], folder: Path
+) -> tuple[AddedToken, ...]:
+    """Collect added tokens: tokenizer.json's, then those only the other files know."""
+    listed = definition.get("added_tokens") or []
+    decoder = config.get("added_tokens_decoder") or {}
+    older = _read_optional(folder / "added_tokens.json")
+    if not isinstance(listed, list) or not isinstance(decoder, dict):
+        raise TokenizerError("added_tokens must be a list and added_tokens_decoder an object")
+    entries = list(listed)
+    try:
+        entries += [{**entry, "id": int(number)} for number, entry in decoder.items()]
+        entries += [{"content": text, "id": number} for text, number in older.items()]
+        tokens = [_added_token(entry) for entry in entries]
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise TokenizerError(f"an added token is malformed: {error}") from error
+    by_id: dict[int, AddedToken] = {}
+    by_content: dict[str, int] = {}
+    for token in tokens:
+        other = by_id.setdefault(token.id, token).content
+        other_id = by_content.setdefault(token.content, token.id)
+        if other != token.content or other_id != token.id:
+            raise TokenizerError(
+                f"the tokenizer's files disagree: added token {token.content!r} has the ids "
+                f"{token.id} and {other_id}, id {token.id} stands for {other!r}"
+            )
+    return tuple(by_id.values())
+
+
+def _added_token(entry: Mapping[str, Any]) -> AddedToken:
+    number, content = entry["id"], entry["content"]
+    if type(number) is not int or not 0 <= number < 2**31:
+        raise ValueError(f"id {number!r} is not a token id")
+    if not isinstance(content, str) or not content:
+        raise ValueError(f"content {content!r} is not a text")
+    flags = {name: bool(entry.get(name, False)) for name in ("lstrip", "rstrip", "single_word")}
+    return AddedToken(number, content, bool(entry.get("special", False)), **flags)
+
+
+def _template_variables(config: Mapping[str, Any]) -> dict[str, str]:
+    variables = {}
+    for name, value in config.items():
+        text = value.get("content") if isinstance(value, dict) else value
+        if name.endswith("_token") and isinstance(text, str):
+            variables[name] = text
+    return variables
+
+
+def _eos_ids(config: Mapping[str, Any], name: str) -> set[int]:
+    nested = config.get("text_config")
+    values = [config.get("eos_token_id")]
+    values.append(nested.get("eos_token_id") if isinstance(nested, dict) else None)
+    ids: set[int] = set()
+    for value in values:
+        for number in value if isinstance(value, list) else [value]:
+            if type(number) is int and number >= 0:
+                ids.add(number)
+            elif number is not None:
+                raise TokenizerError(f"{name}: eos_token_id must be token ids, got {value!r}")
+    return ids
+
+
+def _read_template(folder: Path, config: Mapping[str, Any]) -> str | None:
+    """Find the template: chat_template.jinja, else chat_template.json, else tokenizer_config."""
+    if (folder / "chat_template.jinja").is_file():
+        data = read_bytes(folder / "chat_template.jinja")
+        try:
+            return data.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise TokenizerError(f"{folder / 'chat_template.jinja'} is not UTF-8") from error
+    template = _read_optional(folder / "chat_template.json").get("chat_template")
+    template = template if template is not None else config.get("chat_template")
+    if isinstance(template, list):  # several named ones
+        named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
+        template = named.get("default")
+    if template is not None and not isinstance(template, str):
+        raise TokenizerError("chat_template must be a text, or a list of named texts")
+    return template
+
+
+def _read_optional(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.is_file() else {}

@@ -1,0 +1,272 @@
+"""Text and conversations to token ids, and ids to bytes (called by multimodal, engine and llm).
+
+Byte-level BPE tokenizers (Qwen2, Llama 3 and their kin). What a user writes can never become a
+special token: the model's merges run in a `tokenizers.Tokenizer` that has no added tokens at all,
+and a literal counts as special only where the chat template itself wrote it. For ordinary text the
+ids are those of transformers' `apply_chat_template`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from mgvq_runtime.errors import RequestError, TokenizerError
+from mgvq_runtime.tokenizer.chat_template import QWEN2_VL_TEMPLATE, ChatTemplate, check_size
+from mgvq_runtime.tokenizer.folder import AddedToken, TokenizerFiles, read_tokenizer_files
+
+PRIVATE_USE = range(0xF0000, 0xFFFFE)
+"""Code points without a meaning: stand-ins for the ends of special tokens in users' text."""
+
+
+class Tokenizer:
+    """The tokenizer of one checkpoint."""
+
+    def __init__(self, files: TokenizerFiles) -> None:
+        """Make a tokenizer from its files' contents; `from_folder` reads them.
+
+        Raises:
+            TokenizerError: if it is not byte-level BPE, or cannot be built.
+        """
+        self.added_tokens: Mapping[str, int] = {t.content: t.id for t in files.added_tokens}
+        """Ids of all special and added tokens by their literal text."""
+        self.special_token_ids = frozenset(t.id for t in files.added_tokens if t.is_special)
+        self.eos_token_ids = files.eos_token_ids
+        """Ids that end an answer, from every file that names one."""
+        _check_byte_level(files.definition)
+        self._plain, vocab = _build_plain(files.definition, self.added_tokens)
+        self._words = {number: word for word, number in vocab.items()}
+        self._added_bytes = {t.id: t.content.encode() for t in files.added_tokens}
+        self._literals = _literal_pattern(files.added_tokens)
+        self._literal_ids = [t.id for t in _longest_first(files.added_tokens)]
+        self._template = ChatTemplate(
+            files.chat_template or QWEN2_VL_TEMPLATE, files.template_variables
+        )
+        self.vocab_size = 1 + max([*self._words, *self._added_bytes], default=-1)
+        """One more than the largest id."""
+
+    @classmethod
+    def from_folder(cls, path: str | Path) -> Tokenizer:
+        """Read a checkpoint's tokenizer: `tokenizer.json`, or `vocab.json` with `merges.txt`.
+
+        Args:
+            path: a checkpoint folder, quantized or not.
+
+        Raises:
+            TokenizerError: if the files are missing, malformed, or of a kind that is not supported.
+        """
+        try:
+            return cls(read_tokenizer_files(Path(path).expanduser()))
+        except TokenizerError as error:
+            raise TokenizerError(f"{path}: {error}") from error
+
+    def encode(self, text: str, allow_special: bool = False) -> list[int]:
+        """Turn text into ids.
+
+        Args:
+            text: any text; nothing is added in front or behind.
+            allow_special: whether literals such as "<|im_end|>" become special ids. Leave it off
+                for everything a user wrote.
+
+        Raises:
+            RequestError: if the text has lone surrogates, which no encoding can write.
+        """
+        ids: list[int] = []
+        if not allow_special:
+            self._append_plain(ids, text)
+            return ids
+        start = 0
+        for match in self._literals.finditer(text):
+            self._append_plain(ids, text[start : match.start()])
+            ids.append(self._literal_ids[(match.lastindex or 1) - 1])
+            start = match.end()
+        self._append_plain(ids, text[start:])
+        return ids
+
+    def render(
+        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True
+    ) -> str:
+        """Write a conversation as the text the model was trained on; see `ChatTemplate.render`."""
+        return self._template.render(messages, add_generation_prompt)
+
+    def encode_chat(
+        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True
+    ) -> list[int]:
+        """Turn a conversation into ids; special ids come from the template alone.
+
+        Args:
+            messages: `{"role", "content": str | [{"type": "text", "text": ...} | {"type":
+                "image"}]}`; an image becomes one placeholder, to be expanded later.
+            add_generation_prompt: whether the assistant's turn is opened at the end.
+
+        Raises:
+            RequestError: if the template refuses the conversation, or text has lone surrogates.
+            TokenizerError: if the template fails.
+        """
+        check_size(messages)
+        mask, unmask = self._stand_ins(messages)
+        rendered = self._template.render(
+            [_mask_message(message, mask) for message in messages], add_generation_prompt
+        )
+        ids: list[int] = []
+        start = 0
+        for match in self._literals.finditer(rendered):
+            self._append_plain(ids, rendered[start : match.start()].translate(unmask))
+            ids.append(self._literal_ids[(match.lastindex or 1) - 1])
+            start = match.end()
+        self._append_plain(ids, rendered[start:].translate(unmask))
+        return ids
+
+    def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
+        """Turn ids into text; bytes that are no character become U+FFFD, unknown ids nothing."""
+        skipped = self.special_token_ids if skip_special_tokens else frozenset()
+        data = b"".join(self.token_bytes(number) for number in ids if number not in skipped)
+        return data.decode("utf-8", "replace")
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """Return the bytes a token stands for; b"" for an id that has none (padded vocabulary)."""
+        if (added := self._added_bytes.get(token_id)) is not None:
+            return added
+        word = self._words.get(token_id, "")
+        try:
+            return bytes(_BYTE_OF[letter] for letter in word)
+        except KeyError:
+            return word.encode()
+
+    def special_id(self, name: str) -> int:
+        """Return the id of a special token by its literal, or by the word inside: "image_pad".
+
+        Raises:
+            TokenizerError: if there is none; the message lists those there are.
+        """
+        for literal in (name, f"<|{name}|>", f"<{name}>"):
+            if literal in self.added_tokens:
+                return self.added_tokens[literal]
+        known = ", ".join(self.added_tokens) or "none"
+        raise TokenizerError(f"there is no special token {name!r}; there are: {known}")
+
+    def _append_plain(self, ids: list[int], text: str) -> None:
+        if text:
+            try:
+                ids += self._plain.encode(text, add_special_tokens=False).ids
+            except (UnicodeEncodeError, TypeError) as error:
+                raise RequestError("the text has a lone surrogate; send valid Unicode") from error
+
+    def _stand_ins(
+        self, messages: Sequence[Mapping[str, Any]]
+    ) -> tuple[dict[int, int], dict[int, int]]:
+        """Map the first and last characters of special tokens to characters nobody wrote.
+
+        With both ends of every literal exchanged in users' text, a literal in the rendered text
+        was begun and ended by the template, even where texts meet. The way back is exact.
+        """
+        ends = {c for literal in self.added_tokens for c in (literal[0], literal[-1])}
+        ends = {c for c in ends if not c.isspace()}
+        written = set(self._template.source).union(*_texts(messages))
+        free = (point for point in PRIVATE_USE if chr(point) not in written)
+        mask = {ord(c): point for c, point in zip(sorted(ends), free, strict=False)}
+        return mask, {point: c for c, point in mask.items()}
+
+
+def _mask_message(message: Mapping[str, Any], mask: Mapping[int, int]) -> dict[str, Any]:
+    """Exchange characters in the texts of a message whose shape `_texts` has checked."""
+    role, content = message["role"], message["content"]
+    if isinstance(content, str):
+        masked: Any = content.translate(mask)
+    else:  # only what is checked is passed on: a template may look at any other key
+        masked = [
+            {"type": "text", "text": part["text"].translate(mask)}
+            if part["type"] == "text"
+            else {"type": part["type"]}
+            for part in content
+        ]
+    return {"role": role if role.isidentifier() else role.translate(mask), "content": masked}
+
+
+def _texts(messages: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Yield every text of the messages, checking their shape on the way."""
+    for i, message in enumerate(messages):
+        role, content = message.get("role"), message.get("content")
+        if not isinstance(role, str) or not isinstance(content, str | list | tuple):
+            raise RequestError(
+                f"messages[{i}] needs a role and a content, a string or a list of parts",
+                param=f"messages[{i}]",
+            )
+        yield role
+        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        for k, part in enumerate(parts):
+            kind = part.get("type") if isinstance(part, Mapping) else None
+            if kind != "image" and (kind != "text" or not isinstance(part.get("text"), str)):
+                raise RequestError(
+                    f"messages[{i}].content[{k}] must be a text with its text, or an image",
+                    param=f"messages[{i}].content[{k}]",
+                )
+            if kind == "text":
+                yield part["text"]
+
+
+def _check_byte_level(definition: Mapping[str, Any]) -> None:
+    """Refuse tokenizers whose tokens are not bytes."""
+    model, decoder = definition.get("model"), definition.get("decoder")
+    kinds = [part.get("type") if isinstance(part, dict) else None for part in (model, decoder)]
+    if isinstance(decoder, dict) and kinds[1] == "Sequence":
+        kinds[1:] = [part.get("type") for part in decoder.get("decoders", [])]
+    if kinds != ["BPE", "ByteLevel"]:
+        raise TokenizerError(
+            f"its tokenizer is {kinds[0]} with decoder {kinds[1:]}; only byte-level BPE (BPE with "
+            "decoder ByteLevel, as Qwen2 and Llama 3 have) is supported"
+        )
+
+
+def _build_plain(
+    definition: Mapping[str, Any], added: Mapping[str, int]
+) -> tuple[tokenizers.Tokenizer, dict[str, int]]:
+    """Build the tokenizer without added tokens, and return its vocabulary too."""
+    model = dict(definition["model"])
+    vocab = model.get("vocab")
+    if not isinstance(vocab, dict) or not all(type(n) is int and n >= 0 for n in vocab.values()):
+        raise TokenizerError("its vocabulary must be an object of tokens and ids")
+    model["vocab"] = vocab = {
+        word: n for word, n in vocab.items() if word not in added or word.isspace()
+    }
+    plain = {**definition, "model": model, "added_tokens": [], "truncation": None, "padding": None}
+    plain["post_processor"] = None
+    try:
+        return tokenizers.Tokenizer.from_str(json.dumps(plain)), vocab
+    except Exception as error:
+        raise TokenizerError(f"its tokenizer cannot be built: {error}") from error
+
+
+def _longest_first(tokens: Sequence[AddedToken]) -> list[AddedToken]:
+    return sorted(tokens, key=lambda token: (-len(token.content), token.id))
+
+
+def _literal_pattern(tokens: Sequence[AddedToken]) -> re.Pattern[str]:
+    """Compile one group a token, in `_longest_first` order: leftmost wins, then longest."""
+    alternatives = []
+    for token in _longest_first(tokens):
+        literal = f"({re.escape(token.content)})"
+        if token.single_word:
+            literal = rf"(?<!\w){literal}(?!\w)"
+        before, after = r"\s*" if token.lstrip else "", r"\s*" if token.rstrip else ""
+        alternatives.append(before + literal + after)
+    return re.compile("|".join(alternatives) or r"(?!)")
+
+
+def _byte_letters() -> dict[str, int]:
+    """Return GPT-2's letters for the 256 bytes: printable Latin-1 as itself, the rest from U+0100.
+
+    Source: openai/gpt-2, src/encoder.py, bytes_to_unicode.
+    """
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    letters = {chr(byte): byte for byte in printable}
+    return letters | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+_BYTE_OF = _byte_letters()
