@@ -1,0 +1,108 @@
+"""What the front door asks of its arguments (called by `ops`).
+
+Each check names the argument, what was expected and what came. Looks at shapes, dtypes and devices
+only, never at values on a device.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+from torch import Tensor
+
+from mgvq_kernels.layout import PackedVQ
+
+FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+"""Dtypes of activations every op takes."""
+
+
+def check_float(name: str, dtype: torch.dtype) -> None:
+    """Ask for a floating dtype."""
+    if dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{name} must be one of {FLOAT_DTYPES}, got {dtype}")
+
+
+def check_bias(bias: Tensor, weight: PackedVQ) -> None:
+    """Ask for one number per output row of the weight, on its device."""
+    if bias.shape != (weight.layout.out_features,):
+        raise ValueError(f"bias must be [{weight.layout.out_features}], got {list(bias.shape)}")
+    if bias.dtype not in FLOAT_DTYPES:
+        check_float("bias", bias.dtype)
+    if bias.device != weight.device:
+        raise ValueError(f"bias is on {bias.device}, weight is on {weight.device}")
+
+
+def check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Ask for q, k, v of the same tokens, with query heads a multiple of key heads."""
+    if q.dim() != 3 or k.dim() != 3 or k.shape != v.shape:
+        raise ValueError(
+            f"q must be [T, H, Dh], k and v [T, Hk, Dh], got {list(q.shape)}, {list(k.shape)}, "
+            f"{list(v.shape)}"
+        )
+    if k.shape[0] != q.shape[0] or k.shape[2] != q.shape[2] or q.shape[1] % k.shape[1]:
+        raise ValueError(f"q {list(q.shape)} does not go with k {list(k.shape)}")
+
+
+def check_cu_seqlens(name: str, offsets: tuple[int, ...], tokens: int) -> None:
+    """Ask for offsets that rise from 0 to the number of tokens."""
+    if len(offsets) < 1 or offsets[0] != 0 or offsets[-1] != tokens:
+        raise ValueError(f"{name} must run from 0 to {tokens}, got {tuple(offsets)}")
+    if any(end < start for start, end in itertools.pairwise(offsets)):
+        raise ValueError(f"{name} must not fall, got {tuple(offsets)}")
+
+
+def check_write(
+    k: Tensor, v: Tensor, key_cache: Tensor, value_cache: Tensor, slot_mapping: Tensor
+) -> None:
+    """Ask for new keys and values that go into the caches at as many slots."""
+    if slot_mapping.dtype != torch.int64:
+        raise TypeError(f"slot_mapping must be int64, got {slot_mapping.dtype}")
+    if k.shape != v.shape or slot_mapping.shape != k.shape[:1]:
+        raise ValueError(
+            f"k, v must be [T, Hk, Dh] and slot_mapping [T], got {list(k.shape)}, {list(v.shape)}, "
+            f"{list(slot_mapping.shape)}"
+        )
+    if (
+        key_cache.dim() != 4
+        or key_cache.shape[2:] != k.shape[1:]
+        or key_cache.shape != value_cache.shape
+    ):
+        raise ValueError(
+            f"caches must be [num_blocks, block_size, {k.shape[1]}, {k.shape[2]}], got "
+            f"{list(key_cache.shape)} and {list(value_cache.shape)}"
+        )
+
+
+def check_paged(
+    q: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_table: Tensor,
+    cu_seqlens_q: tuple[int, ...],
+    context_lens: tuple[int, ...],
+) -> None:
+    """Ask for caches, tables and lengths that tell one story about every request."""
+    if block_table.dtype != torch.int32:
+        raise TypeError(f"block_table must be int32, got {block_table.dtype}")
+    check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, q.shape[0])
+    requests = len(cu_seqlens_q) - 1
+    if block_table.dim() != 2 or block_table.shape[0] != requests or len(context_lens) != requests:
+        raise ValueError(
+            f"cu_seqlens_q names {requests} requests, block_table is {list(block_table.shape)}, "
+            f"context_lens has {len(context_lens)}"
+        )
+    if key_cache.dim() != 4 or key_cache.shape != value_cache.shape:
+        raise ValueError(
+            f"caches must be [num_blocks, block_size, Hk, Dh] and alike, got "
+            f"{list(key_cache.shape)} and {list(value_cache.shape)}"
+        )
+    if q.dim() != 3 or q.shape[2] != key_cache.shape[3] or q.shape[1] % key_cache.shape[2]:
+        raise ValueError(f"q {list(q.shape)} does not go with a cache {list(key_cache.shape)}")
+    room = block_table.shape[1] * key_cache.shape[1]
+    for i, (start, end) in enumerate(itertools.pairwise(cu_seqlens_q)):
+        if not end - start <= context_lens[i] <= room:
+            raise ValueError(
+                f"request {i}: context_len {context_lens[i]} must hold its {end - start} new "
+                f"tokens and fit the {room} slots of block_table"
+            )

@@ -1,0 +1,163 @@
+"""Linear and embedding on a CPU over packed codes (called by `ops`, which has checked arguments).
+
+Few rows go through the partial-sum lookup of `cpu_lookup`; for many rows the matrix is decoded
+into a buffer that lives as long as the call, and torch multiplies. Large matrices are cut by output
+rows over as many threads as torch may use; the result does not depend on their number.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+from mgvq_kernels import cpu_decode, cpu_lookup
+from mgvq_kernels.cpu_order import STRIP_ROWS
+from mgvq_kernels.layout import Band, PackedVQ, Stage, VQLayout, VQWeight, pack
+
+THREAD_CODES = 1 << 20
+"""Codes (times rows of x) below which a call stays on its own thread: about 100 us of work, where
+handing a part to another thread costs 20 to 50 us."""
+
+HAS_BYTE_PERMUTE = cpu_lookup.HAS_VBMI
+"""Whether the lookup handles 64 codes at a time here; `dispatch` asks."""
+
+CHUNK_FLOATS = 1 << 18
+"""Decoded weights held at once when many rows are multiplied: 1 MiB, one core's L2 cache."""
+
+
+def lookup_linear(x: Tensor, weight: PackedVQ, bias: Tensor | None) -> Tensor:
+    """Multiply few rows `x [..., I]` straight from codes: `[..., O]` in x's dtype."""
+    wide = x if x.dtype is torch.float32 and x.is_contiguous() else _float32(x)
+    layout = weight.layout
+    y = wide.new_empty((*x.shape[:-1], layout.out_features))
+    bias = None if bias is None else _float32(bias)
+    rows = wide.numel() // layout.in_features
+    x_address, y_address, address = wide.data_ptr(), y.data_ptr(), weight.address
+    bias_address = 0 if bias is None else bias.data_ptr()
+    strips, codes = weight.strips, rows * weight.num_codes
+    if codes < THREAD_CODES:  # the hot path of small models: nothing between here and the kernel
+        cpu_lookup.lookup(x_address, y_address, bias_address, rows, address, 0, strips)
+    else:
+        _over_strips(
+            lambda first, last: cpu_lookup.lookup(
+                x_address, y_address, bias_address, rows, address, first, last
+            ),
+            0,
+            strips,
+            codes,
+        )
+    return y if x.dtype is torch.float32 else y.to(x.dtype)
+
+
+def decode_linear(x: Tensor, weight: PackedVQ, bias: Tensor | None) -> Tensor:
+    """Multiply many rows `x [..., I]` by the decoded matrix: `[..., O]` in x's dtype.
+
+    The matrix is decoded a few rows at a time into one small buffer that stays in the cache.
+    """
+    layout = weight.layout
+    out_features, in_features = layout.out_features, layout.in_features
+    rows = _float32(x).reshape(-1, in_features)  # [T, I]
+    permutation = weight.tensors.get("permutation")
+    if permutation is not None:
+        rows = rows.index_select(1, permutation)
+    y = torch.empty(rows.shape[0], out_features)
+    strips = weight.strips
+    chunk = max(cpu_lookup.WIDE_STRIPS, CHUNK_FLOATS // (STRIP_ROWS * in_features))
+    buffer = torch.empty(min(chunk, strips) * STRIP_ROWS, in_features)
+    for first in range(0, strips, chunk):
+        begin, end = first * STRIP_ROWS, min(out_features, (first + chunk) * STRIP_ROWS)
+        dense = buffer[: end - begin]
+        _decode_into(dense, weight, first, min(strips, first + chunk))
+        torch.mm(rows, dense.t(), out=y[:, begin:end])
+    if bias is not None:
+        y += bias
+    return y.view(*x.shape[:-1], out_features).to(x.dtype)
+
+
+def decode(weight: PackedVQ) -> Tensor:
+    """Decode a matrix: `[O, I]` float32 in permuted channel order."""
+    layout = weight.layout
+    dense = torch.empty(layout.out_features, layout.in_features)
+    _decode_into(dense, weight, 0, weight.strips)
+    return dense
+
+
+def dequantize(weight: PackedVQ) -> Tensor:
+    """Decode a matrix: `[O, I]` float32 in original channel order."""
+    dense = decode(weight)
+    permutation = weight.tensors.get("permutation")
+    if permutation is None:
+        return dense
+    return torch.empty_like(dense).index_copy_(1, permutation.long(), dense)
+
+
+def embedding(ids: Tensor, weight: PackedVQ) -> Tensor:
+    """Decode the rows `ids [T]` int64: `[T, I]` float32."""
+    ids = ids.contiguous()
+    out = torch.empty(ids.numel(), weight.layout.in_features)
+    cpu_decode.take_rows(ids.data_ptr(), ids.numel(), out.data_ptr(), weight.address)
+    return out
+
+
+def warm_up() -> None:
+    """Compile every kernel, or load it from the disk cache."""
+    layout = VQLayout(64, 32, (Band(0, 32, (Stage(4),)),))
+    weight = VQWeight(
+        layout,
+        codes=((torch.zeros(64, 8, dtype=torch.uint8),),),
+        codebooks=((torch.zeros(256, 4, dtype=torch.int8),),),
+        codebook_scales=((torch.tensor(1.0),),),
+        scales=torch.ones(64, dtype=torch.float16),
+    )
+    packed = pack(weight, "cpu")
+    lookup_linear(torch.zeros(1, 32), packed, None)
+    decode(packed)
+    embedding(torch.zeros(1, dtype=torch.int64), packed)
+
+
+def _float32(x: Tensor) -> Tensor:
+    return x if x.dtype is torch.float32 and x.is_contiguous() else x.float().contiguous()
+
+
+def _decode_into(dense: Tensor, weight: PackedVQ, first: int, last: int) -> None:
+    """Decode the strips first..last of a matrix into `dense`, whose first row is theirs."""
+    # The kernel counts rows from the matrix's start, so it is told where that would lie.
+    origin = dense.data_ptr() - first * STRIP_ROWS * dense.shape[1] * 4
+    address = weight.address
+    _over_strips(
+        lambda low, high: cpu_decode.decode(origin, address, low, high),
+        first,
+        last,
+        (last - first) * STRIP_ROWS * weight.layout.codes_per_row,
+    )
+
+
+def _over_strips(run: Callable[[int, int], None], first: int, last: int, codes: int) -> None:
+    """Cut the strips first..last into equal runs, one a thread, the first on the calling thread.
+
+    Little work (by the number of codes) stays on the calling thread. Runs are multiples of the
+    strips one kernel pass serves, so that no thread works in half passes.
+    """
+    passes = -(-(last - first) // cpu_lookup.WIDE_STRIPS)
+    threads = min(torch.get_num_threads(), passes) if codes >= THREAD_CODES else 1
+    if threads == 1:
+        run(first, last)
+        return
+    cuts = [first + passes * i // threads * cpu_lookup.WIDE_STRIPS for i in range(threads)]
+    cuts.append(last)
+    pool = _pool(os.getpid(), threads)
+    waiting = [pool.submit(run, cuts[i], cuts[i + 1]) for i in range(1, threads)]
+    run(cuts[0], cuts[1])
+    for future in waiting:
+        future.result()
+
+
+@functools.lru_cache(maxsize=1)
+def _pool(process: int, threads: int) -> ThreadPoolExecutor:
+    """Make the worker threads, once a process (threads do not survive a fork) and thread count."""
+    return ThreadPoolExecutor(threads - 1, thread_name_prefix="mgvq-cpu")

@@ -1,0 +1,48 @@
+# mypy: disable-error-code="untyped-decorator"
+"""How the cpu kernels are compiled and reach memory (called by `cpu_lookup` and `cpu_decode`).
+
+They are compiled on first use and kept on disk; arguments are raw addresses, because a call with
+arrays costs more than a small matrix does.
+"""
+
+from __future__ import annotations
+
+import functools
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from numba import njit, types  # noqa: TID253 (this file is made of it)
+from numba.core import cgutils  # noqa: TID253
+from numba.extending import intrinsic  # noqa: TID253
+
+
+def compile_cached(function: Callable[..., Any]) -> Any:
+    """Compile on first call and keep the machine code on disk, where some folder can be written.
+
+    The name it is kept under holds a digest of every cpu file: numba looks at the function's own
+    file only, and code that took its constants from another one must not outlive them.
+    """
+    function.__qualname__ += f"_{_sources_digest():08x}"
+    try:
+        return njit(nogil=True, cache=True)(function)
+    except RuntimeError:  # no writable cache folder
+        return njit(nogil=True)(function)
+
+
+@functools.cache
+def _sources_digest() -> int:
+    """CRC-32 of the files the kernels are made of."""
+    files = sorted(Path(__file__).parent.glob("cpu_*.py"))
+    return zlib.crc32(b"".join(path.read_bytes() for path in files))
+
+
+@intrinsic
+def pointer(typingctx: Any, address: Any) -> Any:
+    """Turn an integer address into an untyped pointer."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.inttoptr(args[0], cgutils.voidptr_t)
+
+    return types.voidptr(types.int64), codegen

@@ -1,0 +1,80 @@
+"""Which code path runs an op: a pure table (called by `ops`, tested without a GPU).
+
+Looks at shapes and at what is installed; touches no device and imports no kernel.
+"""
+
+from __future__ import annotations
+
+from mgvq_kernels.layout import VQLayout
+
+LOOKUP_ROWS = 32
+"""Most rows of x that are looked up where bytes can be permuted (AVX512-VBMI). One Zen 4 core,
+torch 2.13, 2026-11, us, lookup / decode + matmul: 512x256 196 / 229 at 32 rows, 310 / 243 at 64;
+8960x1536 11,800 / 40,900 at 32 rows, 24,000 / 29,950 at 64. More rows are decoded on large
+matrices too: there it is then exact in float32."""
+
+GATHER_ROWS = 4
+"""Most rows of x that are looked up elsewhere, where each code costs a gather. The same core with
+VBMI switched off, us: 1536x256 70 a row, 180 to decode; 1536x8960 2,100 a row, 8,700 to decode."""
+
+TRITON_GEMV_ROWS = 8
+"""Most rows of x the Triton kernel multiplies straight from codes."""
+
+CHOSEN_OPS = ("vq_linear", "vq_dequantize", "vq_embedding")
+"""Ops that have more than the reference path."""
+
+
+def choose_pack(device_type: str, numba_available: bool, triton_available: bool) -> str:
+    """Choose the order a weight is packed in on a device.
+
+    Args:
+        device_type: "cpu", "cuda", ...
+        numba_available: whether the cpu kernels can be compiled.
+        triton_available: whether Triton kernels can be compiled.
+
+    Returns:
+        A name of `layout.BACKENDS`.
+    """
+    if device_type == "cpu" and numba_available:
+        return "cpu"
+    if device_type == "cuda" and triton_available:
+        return "triton"
+    return "reference"
+
+
+def choose_backend(
+    op: str,
+    rows: int,
+    layout: VQLayout,
+    device_type: str,
+    numba_available: bool,
+    triton_available: bool,
+    has_byte_permute: bool = False,
+) -> str:
+    """Choose the path that runs one op.
+
+    Args:
+        op: a name of `CHOSEN_OPS`.
+        rows: rows of x (tokens) the op handles.
+        layout: the weight's layout.
+        device_type: where the weight lives.
+        numba_available: whether the cpu kernels can be compiled.
+        triton_available: whether Triton kernels can be compiled.
+        has_byte_permute: whether the CPU looks 64 codes up at a time.
+
+    Returns:
+        "cpu_lookup" (partial sums, codes only), "cpu_decode" (decode with the cpu kernels, then
+        torch), "triton_gemv", "triton_decode" (the same on a GPU) or "reference".
+
+    Raises:
+        ValueError: if the op is not in `CHOSEN_OPS`.
+    """
+    if op not in CHOSEN_OPS:
+        raise ValueError(f"op must be one of {CHOSEN_OPS}, got {op!r}")
+    order = choose_pack(device_type, numba_available, triton_available)
+    if order == "cpu":
+        most = LOOKUP_ROWS if has_byte_permute else GATHER_ROWS
+        return "cpu_lookup" if op == "vq_linear" and rows <= most else "cpu_decode"
+    if order == "triton":
+        return "triton_gemv" if op == "vq_linear" and rows <= TRITON_GEMV_ROWS else "triton_decode"
+    return "reference"

@@ -1,0 +1,200 @@
+"""Plain torch of every op: the specification, and the fallback on any device (called by `ops`).
+
+Everything is computed in float32 (float64 where the input is float64) and cast once at the end.
+Arguments are not checked here: `ops` does that. Gradients flow to activations; codes have none.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mgvq_kernels.layout import VQLayout, VQWeight
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype an op computes in: float64 stays, the rest is float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def permuted_matrix(weight: VQWeight, dtype: torch.dtype) -> Tensor:
+    """Decode the codes: `[O, I]` in permuted channel order, computed in at least float32."""
+    bands = []
+    wide = compute_dtype(dtype)
+    for b, band in enumerate(weight.layout.bands):
+        total = torch.zeros((), dtype=wide, device=weight.scales.device)
+        for s in range(len(band.stages)):
+            table = weight.codebooks[b][s].to(wide) * weight.codebook_scales[b][s].to(
+                wide
+            )  # [256, d]
+            vectors = F.embedding(weight.codes[b][s].long(), table)  # [O, width/d, d]
+            total = total + vectors.flatten(1)  # [O, width]
+        bands.append(total)
+    matrix = torch.cat(bands, dim=1)  # [O, I]
+    return (matrix * weight.scales.to(wide)[:, None]).to(dtype)
+
+
+def vq_dequantize(weight: VQWeight, dtype: torch.dtype) -> Tensor:
+    """Decode a weight to the dense matrix in original channel order: `[O, I]`."""
+    matrix = permuted_matrix(weight, dtype)
+    if weight.permutation is None:
+        return matrix
+    dense = torch.empty_like(matrix)
+    dense[:, weight.permutation.long()] = matrix
+    return dense
+
+
+def vq_linear(x: Tensor, weight: VQWeight, bias: Tensor | None) -> Tensor:
+    """Multiply `x [..., I]` by a weight `[O, I]`: `[..., O]` in x's dtype."""
+    wide = compute_dtype(x.dtype)
+    dense = vq_dequantize(weight, wide)
+    return F.linear(x.to(wide), dense, None if bias is None else bias.to(wide)).to(x.dtype)
+
+
+def vq_embedding(ids: Tensor, weight: VQWeight, dtype: torch.dtype) -> Tensor:
+    """Decode the rows `ids [T]` of a weight: `[T, I]`."""
+    rows = VQWeight(
+        layout=_with_rows(weight, ids.numel()),
+        codes=tuple(tuple(codes[ids] for codes in stages) for stages in weight.codes),
+        codebooks=weight.codebooks,
+        codebook_scales=weight.codebook_scales,
+        scales=weight.scales[ids],
+        permutation=weight.permutation,
+    )
+    return vq_dequantize(rows, dtype)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Normalise `x [..., D]` by its root mean square and scale by `weight [D]`."""
+    wide = compute_dtype(x.dtype)
+    return F.rms_norm(x.to(wide), (x.shape[-1],), weight.to(wide), eps).to(x.dtype)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Return `(rms_norm(x + residual), x + residual)`."""
+    total = x + residual
+    return rms_norm(total, weight, eps), total
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """Return `silu(first half) * second half` of `gate_up [T, 2F]`: `[T, F]`."""
+    gate, up = gate_up.to(compute_dtype(gate_up.dtype)).chunk(2, dim=-1)  # [T, F] each
+    return (F.silu(gate) * up).to(gate_up.dtype)
+
+
+def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotate `q [T, H, Dh]` and `k [T, Hk, Dh]` by `cos, sin [T, Dh]`, halves paired."""
+    wide = compute_dtype(q.dtype)
+    cos, sin = cos.to(wide).unsqueeze(1), sin.to(wide).unsqueeze(1)  # [T, 1, Dh]
+    both = torch.cat((q, k), dim=1).to(wide)  # [T, H + Hk, Dh]: half the ops of one after the other
+    first, second = both.chunk(2, dim=-1)
+    turned = both * cos + torch.cat((-second, first), dim=-1) * sin
+    heads = q.shape[1]
+    return turned[:, :heads].to(q.dtype), turned[:, heads:].to(k.dtype)
+
+
+def varlen_attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: tuple[int, ...], causal: bool, scale: float
+) -> Tensor:
+    """Attend within each sequence of a flat batch; equal neighbours run as one batched call."""
+    outputs = []
+    start = 0
+    lengths = [end - begin for begin, end in itertools.pairwise(cu_seqlens)]
+    for length, run in itertools.groupby(lengths):
+        count = len(list(run))
+        stop = start + count * length
+        if length:
+            queries, keys, values = (_batched(part[start:stop], count) for part in (q, k, v))
+            outputs.append(_unbatched(_attend(queries, keys, values, None, causal, scale)))
+        start = stop
+    return torch.cat(outputs) if len(outputs) != 1 else outputs[0]  # [T, H, Dh]
+
+
+def write_kv(
+    k: Tensor, v: Tensor, key_cache: Tensor, value_cache: Tensor, slot_mapping: Tensor
+) -> None:
+    """Store `k, v [T, Hk, Dh]` at the flat slots `slot_mapping [T]` of the paged caches."""
+    key_cache.view(-1, *key_cache.shape[2:]).index_copy_(0, slot_mapping, k.to(key_cache.dtype))
+    value_cache.view(-1, *value_cache.shape[2:]).index_copy_(
+        0, slot_mapping, v.to(value_cache.dtype)
+    )
+
+
+def paged_attention(
+    q: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_table: Tensor,
+    cu_seqlens_q: tuple[int, ...],
+    context_lens: tuple[int, ...],
+    scale: float,
+) -> Tensor:
+    """Attend each request's queries to its cached tokens; query i sits at `context - q_len + i`."""
+    outputs = []
+    block_size = key_cache.shape[1]
+    q_lens = [end - begin for begin, end in itertools.pairwise(cu_seqlens_q)]
+    first = 0
+    for (q_len, context), run in itertools.groupby(zip(q_lens, context_lens, strict=True)):
+        count = len(list(run))
+        if q_len:
+            blocks = block_table[first : first + count, : -(-context // block_size)]
+            blocks = blocks.flatten().long()
+            keys = _pages(key_cache, blocks, count, context)  # [n, Hk, S, Dh]
+            values = _pages(value_cache, blocks, count, context)
+            start = cu_seqlens_q[first]
+            queries = _batched(q[start : start + count * q_len], count)  # [n, H, q_len, Dh]
+            causal = q_len == context
+            mask = None if q_len == 1 or causal else _causal_mask(q_len, context, q.device)
+            outputs.append(_unbatched(_attend(queries, keys, values, mask, causal, scale)))
+        first += count
+    return torch.cat(outputs) if len(outputs) != 1 else outputs[0]  # [T, H, Dh]
+
+
+def _with_rows(weight: VQWeight, rows: int) -> VQLayout:
+    return dataclasses.replace(weight.layout, out_features=rows)
+
+
+def _batched(x: Tensor, count: int) -> Tensor:
+    """View `[n * S, H, Dh]` as `[n, H, S, Dh]`."""
+    return x.view(count, -1, *x.shape[1:]).transpose(1, 2)
+
+
+def _unbatched(x: Tensor) -> Tensor:
+    """Flatten `[n, H, S, Dh]` to `[n * S, H, Dh]`."""
+    return x.transpose(1, 2).flatten(0, 1)
+
+
+def _pages(cache: Tensor, blocks: Tensor, count: int, context: int) -> Tensor:
+    """Gather the pages of `count` requests of one length: `[n, Hk, S, Dh]`."""
+    pages = cache.index_select(0, blocks)  # [n * blocks, block_size, Hk, Dh]
+    return pages.view(count, -1, *cache.shape[2:])[:, :context].transpose(1, 2)
+
+
+def _causal_mask(q_len: int, context: int, device: torch.device) -> Tensor:
+    """True where query i may see key j: `[q_len, context]` bool."""
+    places = torch.arange(context - q_len, context, device=device)
+    return torch.arange(context, device=device)[None, :] <= places[:, None]
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float
+) -> Tensor:
+    """Attend on `[n, H, S, Dh]`, grouped heads shared.
+
+    Computed in at least float32; on a GPU in q's dtype, whose kernels accumulate in float32.
+    """
+    wide = q.dtype if q.is_cuda else compute_dtype(q.dtype)
+    out = F.scaled_dot_product_attention(
+        q.to(wide),
+        k.to(wide),
+        v.to(wide),
+        attn_mask=mask,
+        is_causal=causal and q.shape[2] > 1,
+        scale=scale,
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
+    return out.to(q.dtype)

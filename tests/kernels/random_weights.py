@@ -1,0 +1,67 @@
+"""Random quantized matrices, and the decoder in plain Python they are judged by (used by tests)."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from mgvq_kernels.layout import Band, Stage, VQLayout, VQWeight
+
+MIXED = VQLayout(
+    out_features=150,
+    in_features=424,
+    bands=(
+        Band(0, 32, (Stage(1),)),
+        Band(32, 160, (Stage(4), Stage(8))),
+        Band(192, 96, (Stage(2),)),
+        Band(288, 136, (Stage(8), Stage(8), Stage(4))),
+    ),
+    has_permutation=True,
+)
+"""Every vector dimension, one to three stages, a ragged last band, ragged tiles, ragged strips."""
+
+
+def random_weight(layout: VQLayout, seed: int = 0) -> VQWeight:
+    generator = torch.Generator().manual_seed(seed)
+
+    def integers(low: int, high: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        return torch.randint(low, high, shape, generator=generator, dtype=dtype)
+
+    return VQWeight(
+        layout,
+        codes=tuple(
+            tuple(
+                integers(0, 256, layout.code_shape(b, s), torch.uint8)
+                for s in range(len(band.stages))
+            )
+            for b, band in enumerate(layout.bands)
+        ),
+        codebooks=tuple(
+            tuple(integers(-127, 128, (256, s.vector_dim), torch.int8) for s in band.stages)
+            for band in layout.bands
+        ),
+        codebook_scales=tuple(
+            tuple(torch.rand((), generator=generator) for _ in band.stages) for band in layout.bands
+        ),
+        scales=torch.rand(layout.out_features, generator=generator).half() + 0.5,
+        permutation=torch.randperm(layout.in_features, generator=generator).int()
+        if layout.has_permutation
+        else None,
+    )
+
+
+def oracle(weight: VQWeight) -> np.ndarray:
+    """Decode entry by entry, as the format's definition reads: `[O, I]` float64."""
+    layout = weight.layout
+    dense = np.zeros((layout.out_features, layout.in_features))
+    order = range(layout.in_features) if weight.permutation is None else weight.permutation.tolist()
+    for b, band in enumerate(layout.bands):
+        for s, stage in enumerate(band.stages):
+            codes = weight.codes[b][s].tolist()
+            book = weight.codebooks[b][s].double().tolist()
+            scale = weight.codebook_scales[b][s].item()
+            for o in range(layout.out_features):
+                for j in range(band.width):
+                    entry = book[codes[o][j // stage.vector_dim]][j % stage.vector_dim]
+                    dense[o, order[band.start + j]] += scale * entry
+    return dense * weight.scales.double().numpy()[:, None]

@@ -1,0 +1,180 @@
+"""Norms, rope, gating and attention against their definitions in float64."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from mgvq_kernels import ops
+
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+def dense_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, first: int | None, scale: float
+) -> torch.Tensor:
+    """One sequence, softmax written out; query i sees keys up to first + i (None: all)."""
+    q, k, v = (x.double().transpose(0, 1) for x in (q, k, v))  # [H, S, Dh]
+    k, v = (x.repeat_interleave(q.shape[0] // x.shape[0], dim=0) for x in (k, v))
+    scores = q @ k.transpose(1, 2) * scale  # [H, Sq, Sk]
+    if first is not None:
+        seen = torch.arange(k.shape[1]) <= first + torch.arange(q.shape[1])[:, None]
+        scores = scores.masked_fill(~seen, -math.inf)
+    return (scores.softmax(-1) @ v).transpose(0, 1)  # [Sq, H, Dh]
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+def test_rms_norm(dtype: torch.dtype) -> None:
+    x, weight = torch.randn(5, 96).to(dtype) * 3, torch.rand(96).to(dtype)
+    wide = x.double()
+    truth = wide / (wide.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight.double()
+    y = ops.rms_norm(x, weight, 1e-6)
+    assert y.dtype == dtype
+    assert (y - truth).abs().max() <= TOLERANCE[dtype] * truth.abs().max()
+    normed, total = ops.add_rms_norm(x, x, weight, 1e-6)
+    assert torch.equal(total, x + x)
+    assert torch.equal(normed, ops.rms_norm(x + x, weight, 1e-6))
+    # 300 squared passes the largest half: the sum must be taken in float32.
+    assert ops.rms_norm(torch.full((1, 96), 300.0).half(), weight.half(), 1e-6).isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+def test_swiglu(dtype: torch.dtype) -> None:
+    x = torch.randn(3, 64).to(dtype)
+    gate, up = x.double().chunk(2, dim=-1)
+    truth = gate / (1 + (-gate).exp()) * up
+    assert (ops.swiglu(x) - truth).abs().max() <= TOLERANCE[dtype] * truth.abs().max()
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+def test_rope_turns_pairs(dtype: torch.dtype) -> None:
+    """Halves are the real and imaginary part; position 0 changes nothing."""
+    q, k = torch.randn(4, 6, 16).to(dtype), torch.randn(4, 2, 16).to(dtype)
+    angles = torch.arange(4.0)[:, None] * torch.rand(8)
+    cos, sin = angles.cos().repeat(1, 2), angles.sin().repeat(1, 2)
+    for x, y in zip((q, k), ops.rope(q, k, cos, sin), strict=True):
+        turned = torch.complex(*x.double().chunk(2, -1)) * torch.polar(
+            torch.ones(()).double(), angles.double()
+        ).unsqueeze(1)
+        truth = torch.cat((turned.real, turned.imag), dim=-1)
+        assert y.dtype == dtype
+        assert (y - truth).abs().max() <= TOLERANCE[dtype] * truth.abs().max()
+        assert torch.equal(y[0], x[0])
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("lengths", [(7,), (4, 4, 4), (3, 5, 5, 0, 1, 9)])
+def test_varlen_attention(lengths: tuple[int, ...], causal: bool) -> None:
+    offsets = (0, *torch.tensor(lengths).cumsum(0).tolist())
+    q, k, v = (torch.randn(sum(lengths), heads, 16) for heads in (6, 2, 2))
+    y = ops.varlen_attention(q, k, v, offsets, causal, 0.3)
+    for start, end in zip(offsets[:-1], offsets[1:], strict=True):
+        part = slice(start, end)
+        truth = dense_attention(q[part], k[part], v[part], 0 if causal else None, 0.3)
+        torch.testing.assert_close(y[part].double(), truth, rtol=1e-5, atol=1e-5)
+
+
+def test_varlen_attention_is_differentiable() -> None:
+    q, k, v = (torch.randn(6, 2, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    assert torch.autograd.gradcheck(
+        lambda *x: ops.varlen_attention(*x, (0, 2, 6), True, 0.5), (q, k, v)
+    )
+
+
+class Cache:
+    """A paged cache whose unused slots are NaN, with requests at scattered blocks."""
+
+    def __init__(self, lengths: tuple[int, ...], heads: int, dim: int, block_size: int) -> None:
+        self.k = [torch.randn(n, heads, dim) for n in lengths]
+        self.v = [torch.randn(n, heads, dim) for n in lengths]
+        most = max(-(-n // block_size) for n in lengths)
+        blocks = torch.randperm(len(lengths) * most + 3)[: len(lengths) * most]
+        self.table = blocks.view(len(lengths), most).int()
+        shape = (len(lengths) * most + 3, block_size, heads, dim)
+        self.keys, self.values = torch.full(shape, torch.nan), torch.full(shape, torch.nan)
+        for i, n in enumerate(lengths):
+            places = torch.arange(n)
+            slots = self.table[i, places // block_size].long() * block_size + places % block_size
+            ops.write_kv(self.k[i], self.v[i], self.keys, self.values, slots)
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (6, 2), (8, 1)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    ("contexts", "new"),
+    [
+        ((9,), (9,)),
+        ((13, 13, 13), (1, 1, 1)),
+        ((5, 17, 17, 8, 1), (1, 1, 1, 4, 1)),
+        ((16, 20, 20), (16, 7, 7)),
+        ((30, 6, 12), (0, 6, 1)),
+    ],
+)
+def test_paged_attention(
+    contexts: tuple[int, ...], new: tuple[int, ...], dtype: torch.dtype, heads: tuple[int, int]
+) -> None:
+    """Prefill, chunks and decode agree with dense attention; slots past the context are unused."""
+    cache = Cache(contexts, heads[1], 16, block_size=4)
+    q = torch.randn(sum(new), heads[0], 16).to(dtype)
+    offsets = (0, *torch.tensor(new).cumsum(0).tolist())
+    y = ops.paged_attention(q, cache.keys, cache.values, cache.table, offsets, contexts, 0.25)
+    assert y.dtype == dtype
+    for i, (start, end) in enumerate(zip(offsets[:-1], offsets[1:], strict=True)):
+        first = contexts[i] - new[i]
+        truth = dense_attention(q[start:end], cache.k[i], cache.v[i], first, 0.25)
+        torch.testing.assert_close(
+            y[start:end].double(), truth, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype]
+        )
+
+
+def test_chunked_prefill_equals_whole_prefill() -> None:
+    cache = Cache((23,), 2, 16, block_size=8)
+    q = torch.randn(23, 4, 16)
+
+    def attend(start: int, end: int) -> torch.Tensor:
+        part, span = q[start:end], (0, end - start)
+        return ops.paged_attention(part, cache.keys, cache.values, cache.table, span, (end,), 0.25)
+
+    whole = attend(0, 23)
+    chunks = torch.cat([attend(0, 7), attend(7, 16), attend(16, 22), attend(22, 23)])
+    torch.testing.assert_close(chunks, whole, rtol=1e-5, atol=1e-6)
+
+
+def test_wrong_arguments_are_named() -> None:
+    q, k = torch.zeros(4, 4, 8), torch.zeros(4, 2, 8)
+    table, cache = torch.zeros(1, 2, dtype=torch.int32), torch.zeros(3, 4, 2, 8)
+    with pytest.raises(ValueError, match=r"weight must be \[8\], got \[7\]"):
+        ops.rms_norm(q, torch.ones(7), 1e-6)
+    with pytest.raises(ValueError, match="residual must be"):
+        ops.add_rms_norm(q, k, torch.ones(8), 1e-6)
+    with pytest.raises(ValueError, match="odd width"):
+        ops.swiglu(torch.zeros(2, 7))
+    with pytest.raises(ValueError, match="cos and sin"):
+        ops.rope(q, k, torch.zeros(4, 4), torch.zeros(4, 4))
+    with pytest.raises(ValueError, match=r"k must be \[4, Hk, 8\]"):
+        ops.rope(q, k[:3], torch.zeros(4, 8), torch.zeros(4, 8))
+    with pytest.raises(ValueError, match="does not go with k"):
+        ops.varlen_attention(q, torch.zeros(4, 3, 8), torch.zeros(4, 3, 8), (0, 4), True, 1.0)
+    with pytest.raises(ValueError, match="cu_seqlens must run from 0 to 4"):
+        ops.varlen_attention(q, k, k, (0, 3), True, 1.0)
+    with pytest.raises(ValueError, match="cu_seqlens must not fall"):
+        ops.varlen_attention(q, k, k, (0, 3, 2, 4), True, 1.0)
+    with pytest.raises(TypeError, match="slot_mapping must be int64"):
+        ops.write_kv(k, k, cache, cache, torch.zeros(4, dtype=torch.int32))
+    with pytest.raises(ValueError, match="caches must be"):
+        ops.write_kv(k, k, cache, cache[:2], torch.zeros(4, dtype=torch.int64))
+    with pytest.raises(TypeError, match="block_table must be int32"):
+        ops.paged_attention(q, cache, cache, table.long(), (0, 4), (4,), 1.0)
+    with pytest.raises(ValueError, match="request 0: context_len 3 must hold its 4 new"):
+        ops.paged_attention(q, cache, cache, table, (0, 4), (3,), 1.0)
+    with pytest.raises(ValueError, match="fit the 8 slots"):
+        ops.paged_attention(q, cache, cache, table, (0, 4), (9,), 1.0)
+    with pytest.raises(ValueError, match="names 2 requests"):
+        ops.paged_attention(q, cache, cache, table, (0, 2, 4), (4, 4), 1.0)

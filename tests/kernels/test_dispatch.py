@@ -1,0 +1,55 @@
+"""The choice of a code path is a pure table."""
+
+from __future__ import annotations
+
+import pytest
+
+from mgvq_kernels import dispatch
+from mgvq_kernels.layout import VQLayout
+
+LAYOUT = VQLayout.uniform(64, 128, 2)
+
+
+@pytest.mark.parametrize(
+    ("device", "numba", "triton", "order"),
+    [
+        ("cpu", True, True, "cpu"),
+        ("cpu", False, True, "reference"),
+        ("cuda", True, True, "triton"),
+        ("cuda", True, False, "reference"),
+        ("mps", True, True, "reference"),
+    ],
+)
+def test_order_follows_the_device(device: str, numba: bool, triton: bool, order: str) -> None:
+    assert dispatch.choose_pack(device, numba, triton) == order
+
+
+@pytest.mark.parametrize(
+    ("op", "rows", "device", "permute", "path"),
+    [
+        ("vq_linear", 1, "cpu", True, "cpu_lookup"),
+        ("vq_linear", dispatch.LOOKUP_ROWS, "cpu", True, "cpu_lookup"),
+        ("vq_linear", dispatch.LOOKUP_ROWS + 1, "cpu", True, "cpu_decode"),
+        ("vq_linear", dispatch.GATHER_ROWS, "cpu", False, "cpu_lookup"),
+        ("vq_linear", dispatch.GATHER_ROWS + 1, "cpu", False, "cpu_decode"),
+        ("vq_embedding", 1, "cpu", True, "cpu_decode"),
+        ("vq_dequantize", 0, "cpu", True, "cpu_decode"),
+        ("vq_linear", dispatch.TRITON_GEMV_ROWS, "cuda", False, "triton_gemv"),
+        ("vq_linear", dispatch.TRITON_GEMV_ROWS + 1, "cuda", False, "triton_decode"),
+        ("vq_embedding", 1, "cuda", False, "triton_decode"),
+        ("vq_linear", 1, "xpu", False, "reference"),
+    ],
+)
+def test_path_follows_rows(op: str, rows: int, device: str, permute: bool, path: str) -> None:
+    assert dispatch.choose_backend(op, rows, LAYOUT, device, True, True, permute) == path
+
+
+def test_nothing_compiled_means_the_reference() -> None:
+    for op in dispatch.CHOSEN_OPS:
+        for device in ("cpu", "cuda"):
+            assert dispatch.choose_backend(op, 1, LAYOUT, device, False, False) == "reference"
+
+
+def test_an_unknown_op_is_refused() -> None:
+    with pytest.raises(ValueError, match="'vq_conv'"):
+        dispatch.choose_backend("vq_conv", 1, LAYOUT, "cpu", True, True)
