@@ -1,0 +1,82 @@
+"""Images and text in, tokens out: the runtime of MGVQ checkpoints.
+
+In: a checkpoint folder, pictures and messages. Out: text, token by token.
+Start at `mgvq_runtime.llm.LLM.chat`, then `mgvq_runtime.engine.engine.Engine.step`.
+This room never speaks HTTP (that is `mgvq_serve`, in front of it) and never quantizes. Next room
+down: `mgvq_kernels`, the arithmetic. Every name below is resolved on first use (PEP 562), so that
+importing the checkpoint reader does not load the engine.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+_HOME_OF = {
+    "ChatReply": "mgvq_runtime.llm",
+    "Engine": "mgvq_runtime.engine.engine",
+    "EngineConfig": "mgvq_runtime.config",
+    "FinishReason": "mgvq_runtime.request",
+    "LLM": "mgvq_runtime.llm",
+    "MediaLimits": "mgvq_runtime.multimodal.image",
+    "Prompt": "mgvq_runtime.request",
+    "Request": "mgvq_runtime.request",
+    "RequestOutput": "mgvq_runtime.request",
+    "SamplingParams": "mgvq_runtime.request",
+    "TokenLogprob": "mgvq_runtime.request",
+    "add_config_arguments": "mgvq_runtime.config",
+    "config_from_arguments": "mgvq_runtime.config",
+    "decode_data_url": "mgvq_runtime.multimodal.image",
+    "decode_image": "mgvq_runtime.multimodal.image",
+    "demo_checkpoint_path": "mgvq_runtime.assets",
+    "demo_picture_paths": "mgvq_runtime.assets",
+}
+
+if TYPE_CHECKING:
+    from mgvq_runtime.assets import demo_checkpoint_path, demo_picture_paths
+    from mgvq_runtime.config import EngineConfig, add_config_arguments, config_from_arguments
+    from mgvq_runtime.engine.engine import Engine
+    from mgvq_runtime.llm import LLM, ChatReply
+    from mgvq_runtime.multimodal.image import MediaLimits, decode_data_url, decode_image
+    from mgvq_runtime.request import (
+        FinishReason,
+        Prompt,
+        Request,
+        RequestOutput,
+        SamplingParams,
+        TokenLogprob,
+    )
+
+__all__ = [
+    "LLM",
+    "ChatReply",
+    "Engine",
+    "EngineConfig",
+    "FinishReason",
+    "MediaLimits",
+    "Prompt",
+    "Request",
+    "RequestOutput",
+    "SamplingParams",
+    "TokenLogprob",
+    "__version__",
+    "add_config_arguments",
+    "config_from_arguments",
+    "decode_data_url",
+    "decode_image",
+    "demo_checkpoint_path",
+    "demo_picture_paths",
+]
+
+
+def __getattr__(name: str) -> object:
+    """Resolve a public name on first use."""
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'mgvq_runtime' has no attribute {name!r}")
+    value = getattr(import_module(_HOME_OF[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,293 @@
+"""How an engine runs on this machine, as one frozen dataclass (called by every front door).
+
+`EngineConfig` is what a user says; `resolve` settles every "auto" once and gives a
+`ResolvedConfig`. The command line takes flags, defaults and help from the fields below, so each
+default is written once. Model shapes are not here (`models.config`), nor limits on pictures
+(`multimodal.image.MediaLimits`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import difflib
+import inspect
+import textwrap
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields
+from typing import Any
+
+from mgvq_runtime.errors import ConfigError
+
+DEFAULT_MAX_MODEL_LEN = 8192
+MAX_AUTO_KV_CACHE_BYTES_CPU = 1 << 30
+CUDA_HEADROOM_BYTES = 512 << 20
+DTYPES = ("auto", "float32", "float16", "bfloat16")
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Settings of an engine; each field is also a flag of `mgvq-chat` and `mgvq-serve`."""
+
+    checkpoint: str | None = None
+    """Checkpoint folder, quantized or dense; the bundled demonstration model when not given."""
+    device: str = "auto"
+    """Where to run: auto (a GPU if there is one), cpu, cuda or cuda:N."""
+    dtype: str = "auto"
+    """Type of activations: float32, float16, bfloat16, or auto (float32 on a CPU, float16 for a
+    quantized and bfloat16 for a dense checkpoint on a GPU)."""
+    max_model_len: int | None = None
+    """Longest prompt plus answer, in tokens; the model's limit, at most 8192, when not given."""
+    max_num_seqs: int = 8
+    """Most requests that run at the same time; others wait."""
+    max_batch_tokens: int = 1024
+    """Most tokens in one step; longer prompts are read in chunks."""
+    block_size: int = 16
+    """Tokens in one block of the key/value cache."""
+    kv_cache_bytes: int | None = None
+    """Size of the key/value cache; when not given, enough for max_num_seqs full contexts, at most
+    1 GiB on a CPU and what is free on a GPU."""
+    max_image_tokens: int | None = 1280
+    """Most tokens one picture may cost; a larger picture is scaled down."""
+    num_threads: int | None = None
+    """CPU threads for arithmetic; all cores when not given."""
+    seed: int = 0
+    """Seeds the requests that bring no seed of their own."""
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        device = str(self.device)
+        index = device.removeprefix("cuda:")
+        if device not in ("auto", "cpu", "cuda") and not (device != index and index.isdecimal()):
+            raise ConfigError(f"device must be auto, cpu, cuda or cuda:N, got {self.device!r}")
+        for name, low in _LOWEST.items():
+            value = getattr(self, name)
+            if value is None and name in _OPTIONAL:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < low:
+                raise ConfigError(f"{name} must be an integer of at least {low}, got {value!r}")
+        if self.max_batch_tokens < self.max_num_seqs:
+            raise ConfigError(
+                f"max_batch_tokens ({self.max_batch_tokens}) must be at least max_num_seqs "
+                f"({self.max_num_seqs}): every running request takes one token of each step"
+            )
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> EngineConfig:
+        """Build a config from named values.
+
+        Raises:
+            ConfigError: if a name is unknown (the nearest known one is given) or a value is wrong.
+        """
+        known = [field.name for field in fields(cls)]
+        for name in values:
+            if name not in known:
+                raise ConfigError(f"unknown engine setting {name!r}{_nearest(name, known)}")
+        return cls(**values)
+
+
+_LOWEST = {
+    "max_model_len": 2,
+    "max_num_seqs": 1,
+    "max_batch_tokens": 1,
+    "block_size": 1,
+    "kv_cache_bytes": 1,
+    "max_image_tokens": 1,
+    "num_threads": 1,
+    "seed": 0,
+}
+_OPTIONAL = ("max_model_len", "kv_cache_bytes", "max_image_tokens", "num_threads")
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What `resolve` must know of a checkpoint."""
+
+    max_position_embeddings: int
+    is_quantized: bool
+    num_hidden_layers: int
+    num_key_value_heads: int
+    head_dim: int
+
+
+@dataclass(frozen=True)
+class ResolvedConfig:
+    """An `EngineConfig` with nothing left open; the engine reads only this."""
+
+    device: str
+    dtype: str
+    max_model_len: int
+    max_num_seqs: int
+    max_batch_tokens: int
+    block_size: int
+    num_kv_blocks: int
+    """Blocks of the pool, the reserved block 0 included."""
+    seed: int
+
+
+def resolve_device(device: str, num_cuda_devices: int) -> str:
+    """Return "cpu" or "cuda:N" for what the user asked.
+
+    Raises:
+        ConfigError: if a GPU is asked for that is not there.
+    """
+    if device == "auto":
+        return "cuda:0" if num_cuda_devices else "cpu"
+    if device == "cpu":
+        return device
+    index = int(device.removeprefix("cuda").removeprefix(":") or 0)
+    if num_cuda_devices == 0:
+        raise ConfigError(
+            f"device={device!r} was asked for, but torch sees no CUDA device on this machine; "
+            'use device="cpu", or install a CUDA build of torch and a driver'
+        )
+    if index >= num_cuda_devices:
+        raise ConfigError(
+            f"device={device!r} was asked for, but torch sees {num_cuda_devices} CUDA device(s), "
+            f"numbered from 0"
+        )
+    return f"cuda:{index}"
+
+
+def resolve_dtype(dtype: str, device: str, is_quantized: bool) -> str:
+    """Return the name of the torch type that activations and dense weights will have."""
+    if dtype != "auto":
+        return dtype
+    if device == "cpu":
+        return "float32"
+    return "float16" if is_quantized else "bfloat16"
+
+
+def resolve(
+    config: EngineConfig, facts: ModelFacts, device: str, dtype: str, free_bytes: int | None
+) -> ResolvedConfig:
+    """Settle context length and cache size.
+
+    Args:
+        config: What the user said.
+        facts: Shapes of the model.
+        device: From `resolve_device`.
+        dtype: From `resolve_dtype`.
+        free_bytes: Free memory of the GPU after the weights were loaded; None on a CPU.
+
+    Raises:
+        ConfigError: if max_model_len is beyond the model, or the cache cannot hold two blocks.
+    """
+    limit = facts.max_position_embeddings
+    max_model_len = config.max_model_len or min(limit, DEFAULT_MAX_MODEL_LEN)
+    if max_model_len > limit:
+        raise ConfigError(
+            f"max_model_len={max_model_len} is longer than the {limit} positions of this model"
+        )
+    block_bytes = kv_block_bytes(facts, config.block_size, dtype)
+    blocks_per_seq = -(-max_model_len // config.block_size)
+    wanted = (config.max_num_seqs * blocks_per_seq + 1) * block_bytes
+    if config.kv_cache_bytes is not None:
+        budget = config.kv_cache_bytes
+    elif free_bytes is None:
+        budget = min(wanted, MAX_AUTO_KV_CACHE_BYTES_CPU)
+    else:
+        budget = min(wanted, max(free_bytes - CUDA_HEADROOM_BYTES, 0))
+    num_kv_blocks = budget // block_bytes
+    if num_kv_blocks < 2:
+        raise ConfigError(
+            f"the key/value cache needs at least two blocks of {block_bytes} bytes, but only "
+            f"{budget} bytes are there for it: raise kv_cache_bytes or lower block_size"
+        )
+    return ResolvedConfig(
+        device=device,
+        dtype=dtype,
+        max_model_len=max_model_len,
+        max_num_seqs=config.max_num_seqs,
+        max_batch_tokens=config.max_batch_tokens,
+        block_size=config.block_size,
+        num_kv_blocks=num_kv_blocks,
+        seed=config.seed,
+    )
+
+
+def kv_block_bytes(facts: ModelFacts, block_size: int, dtype: str) -> int:
+    """Return the bytes of one block: keys and values of `block_size` tokens in every layer."""
+    element_bytes = 4 if dtype == "float32" else 2
+    per_token = 2 * facts.num_hidden_layers * facts.num_key_value_heads * facts.head_dim
+    return per_token * element_bytes * block_size
+
+
+def add_config_arguments(
+    parser: argparse.ArgumentParser, leave_out: Sequence[str] = ()
+) -> argparse._ArgumentGroup:
+    """Add one flag an `EngineConfig` field; default and help are the field's own.
+
+    Args:
+        parser: Parser that gets a group named "engine".
+        leave_out: Names of fields that get no flag.
+
+    Returns:
+        The group, for more flags beside them.
+    """
+    group = parser.add_argument_group("engine")
+    docs = field_docs(EngineConfig)
+    types = typing.get_type_hints(EngineConfig)
+    for field in fields(EngineConfig):
+        if field.name in leave_out:
+            continue
+        default = None if field.default is MISSING else field.default
+        shown = docs[field.name].rstrip(".")
+        if default is not None:
+            shown += f" (default: {default})"
+        is_integer = int in typing.get_args(types[field.name]) or types[field.name] is int
+        group.add_argument(
+            "--" + field.name.replace("_", "-"),
+            type=int if is_integer else str,
+            default=default,
+            choices=DTYPES if field.name == "dtype" else None,
+            metavar=_METAVARS.get(field.name),
+            help=shown.replace("%", "%%"),
+        )
+    return group
+
+
+_METAVARS = {
+    "checkpoint": "DIR",
+    "device": "DEVICE",
+    "max_model_len": "TOKENS",
+    "max_num_seqs": "N",
+    "max_batch_tokens": "TOKENS",
+    "block_size": "TOKENS",
+    "kv_cache_bytes": "BYTES",
+    "max_image_tokens": "TOKENS",
+    "num_threads": "N",
+    "seed": "N",
+}
+
+
+def config_from_arguments(arguments: argparse.Namespace) -> EngineConfig:
+    """Return the config that the flags of `add_config_arguments` say.
+
+    Raises:
+        ConfigError: if a value is out of range.
+    """
+    names = [field.name for field in fields(EngineConfig)]
+    return EngineConfig(**{n: getattr(arguments, n) for n in names if hasattr(arguments, n)})
+
+
+def field_docs(config_class: type) -> dict[str, str]:
+    """Return the string beneath each field of a dataclass, on one line, by field name."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(config_class)))
+    body = typing.cast(ast.ClassDef, tree.body[0]).body
+    docs = {}
+    for statement, below in zip(body, body[1:], strict=False):
+        if not isinstance(statement, ast.AnnAssign) or not isinstance(statement.target, ast.Name):
+            continue
+        if isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
+            docs[statement.target.id] = " ".join(str(below.value.value).split())
+    return docs
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1)
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    return f"; known ones: {', '.join(known)}"

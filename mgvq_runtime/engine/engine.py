@@ -1,0 +1,255 @@
+"""The engine: requests in, tokens out, one step at a time (called by `llm.LLM` and serve's thread).
+
+Synchronous and single-threaded: whoever calls it owns it. `Engine.step` is the diagram. It decides
+nothing itself: who runs is `scheduler`, the arithmetic is `model_runner`, the choice of a token is
+`sampler`, text and stopping are `output`.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from collections.abc import Sequence as Items
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from mgvq_runtime.cache.block_manager import BlockManager
+from mgvq_runtime.cache.kv_cache import KVCache
+from mgvq_runtime.config import EngineConfig, ResolvedConfig
+from mgvq_runtime.engine.memory import (
+    MemorySummary,
+    decode_bytes,
+    peak_device_bytes,
+    peak_rss_bytes,
+    weights_bytes,
+)
+from mgvq_runtime.engine.model_runner import ModelRunner
+from mgvq_runtime.engine.output import OutputText
+from mgvq_runtime.engine.prompt_check import check_prompt
+from mgvq_runtime.engine.sampler import BAD_ROW, Sample, sample
+from mgvq_runtime.engine.scheduler import Chunk, Scheduler
+from mgvq_runtime.engine.sequence import Sequence
+from mgvq_runtime.engine.startup import model_facts, start
+from mgvq_runtime.errors import ContextLengthError, EngineDeadError, RequestError
+from mgvq_runtime.models.config import Qwen2VLConfig
+from mgvq_runtime.models.qwen2_vl import Qwen2VL
+from mgvq_runtime.multimodal.chat import ChatProcessor
+from mgvq_runtime.request import FinishReason, Request, RequestOutput, TokenLogprob
+from mgvq_runtime.tokenizer import IncrementalDetokenizer, Tokenizer
+
+NOT_FINITE = (
+    "the model's output for this request was not finite (NaN or infinity): the picture, the "
+    "checkpoint or the activation type may be at fault; other requests are not affected"
+)
+
+
+class Engine:
+    """Continuous batching of image-and-text requests over one model."""
+
+    def __init__(
+        self, model: Qwen2VL, chat_processor: ChatProcessor, config: ResolvedConfig
+    ) -> None:
+        """Take a loaded model on `config.device` and allocate the key/value pool.
+
+        Most callers want `Engine.from_checkpoint`.
+        """
+        self.config = config
+        self.model_config: Qwen2VLConfig = model.config
+        self.chat_processor = chat_processor
+        self.tokenizer: Tokenizer = chat_processor.tokenizer
+        device = torch.device(config.device)
+        cache = KVCache(
+            model_facts(model.config, is_quantized=False),
+            config.num_kv_blocks,
+            config.block_size,
+            device,
+            getattr(torch, config.dtype),
+        )
+        self._runner = ModelRunner(model, cache, config)
+        self._blocks = BlockManager(config.num_kv_blocks, config.block_size)
+        self._scheduler = Scheduler(self._blocks, config.max_num_seqs, config.max_batch_tokens)
+        self.max_model_len = min(config.max_model_len, self._blocks.capacity_tokens)
+        """Most tokens of prompt and answer together."""
+        self._sequences: dict[str, Sequence] = {}
+        self._seeds = random.Random(config.seed)
+        self._is_dead = False
+
+    @classmethod
+    def from_checkpoint(
+        cls, path: str | Path | None = None, config: EngineConfig | None = None
+    ) -> Engine:
+        """Load a checkpoint, quantized or dense, and make an engine for it.
+
+        Args:
+            path: Checkpoint folder; None takes `config.checkpoint`, and if that is None too, the
+                bundled demonstration model.
+            config: Settings; None takes the defaults.
+
+        Raises:
+            CheckpointError: if the folder is missing, damaged or not ours.
+            ConfigError: if the settings do not fit this model or this machine.
+        """
+        return cls(*start(path, config or EngineConfig()))
+
+    def add(self, request: Request) -> None:
+        """Queue a request; its tokens come out of later `step`s.
+
+        Raises:
+            ContextLengthError: if prompt and one new token are longer than `max_model_len`.
+            RequestError: if the id is in use or the prompt does not fit the model.
+            EngineDeadError: if an earlier step failed.
+        """
+        self._check_alive()
+        if request.request_id in self._sequences:
+            raise RequestError(
+                f"request id {request.request_id!r} is in use by a request that has not ended",
+                param="request_id",
+            )
+        check_prompt(request, self.model_config)
+        num_prompt_tokens = len(request.prompt.token_ids)
+        if num_prompt_tokens + 1 > self.max_model_len:
+            raise ContextLengthError(num_prompt_tokens, self.max_model_len)
+        params = request.sampling_params
+        max_tokens = min(params.max_tokens, self.max_model_len - num_prompt_tokens)
+        output = OutputText(
+            IncrementalDetokenizer(self.tokenizer),
+            params,
+            self.tokenizer.eos_token_ids,
+            max_tokens,
+        )
+        seed = self._seeds.getrandbits(63) if params.seed is None else params.seed
+        image_token_id = self.model_config.image_token_id
+        sequence = Sequence(request, max_tokens, seed, image_token_id, output)
+        self._scheduler.add(sequence)
+        self._sequences[request.request_id] = sequence
+
+    def step(self) -> list[RequestOutput]:
+        """Run one forward; return what each request that got a token gained, or why it ended."""
+        with self._dies_on_error(), torch.inference_mode():
+            chunks = self._scheduler.schedule()
+            if not chunks:
+                return []
+            self._runner.encode_images(chunks)
+            logits = self._runner.run(chunks)
+            samples = sample(logits, [chunk.sequence for chunk in chunks if chunk.is_sampled])
+            return self._commit(chunks, samples)
+
+    def abort(self, request_id: str) -> RequestOutput | None:
+        """End a request in any state and free what it holds, at once.
+
+        Returns:
+            Its last output, with the text that was held back; None if no such request is left.
+        """
+        sequence = self._sequences.get(request_id)
+        if sequence is None:
+            return None
+        self._end(sequence)
+        return self._output(sequence, sequence.output.flush(), (), FinishReason.ABORT)
+
+    def has_unfinished(self) -> bool:
+        """Whether a request waits or runs, so that `step` has something to do."""
+        return bool(self._sequences)
+
+    @property
+    def num_running(self) -> int:
+        """Requests that hold blocks."""
+        return len(self._scheduler.running)
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that wait for their turn."""
+        return len(self._scheduler.waiting)
+
+    @property
+    def num_preemptions(self) -> int:
+        """How often a request had to give its blocks back and start over."""
+        return self._scheduler.num_preemptions
+
+    @property
+    def kv_usage(self) -> float:
+        """Share of the key/value pool in use, from 0 to 1."""
+        return 1.0 - self._blocks.num_free_blocks / (self._blocks.num_blocks - 1)
+
+    def memory_summary(self) -> MemorySummary:
+        """Return what the engine holds now and the most its process has held."""
+        device = torch.device(self.config.device)
+        return MemorySummary(
+            weights_bytes=weights_bytes(self._runner.model),
+            decode_bytes=decode_bytes(self._runner.model),
+            kv_cache_bytes=self._runner.kv_cache.num_bytes,
+            peak_rss_bytes=peak_rss_bytes(),
+            peak_device_bytes=peak_device_bytes(device),
+        )
+
+    def _commit(self, chunks: Items[Chunk], samples: Items[Sample]) -> list[RequestOutput]:
+        """Write the step down: tokens computed, tokens drawn, requests ended."""
+        for chunk in chunks:
+            chunk.sequence.advance(chunk.end - chunk.start)
+        sampled = [chunk.sequence for chunk in chunks if chunk.is_sampled]
+        return [self._commit_sample(*pair) for pair in zip(sampled, samples, strict=True)]
+
+    def _commit_sample(self, sequence: Sequence, drawn: Sample) -> RequestOutput:
+        if drawn.token_id == BAD_ROW:
+            self._end(sequence)
+            text = sequence.output.flush()
+            return self._output(sequence, text, (), FinishReason.ERROR, error=NOT_FINITE)
+        sequence.token_ids.append(drawn.token_id)
+        text, reason = sequence.output.push(drawn.token_id)
+        if reason is not None:
+            self._end(sequence)
+        return self._output(sequence, text, (drawn,), reason)
+
+    def _output(
+        self,
+        sequence: Sequence,
+        text: str,
+        drawn: tuple[Sample, ...],
+        reason: FinishReason | None,
+        error: str | None = None,
+    ) -> RequestOutput:
+        logprobs = None
+        if sequence.request.sampling_params.logprobs is not None:
+            logprobs = tuple(self._token_logprob(one) for one in drawn)
+        return RequestOutput(
+            request_id=sequence.request_id,
+            text=text,
+            token_ids=tuple(one.token_id for one in drawn),
+            logprobs=logprobs,
+            finish_reason=reason,
+            num_prompt_tokens=sequence.num_prompt_tokens,
+            num_completion_tokens=sequence.num_completion_tokens,
+            num_cached_tokens=0,
+            error=error,
+        )
+
+    def _token_logprob(self, drawn: Sample) -> TokenLogprob:
+        def entry(token_id: int, logprob: float, top: tuple[TokenLogprob, ...]) -> TokenLogprob:
+            raw = self.tokenizer.token_bytes(token_id)
+            return TokenLogprob(token_id, raw.decode("utf-8", "replace"), raw, logprob, top)
+
+        top = tuple(entry(token_id, logprob, ()) for token_id, logprob in drawn.top)
+        return entry(drawn.token_id, drawn.logprob, top)
+
+    def _end(self, sequence: Sequence) -> None:
+        """Free everything a sequence holds; it is forgotten."""
+        self._scheduler.remove(sequence)
+        sequence.reset()
+        del self._sequences[sequence.request_id]
+
+    def _check_alive(self) -> None:
+        if self._is_dead:
+            raise EngineDeadError(
+                "the engine stopped after an error in an earlier step; restart it"
+            )
+
+    @contextmanager
+    def _dies_on_error(self) -> Iterator[None]:
+        """Refuse to go on after a failed step: nobody knows what the cache holds then."""
+        self._check_alive()
+        try:
+            yield
+        except BaseException:
+            self._is_dead = True
+            raise

@@ -1,0 +1,153 @@
+"""Runs the graph on what the scheduler chose (called by `Engine.step`).
+
+Builds one `ForwardBatch` from chunks of sequences, puts picture embeddings in place of their
+placeholders, and returns logits for the rows that need them, and for no other. Who runs is decided
+by `scheduler`, which token comes next by `sampler`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from collections.abc import Sequence as Items
+
+import numpy as np
+import torch
+
+from mgvq_runtime.cache.kv_cache import KVCache
+from mgvq_runtime.config import ResolvedConfig
+from mgvq_runtime.engine.scheduler import Chunk
+from mgvq_runtime.engine.sequence import Sequence
+from mgvq_runtime.layers.forward_batch import ForwardBatch
+from mgvq_runtime.models.qwen2_vl import Qwen2VL
+
+MAX_PATCHES_PER_ENCODE = 5120
+"""Pictures are encoded together up to this many patches: one picture of 1280 tokens."""
+
+
+class ModelRunner:
+    """A model, its key/value pool, and the way from chunks to logits."""
+
+    def __init__(self, model: Qwen2VL, kv_cache: KVCache, config: ResolvedConfig) -> None:
+        """Run `model` over `kv_cache`; both are on the device of `config`, in its type."""
+        self.model = model
+        self.kv_cache = kv_cache
+        self._block_size = config.block_size
+        self._device = torch.device(config.device)
+        self._dtype = getattr(torch, config.dtype)
+
+    def encode_images(self, chunks: Items[Chunk]) -> None:
+        """Fill `image_embeds` of the sequences whose chunk reads a picture not encoded yet."""
+        pending = [
+            (chunk.sequence, index)
+            for chunk in chunks
+            for index in chunk.sequence.images_between(chunk.start, chunk.end)
+            if index not in chunk.sequence.image_embeds
+        ]
+        for group in _groups(pending):
+            images = [sequence.request.prompt.images[index] for sequence, index in group]
+            patches = torch.from_numpy(np.concatenate([image.patches for image in images]))
+            embeds = self.model.encode_images(
+                patches.to(self._device, self._dtype), [image.grid_thw for image in images]
+            )  # [N, D]
+            parts = torch.split(embeds, [image.num_tokens for image in images])
+            for (sequence, index), part in zip(group, parts, strict=True):
+                sequence.image_embeds[index] = part
+
+    def run(self, chunks: Items[Chunk]) -> torch.Tensor:
+        """Run one forward over all chunks.
+
+        Returns:
+            `[R, V]` float32 logits of the R sampled chunks, in order; `[0, 1]` when there are none.
+        """
+        input_ids, batch = self._batch(chunks)
+        embeds = self._embed(chunks, input_ids, batch.cu_seqlens_q)  # [T, D]
+        hidden = self.model(embeds, batch)  # [T, D]
+        ends = batch.cu_seqlens_q[1:]
+        rows = [end - 1 for end, chunk in zip(ends, chunks, strict=True) if chunk.is_sampled]
+        if not rows:
+            return hidden.new_empty((0, 1), dtype=torch.float32)
+        return self.model.logits(hidden if len(rows) == len(hidden) else hidden[rows])
+
+    def _batch(self, chunks: Items[Chunk]) -> tuple[torch.Tensor, ForwardBatch]:
+        """Lay the chunks end to end; returns token ids `[T]` int64 and what the layers need."""
+        cu_seqlens = [0]
+        for chunk in chunks:
+            cu_seqlens.append(cu_seqlens[-1] + chunk.end - chunk.start)
+        packed = np.empty((5, cu_seqlens[-1]), dtype=np.int64)  # ids, 3 positions, slot
+        width = max(-(-chunk.end // self._block_size) for chunk in chunks)
+        table = np.zeros((len(chunks), width), dtype=np.int32)  # [R, max_blocks]
+        for row, chunk in enumerate(chunks):
+            blocks = chunk.sequence.block_table[:width]
+            table[row, : len(blocks)] = blocks
+            columns = packed[:, cu_seqlens[row] : cu_seqlens[row + 1]]
+            if chunk.end - chunk.start == 1:
+                self._fill_one(columns, chunk.sequence, chunk.start)
+            else:
+                self._fill_many(columns, chunk, table[row])
+        tensors = torch.from_numpy(packed).to(self._device)
+        batch = ForwardBatch(
+            positions=tensors[1:4],
+            cu_seqlens_q=tuple(cu_seqlens),
+            context_lens=tuple(chunk.end for chunk in chunks),
+            block_table=torch.from_numpy(table).to(self._device),
+            slot_mapping=tensors[4],
+            kv_cache=self.kv_cache.layers,
+        )
+        return tensors[0], batch
+
+    def _fill_one(self, columns: np.ndarray, sequence: Sequence, index: int) -> None:
+        """Write id, positions and slot of one token, without an array in between."""
+        prompt = sequence.request.prompt
+        block, offset = divmod(index, self._block_size)
+        columns[0, 0] = sequence.token_ids[index]
+        if index < sequence.num_prompt_tokens:
+            columns[1:4, 0] = prompt.positions[:, index]
+        else:
+            columns[1:4, 0] = index + prompt.position_delta
+        columns[4, 0] = sequence.block_table[block] * self._block_size + offset
+
+    def _fill_many(self, columns: np.ndarray, chunk: Chunk, blocks: np.ndarray) -> None:
+        sequence, start, end = chunk.sequence, chunk.start, chunk.end
+        prompt = sequence.request.prompt
+        indices = np.arange(start, end)
+        columns[0] = sequence.token_ids[start:end]
+        columns[1:4] = indices + prompt.position_delta
+        from_prompt = prompt.positions[:, start:end]  # [3, at most end - start]
+        columns[1:4, : from_prompt.shape[1]] = from_prompt
+        columns[4] = blocks[indices // self._block_size] * self._block_size
+        columns[4] += indices % self._block_size
+
+    def _embed(
+        self, chunks: Items[Chunk], input_ids: torch.Tensor, cu_seqlens: Items[int]
+    ) -> torch.Tensor:
+        """Return token embeddings with those of pictures in their places; `[T, D]`."""
+        embeds = self.model.embed(input_ids)
+        for begin, chunk in zip(cu_seqlens, chunks, strict=False):
+            sequence = chunk.sequence
+            low, high = sequence.placeholder_range(chunk.start, chunk.end)
+            if low == high:
+                continue
+            pictures = sequence.images_between(chunk.start, chunk.end)
+            rows = torch.cat([sequence.image_embeds[index] for index in pictures])
+            first = low - (int(sequence.image_ends[pictures[0] - 1]) if pictures[0] else 0)
+            places = sequence.placeholders[low:high] - chunk.start + begin
+            index = torch.from_numpy(places).to(self._device)
+            embeds[index] = rows[first : first + high - low].to(embeds.dtype)
+        return embeds
+
+
+def _groups(
+    pending: Iterable[tuple[Sequence, int]],
+) -> Iterable[list[tuple[Sequence, int]]]:
+    """Split pictures into runs of at most MAX_PATCHES_PER_ENCODE patches, one picture at least."""
+    group: list[tuple[Sequence, int]] = []
+    num_patches = 0
+    for sequence, index in pending:
+        size = len(sequence.request.prompt.images[index].patches)
+        if group and num_patches + size > MAX_PATCHES_PER_ENCODE:
+            yield group
+            group, num_patches = [], 0
+        group.append((sequence, index))
+        num_patches += size
+    if group:
+        yield group

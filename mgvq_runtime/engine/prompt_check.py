@@ -1,0 +1,52 @@
+"""Does a prompt fit the model it is meant for (called by `Engine.add`).
+
+What passes here can be run: an error inside a step would end the engine for everybody. Lengths
+against the context are checked by `Engine.add` itself.
+"""
+
+from __future__ import annotations
+
+from mgvq_runtime.errors import RequestError
+from mgvq_runtime.models.config import Qwen2VLConfig
+from mgvq_runtime.request import Request
+
+
+def check_prompt(request: Request, config: Qwen2VLConfig) -> None:
+    """Refuse a prompt that the graph could only fail on.
+
+    Raises:
+        RequestError: if it is empty, a token id is outside the vocabulary, or its placeholders,
+            positions and pictures do not agree.
+    """
+    prompt = request.prompt
+    num_tokens = len(prompt.token_ids)
+    if not num_tokens:
+        raise RequestError("the prompt is empty: it needs at least one token", param="messages")
+    vocab_size = config.text_config.vocab_size
+    low, high = min(prompt.token_ids), max(prompt.token_ids)
+    if low < 0 or high >= vocab_size:
+        wrong = low if low < 0 else high
+        raise RequestError(
+            f"token id {wrong} is outside the vocabulary of {vocab_size}", param="prompt"
+        )
+    if prompt.positions.shape != (3, num_tokens):
+        raise RequestError(
+            f"positions must be [3, {num_tokens}], got {list(prompt.positions.shape)}",
+            param="prompt",
+        )
+    merge = config.vision_config.spatial_merge_size
+    for index, image in enumerate(prompt.images):
+        t, h, w = image.grid_thw
+        if len(image.patches) != t * h * w or t * h * w != image.num_tokens * merge**2:
+            raise RequestError(
+                f"picture {index} has {len(image.patches)} patches in a grid of {t}x{h}x{w} for "
+                f"{image.num_tokens} tokens; each token takes {merge**2} patches",
+                param="messages",
+            )
+    wanted = sum(image.num_tokens for image in prompt.images)
+    found = prompt.token_ids.count(config.image_token_id) if prompt.images else 0
+    if wanted != found:
+        raise RequestError(
+            f"the prompt has {found} picture placeholders for pictures of {wanted} tokens",
+            param="messages",
+        )

@@ -1,0 +1,118 @@
+"""The engine's running account of one request (made by `engine.Engine.add`).
+
+Tokens known, tokens whose keys and values are cached, blocks held, text released. Who runs next is
+the scheduler's decision, tensors belong to the model runner: this file imports no torch.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from mgvq_runtime.request import Request
+
+if TYPE_CHECKING:
+    import torch
+
+    from mgvq_runtime.engine.output import OutputText
+
+
+class Sequence:
+    """One request while it waits or runs."""
+
+    __slots__ = (
+        "_last_placeholder",
+        "block_table",
+        "image_embeds",
+        "image_ends",
+        "max_tokens",
+        "num_computed",
+        "num_prompt_tokens",
+        "output",
+        "placeholders",
+        "request",
+        "request_id",
+        "seed",
+        "token_ids",
+    )
+
+    def __init__(
+        self,
+        request: Request,
+        max_tokens: int,
+        seed: int,
+        image_token_id: int | None,
+        output: OutputText,
+    ) -> None:
+        """Start a waiting sequence.
+
+        Args:
+            request: What was asked.
+            max_tokens: Tokens to generate, already clamped to the context.
+            seed: Key of this request's random numbers.
+            image_token_id: The placeholder, None for a model that takes no pictures.
+            output: What turns its tokens into text.
+        """
+        prompt = request.prompt
+        self.request = request
+        self.request_id = request.request_id
+        self.token_ids = list(prompt.token_ids)
+        self.num_prompt_tokens = len(self.token_ids)
+        self.max_tokens = max_tokens
+        self.seed = seed
+        self.num_computed = 0
+        self.block_table: list[int] = []
+        self.output = output
+        ids = np.asarray(self.token_ids, dtype=np.int64)
+        self.placeholders: npt.NDArray[np.int64] = (
+            np.flatnonzero(ids == image_token_id) if prompt.images else ids[:0]
+        )
+        """Indices of the prompt tokens that stand for pictures, ascending."""
+        self._last_placeholder = int(self.placeholders[-1]) if len(self.placeholders) else -1
+        self.image_ends: npt.NDArray[np.int64] = np.cumsum(
+            [image.num_tokens for image in prompt.images], dtype=np.int64
+        )
+        """One past each picture's last placeholder, counted in placeholders."""
+        self.image_embeds: dict[int, torch.Tensor] = {}
+        """`[num_tokens, D]` by picture, for those whose placeholders are being read."""
+
+    @property
+    def num_remaining(self) -> int:
+        """Known tokens whose keys and values are not cached yet."""
+        return len(self.token_ids) - self.num_computed
+
+    @property
+    def num_completion_tokens(self) -> int:
+        """Tokens generated so far."""
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    def placeholder_range(self, start: int, end: int) -> tuple[int, int]:
+        """Return which placeholders, counted from 0, lie in tokens `start` to `end`."""
+        if start > self._last_placeholder:
+            return len(self.placeholders), len(self.placeholders)
+        low, high = np.searchsorted(self.placeholders, (start, end))
+        return int(low), int(high)
+
+    def images_between(self, start: int, end: int) -> range:
+        """Return the indices of the pictures that have a placeholder in tokens `start` to `end`."""
+        low, high = self.placeholder_range(start, end)
+        if low == high:
+            return range(0)
+        first = int(np.searchsorted(self.image_ends, low, side="right"))
+        last = int(np.searchsorted(self.image_ends, high - 1, side="right"))
+        return range(first, last + 1)
+
+    def advance(self, num_tokens: int) -> None:
+        """Note that `num_tokens` more tokens are cached; drop pictures read to their end."""
+        self.num_computed += num_tokens
+        if self.image_embeds:
+            done = self.placeholder_range(0, self.num_computed)[1]
+            for index in [i for i in self.image_embeds if self.image_ends[i] <= done]:
+                del self.image_embeds[index]
+
+    def reset(self) -> None:
+        """Forget what was computed: tokens, text and seed stay, all else is made again."""
+        self.num_computed = 0
+        self.image_embeds.clear()

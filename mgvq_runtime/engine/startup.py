@@ -1,0 +1,96 @@
+"""From a folder to a loaded model with every setting settled (called by `Engine.from_checkpoint`).
+
+Order: device and type, weights, then on a GPU a real worst case is run and measured, and the
+key/value pool gets what is left. Nothing is served here.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from mgvq_runtime.assets import demo_checkpoint_path
+from mgvq_runtime.checkpoint.reader import open_checkpoint
+from mgvq_runtime.config import (
+    EngineConfig,
+    ModelFacts,
+    ResolvedConfig,
+    resolve,
+    resolve_device,
+    resolve_dtype,
+)
+from mgvq_runtime.layers.forward_batch import ForwardBatch
+from mgvq_runtime.models.config import Qwen2VLConfig
+from mgvq_runtime.models.loading import fill_model
+from mgvq_runtime.models.qwen2_vl import Qwen2VL
+from mgvq_runtime.models.registry import find_family
+from mgvq_runtime.multimodal.chat import ChatProcessor
+from mgvq_runtime.tokenizer import Tokenizer
+
+
+def start(
+    path: str | Path | None, config: EngineConfig
+) -> tuple[Qwen2VL, ChatProcessor, ResolvedConfig]:
+    """Load model and processors and resolve the settings.
+
+    Args:
+        path: Checkpoint folder; None takes the config's, then the bundled one.
+        config: What the user said.
+
+    Raises:
+        CheckpointError: if the folder is missing, damaged or not ours.
+        ConfigError: if the settings do not fit this model or this machine.
+    """
+    folder = Path(path or config.checkpoint or demo_checkpoint_path())
+    if config.num_threads is not None:
+        torch.set_num_threads(config.num_threads)
+    device = resolve_device(config.device, torch.cuda.device_count())
+    checkpoint = open_checkpoint(folder)
+    is_quantized = checkpoint.quantization is not None
+    dtype = resolve_dtype(config.dtype, device, is_quantized)
+    image_processor = find_family(checkpoint.config).image_processor
+    model = fill_model(checkpoint, device, getattr(torch, dtype))
+    processor = ChatProcessor(
+        Tokenizer.from_folder(folder),
+        image_processor.from_folder(folder, config.max_image_tokens),
+        model.config,
+    )
+    free_bytes = None
+    if device != "cpu":
+        run_worst_case(model, config, torch.device(device))
+        torch.cuda.synchronize(device)
+        free_bytes = torch.cuda.mem_get_info(device)[0]
+    facts = model_facts(model.config, is_quantized)
+    return model, processor, resolve(config, facts, device, dtype, free_bytes)
+
+
+def model_facts(config: Qwen2VLConfig, is_quantized: bool) -> ModelFacts:
+    """Return what `config.resolve` must know of a model."""
+    text = config.text_config
+    return ModelFacts(
+        max_position_embeddings=text.max_position_embeddings,
+        is_quantized=is_quantized,
+        num_hidden_layers=text.num_hidden_layers,
+        num_key_value_heads=text.num_key_value_heads,
+        head_dim=text.head_dim,
+    )
+
+
+@torch.inference_mode()
+def run_worst_case(model: Qwen2VL, config: EngineConfig, device: torch.device) -> None:
+    """Encode the largest picture and run the longest chunk, without a cache.
+
+    torch keeps the memory that this took, so what is free afterwards is free for good.
+    """
+    dtype = next(model.parameters()).dtype
+    vision = model.config.vision_config
+    merge = vision.spatial_merge_size
+    num_tokens = config.max_image_tokens or config.max_batch_tokens
+    patches = torch.zeros(num_tokens * merge**2, vision.patch_dim, dtype=dtype, device=device)
+    model.encode_images(patches, [(1, merge, num_tokens * merge)])
+    T = config.max_batch_tokens
+    positions = torch.arange(T, device=device).expand(3, T)  # [3, T]
+    embeds = model.embed(torch.zeros(T, dtype=torch.int64, device=device))  # [T, D]
+    hidden = model(embeds, ForwardBatch.of_sequence(positions))  # [T, D]
+    model.logits(hidden[: config.max_num_seqs])

@@ -1,0 +1,111 @@
+"""Takes the pictures out of a conversation (called by `llm.LLM`).
+
+Data URLs, files and PIL images are read here, the network never. Decoding within limits is
+`multimodal.image`, what becomes of the pixels `multimodal.processors`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+from urllib.request import url2pathname
+
+from PIL import Image, ImageOps
+
+from mgvq_runtime.errors import ImageError, RequestError
+from mgvq_runtime.multimodal.image import MediaLimits, decode_data_url, decode_image, to_rgb
+
+Message = Mapping[str, Any]
+"""{"role": ..., "content": text, or a list of text and image parts}, as in OpenAI's chat API."""
+
+
+def take_pictures(
+    messages: Sequence[Message], limits: MediaLimits
+) -> tuple[list[Message], list[Image.Image]]:
+    """Read the pictures of a conversation and leave `{"type": "image"}` in their places.
+
+    All else stays as it is: `multimodal.chat` says what is wrong with it.
+
+    Args:
+        messages: Messages whose content is text or a list of parts. A picture is a part
+            `{"type": "image_url", "image_url": {"url": data URL, file:// URL or path}}` or
+            `{"type": "image", "image": PIL image or path}`.
+        limits: How large a picture may be.
+
+    Returns:
+        The messages without pictures, and the pictures in order, RGB.
+
+    Raises:
+        RequestError: if an image part has another form.
+        ImageError: if a picture cannot be read.
+    """
+    pictures: list[Image.Image] = []
+    cleaned: list[Message] = []
+    for message in messages:
+        parts = message.get("content") if isinstance(message, Mapping) else None
+        if isinstance(parts, list | tuple):
+            parts = [_take_part(part, limits, pictures) for part in parts]
+            message = {**message, "content": parts}
+        cleaned.append(message)
+    return cleaned, pictures
+
+
+def _take_part(part: Any, limits: MediaLimits, pictures: list[Image.Image]) -> Any:
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    if kind == "image_url":
+        source = part.get("image_url")
+        url = source.get("url") if isinstance(source, Mapping) else source
+        if isinstance(source, Mapping) and source.get("detail") not in (None, "auto"):
+            raise RequestError("image_url.detail is not supported, leave it out", param="messages")
+        if not isinstance(url, str):
+            raise RequestError('an image_url part needs {"url": ...}', param="messages")
+        pictures.append(open_picture(url, limits))
+    elif kind == "image":
+        pictures.append(open_picture(part.get("image"), limits))
+    else:
+        return part
+    return {"type": "image"}
+
+
+def open_picture(source: Any, limits: MediaLimits) -> Image.Image:
+    """Return a picture as RGB.
+
+    Args:
+        source: A PIL image, a path, a `file://` URL or a data URL.
+        limits: How large it may be.
+
+    Raises:
+        RequestError: if the source is of another kind, such as an http URL.
+        ImageError: if it cannot be read or decoded.
+    """
+    if isinstance(source, Image.Image):
+        return to_rgb(ImageOps.exif_transpose(source))
+    if isinstance(source, Path):
+        return _open_file(source, limits)
+    if not isinstance(source, str):
+        raise RequestError(
+            f"a picture must be a PIL image, a path or a URL, got {type(source).__name__}",
+            param="messages",
+        )
+    scheme = source.partition(":")[0].lower()
+    if scheme == "data":
+        return decode_data_url(source, limits)
+    if scheme in ("http", "https"):
+        raise RequestError(
+            "pictures are not fetched from the network here: download the file and give its path",
+            param="messages",
+        )
+    if scheme == "file":
+        return _open_file(Path(url2pathname(urlparse(source).path)), limits)
+    return _open_file(Path(source), limits)
+
+
+def _open_file(path: Path, limits: MediaLimits) -> Image.Image:
+    try:
+        with path.open("rb") as file:
+            data = file.read(limits.max_image_bytes + 1)
+    except OSError as error:
+        raise ImageError(f"cannot read the picture {path}: {error.strerror}") from None
+    return decode_image(data, limits)

@@ -1,0 +1,183 @@
+"""What a request asks and what it gets back (shared by the chat processor, the engine and serve).
+
+Plain values only: no tensors of torch, no model, no file. Images arrive here as patches, already
+decoded and cut by `mgvq_runtime.multimodal`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mgvq_runtime.errors import RequestError
+
+MAX_LOGPROBS = 20
+MAX_STOP_STRINGS = 16
+MAX_SEED = 2**63 - 1
+
+
+@dataclass(frozen=True, eq=False)
+class ImageInput:
+    """One picture, ready for the vision tower."""
+
+    patches: npt.NDArray[np.float32]
+    """`[P, C*temporal*patch*patch]` float32, in the order the family's vision tower expects."""
+    grid_thw: tuple[int, int, int]
+    """Patches along time, height and width; their product is P."""
+    num_tokens: int
+    """Placeholders this picture takes in the prompt."""
+
+
+@dataclass(frozen=True, eq=False)
+class Prompt:
+    """Token ids with placeholders expanded, the pictures behind them, positions of all tokens."""
+
+    token_ids: list[int]
+    images: tuple[ImageInput, ...]
+    positions: npt.NDArray[np.int64]
+    """`[3, T]` int64: time, height and width position of each prompt token."""
+    position_delta: int
+    """Position of the first generated token minus the number of prompt tokens."""
+
+    @classmethod
+    def from_token_ids(cls, token_ids: list[int]) -> Prompt:
+        """Return a prompt of text alone: positions count up, on all three axes alike."""
+        axis = np.arange(len(token_ids), dtype=np.int64)
+        return cls(list(token_ids), (), np.stack([axis, axis, axis]), 0)
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How the next token is chosen and when to stop.
+
+    Raises:
+        RequestError: if a field is out of range; `.param` names the field.
+    """
+
+    max_tokens: int = 128
+    """Most tokens to generate; clamped to what is left of the context."""
+    temperature: float = 1.0
+    """0 is greedy: the most probable token, always."""
+    top_p: float = 1.0
+    """Keep the smallest set of tokens whose probability reaches this."""
+    top_k: int = 0
+    """Keep this many tokens; 0 or -1 keeps all."""
+    min_p: float = 0.0
+    """Drop tokens less probable than this share of the most probable one."""
+    seed: int | None = None
+    """The same seed, prompt and parameters give the same text, whatever else is running."""
+    stop: tuple[str, ...] = ()
+    """Strings that end the answer; the text ends before them."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Token ids that end the answer, besides the model's own end tokens."""
+    ignore_eos: bool = False
+    """Go on past the model's end token, up to max_tokens."""
+    logprobs: int | None = None
+    """None: off. 0: of the chosen token. n: also of the n most probable tokens."""
+
+    def __post_init__(self) -> None:
+        _check_int("max_tokens", self.max_tokens, 1, None)
+        _check_float("temperature", self.temperature, 0.0, 100.0)
+        _check_float("top_p", self.top_p, 0.0, 1.0)
+        if self.top_p == 0.0:
+            raise RequestError("top_p must be greater than 0 and at most 1, got 0", param="top_p")
+        _check_int("top_k", self.top_k, -1, None)
+        _check_float("min_p", self.min_p, 0.0, 1.0)
+        if self.seed is not None:
+            _check_int("seed", self.seed, -MAX_SEED - 1, MAX_SEED)
+        if self.logprobs is not None:
+            _check_int("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+        object.__setattr__(self, "stop", tuple(self.stop))
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        if len(self.stop) > MAX_STOP_STRINGS:
+            raise RequestError(
+                f"stop takes at most {MAX_STOP_STRINGS} strings, got {len(self.stop)}", param="stop"
+            )
+        for text in self.stop:
+            if not isinstance(text, str) or not text:
+                raise RequestError(
+                    f"stop must hold strings that are not empty, got {text!r}", param="stop"
+                )
+        for token_id in self.stop_token_ids:
+            _check_int("stop_token_ids", token_id, 0, None)
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the most probable token is taken without drawing."""
+        return self.temperature == 0.0
+
+
+class FinishReason(Enum):
+    """Why a request ended; the value is the word on the wire."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """One question to the engine."""
+
+    request_id: str
+    """Unique among the requests that have not ended."""
+    prompt: Prompt
+    sampling_params: SamplingParams
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """Natural-log probability of one token under the model's unfiltered distribution."""
+
+    token_id: int
+    token: str
+    """The token as text; a part of a character decodes to the replacement character."""
+    bytes: bytes
+    """The token's own bytes: joined over tokens they are valid UTF-8."""
+    logprob: float
+    top: tuple[TokenLogprob, ...] = ()
+    """The most probable tokens at this place, best first; empty for the entries inside `top`."""
+
+
+@dataclass(frozen=True)
+class RequestOutput:
+    """What one step adds to one request."""
+
+    request_id: str
+    text: str
+    """Text that can no longer change, since the last output of this request."""
+    token_ids: tuple[int, ...]
+    """Tokens generated since the last output, an end token included."""
+    logprobs: tuple[TokenLogprob, ...] | None
+    """One entry a token of `token_ids`, or None where they were not asked for."""
+    finish_reason: FinishReason | None
+    """None while the request goes on; the last output of a request has one."""
+    num_prompt_tokens: int
+    num_completion_tokens: int
+    num_cached_tokens: int
+    """Prompt tokens whose keys and values were already in the cache."""
+    error: str | None = None
+    """What went wrong, where finish_reason is ERROR."""
+
+
+def _check_int(name: str, value: Any, low: int, high: int | None) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise RequestError(f"{name} must be an integer, got {value!r}", param=name)
+    if value < low or (high is not None and value > high):
+        allowed = f"at least {low}" if high is None else f"from {low} to {high}"
+        raise RequestError(f"{name} must be {allowed}, got {value}", param=name)
+
+
+def _check_float(name: str, value: Any, low: float, high: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise RequestError(f"{name} must be a number, got {value!r}", param=name)
+    if not math.isfinite(value) or not low <= value <= high:
+        raise RequestError(f"{name} must be from {low:g} to {high:g}, got {value}", param=name)

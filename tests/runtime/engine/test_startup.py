@@ -1,0 +1,82 @@
+"""From a folder to an engine: settings, the bundled model, the worst case, a GPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mgvq_runtime import assets
+from mgvq_runtime.config import EngineConfig
+from mgvq_runtime.engine.engine import Engine
+from mgvq_runtime.engine.startup import run_worst_case, start
+from mgvq_runtime.errors import CheckpointError, ConfigError
+from tests.runtime.engine.engine_runs import prompts, run, tokens
+
+
+def test_settings_reach_the_engine(tiny_qwen2_vl_folder: Path) -> None:
+    config = EngineConfig(
+        checkpoint=str(tiny_qwen2_vl_folder),
+        device="cpu",
+        dtype="bfloat16",
+        max_model_len=64,
+        max_num_seqs=3,
+        max_image_tokens=6,
+        num_threads=1,
+    )
+    engine = Engine.from_checkpoint(config=config)
+    assert (engine.config.device, engine.config.dtype) == ("cpu", "bfloat16")
+    assert (engine.max_model_len, engine.config.max_num_seqs) == (64, 3)
+    assert {p.dtype for p in engine._runner.model.parameters()} == {torch.bfloat16}
+    large = prompts(engine)[2].images[0]
+    assert large.num_tokens <= 6
+    found = run(engine, prompts(engine)[:2])
+    assert [len(tokens(outputs)) for outputs in found.values()] == [12, 12]
+
+
+def test_without_a_checkpoint_the_bundled_one_is_taken(
+    tiny_qwen2_vl_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(assets, "ASSETS", tmp_path)
+    with pytest.raises(CheckpointError, match="--checkpoint"):
+        Engine.from_checkpoint()
+    (tmp_path / "demo").symlink_to(tiny_qwen2_vl_folder, target_is_directory=True)
+    engine = Engine.from_checkpoint(config=EngineConfig(device="cpu", max_model_len=64))
+    assert engine.model_config.text_config.hidden_size == 64
+
+
+def test_a_gpu_that_is_not_there_is_named(
+    tiny_qwen2_vl_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(ConfigError, match="sees no CUDA device"):
+        start(tiny_qwen2_vl_folder, EngineConfig(device="cuda"))
+
+
+def test_the_worst_case_runs_as_large_as_it_says(
+    loaded_tiny_model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = loaded_tiny_model[0]
+    seen = []
+    encode, forward = model.encode_images, type(model).forward
+    monkeypatch.setattr(model, "encode_images", lambda p, g: seen.append(len(p)) or encode(p, g))
+    monkeypatch.setattr(
+        type(model), "forward", lambda self, x, b: seen.append(len(x)) or forward(self, x, b)
+    )
+    config = EngineConfig(max_image_tokens=12, max_batch_tokens=33)
+    run_worst_case(model, config, torch.device("cpu"))
+    assert seen == [48, 33]
+
+
+@pytest.mark.gpu
+def test_a_gpu_gives_the_text_of_the_cpu(tiny_qwen2_vl_folder: Path) -> None:
+    config = EngineConfig(device="cuda", dtype="float32", max_model_len=512)
+    on_gpu = Engine.from_checkpoint(tiny_qwen2_vl_folder, config)
+    on_cpu = Engine.from_checkpoint(tiny_qwen2_vl_folder, EngineConfig(device="cpu"))
+    found, expected = run(on_gpu, prompts(on_gpu)), run(on_cpu, prompts(on_cpu))
+    assert {k: tokens(v) for k, v in found.items()} == {k: tokens(v) for k, v in expected.items()}
+    peak = on_gpu.memory_summary().peak_device_bytes
+    assert peak is not None
+    assert peak > 0

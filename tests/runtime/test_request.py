@@ -1,0 +1,59 @@
+"""Sampling parameters: every field is checked and named."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mgvq_runtime.errors import RequestError
+from mgvq_runtime.request import Prompt, SamplingParams
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("max_tokens", 0),
+        ("max_tokens", 1.5),
+        ("max_tokens", True),
+        ("temperature", -0.1),
+        ("temperature", math.nan),
+        ("temperature", "hot"),
+        ("top_p", 0.0),
+        ("top_p", 1.01),
+        ("top_k", -2),
+        ("top_k", 2.0),
+        ("min_p", -0.5),
+        ("seed", 2**63),
+        ("seed", "lucky"),
+        ("logprobs", -1),
+        ("logprobs", 21),
+        ("stop", ("",)),
+        ("stop", tuple("abcdefghijklmnopq")),
+        ("stop_token_ids", (-1,)),
+        ("stop_token_ids", ("a",)),
+    ],
+)
+def test_a_value_out_of_range_is_refused_by_name(field: str, value: Any) -> None:
+    with pytest.raises(RequestError, match=field) as caught:
+        SamplingParams(**{field: value})
+    assert caught.value.param == field
+
+
+def test_edges_of_the_ranges_are_taken() -> None:
+    params = SamplingParams(top_p=1.0, top_k=-1, min_p=1.0, seed=-(2**63), logprobs=20)
+    assert not params.is_greedy
+    assert SamplingParams(temperature=0).is_greedy
+
+
+def test_stop_takes_one_string_or_a_list() -> None:
+    assert SamplingParams(stop="END").stop == ("END",)  # type: ignore[arg-type]
+    assert SamplingParams(stop=["a", "b"]).stop == ("a", "b")  # type: ignore[arg-type]
+
+
+def test_a_text_prompt_counts_up_on_all_axes() -> None:
+    prompt = Prompt.from_token_ids([7, 8, 9])
+    np.testing.assert_array_equal(prompt.positions, [[0, 1, 2]] * 3)
+    assert (prompt.position_delta, prompt.images) == (0, ())
