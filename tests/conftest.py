@@ -1,4 +1,4 @@
-"""What every test shares: one torch thread, no network, and the reason why a GPU test is skipped."""
+"""What every test shares: one torch thread, no network, why a GPU test is skipped."""
 
 from __future__ import annotations
 

@@ -88,9 +88,8 @@ def _emit_accumulate(builder: Any, args: Any, strips: int) -> None:
     that the even rows' sum is `all - (odd << 8)`; 32 groups of 255 cannot pass 16 bits.
     """
     codes, planes, groups, sums, step, offset = args
-    i8, i32, i64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
+    i8, i64 = ir.IntType(8), ir.IntType(64)
     bytes64, words32 = ir.VectorType(i8, 64), ir.VectorType(ir.IntType(16), 32)
-    wide32, floats64 = ir.VectorType(i32, 32), ir.VectorType(ir.FloatType(), 64)
     permute = cgutils.get_or_insert_function(
         builder.module,
         ir.FunctionType(bytes64, [bytes64, bytes64, bytes64]),
@@ -122,18 +121,26 @@ def _emit_accumulate(builder: Any, args: Any, strips: int) -> None:
                 both, odd = state[4 * s + 2 * p], state[4 * s + 2 * p + 1]
                 builder.store(builder.add(builder.load(both), found), both)
                 builder.store(builder.add(builder.load(odd), builder.lshr(found, eight)), odd)
+    _emit_totals(builder, state, sums, step, offset)
+
+
+def _emit_totals(builder: Any, state: list[Any], sums: Any, step: Any, offset: Any) -> None:
+    """Emit the end of `_emit_accumulate`: even and odd rows apart, scaled, added to sums."""
+    i32 = ir.IntType(32)
+    wide32, floats64 = ir.VectorType(i32, 32), ir.VectorType(ir.FloatType(), 64)
+    eight = ir.Constant(ir.VectorType(ir.IntType(16), 32), [8] * 32)
+    eight_wide = ir.Constant(wide32, [8] * 32)
     interleave = ir.Constant(
         ir.VectorType(i32, 64), [i32(r // 2 + 32 * (r % 2)) for r in range(STRIP_ROWS)]
     )
     spread = ir.Constant(ir.VectorType(i32, 64), [i32(0)] * 64)
-    eight_wide = ir.Constant(wide32, [8] * 32)
 
     def splat(value: Any) -> Any:
         one = builder.insert_element(ir.Constant(floats64, ir.Undefined), value, i32(0))
         return builder.shuffle_vector(one, ir.Constant(floats64, ir.Undefined), spread)
 
     steps, offsets = splat(step), splat(offset)
-    for s in range(strips):
+    for s in range(len(state) // 4):
         low_all, low_odd, high_all, high_odd = (
             builder.load(slot) for slot in state[4 * s : 4 * s + 4]
         )
@@ -144,7 +151,8 @@ def _emit_accumulate(builder: Any, args: Any, strips: int) -> None:
             wide_hi = builder.shl(builder.zext(hi, wide32), eight_wide)
             halves.append(builder.add(builder.zext(lo, wide32), wide_hi))
         totals = builder.shuffle_vector(halves[0], halves[1], interleave)
-        place = builder.inttoptr(shifted(sums, 4 * STRIP_ROWS * s), floats64.as_pointer())
+        place = builder.add(sums, ir.IntType(64)(4 * STRIP_ROWS * s))
+        place = builder.inttoptr(place, floats64.as_pointer())
         scaled = builder.fadd(builder.fmul(builder.sitofp(totals, floats64), steps), offsets)
         builder.store(builder.fadd(builder.load(place, align=4), scaled), place, align=4)
 

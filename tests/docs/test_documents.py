@@ -1,4 +1,4 @@
-"""README and docs against the disk: links resolve, the tree is true, commands and snippets parse."""
+"""README and docs against the disk: links, the tree, commands and snippets."""
 
 from __future__ import annotations
 
