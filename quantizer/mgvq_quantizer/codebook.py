@@ -1,0 +1,292 @@
+"""Tables of 256 codewords on an int8 grid: training, assignment, refit (called by `solver`).
+
+A block of `b` columns is the sum of its stages; a stage cuts the block into vectors of its own
+dimension `d` and replaces each by one of 256 entries. Distances are measured in the block's own
+metric `M` (`D_k` of the factorisation): that is what lets sensitive and insensitive channels share
+a vector. Entries always live on `scale * int8`, during training too, so nothing is lost on disk.
+Not here: the order of columns and the compensation between them (`rounding`).
+
+Source: method memo D.1-D.3, B.7 (metric assignment), E.1 (reference distortions).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+CODEBOOK_SIZE = 256
+_INT8_MAX = 127
+_SEARCH_ELEMENTS = 1 << 22
+"""Distances held at once while searching: 16 MiB of float32."""
+_SEED_VECTORS = 8192
+"""Vectors among which the first codewords are drawn."""
+
+
+@dataclass(frozen=True, eq=False)
+class Codebook:
+    """One stage's table, as it is stored."""
+
+    entries: Tensor
+    """`[256, d]` int8."""
+    scale: float
+    """What an entry's unit is worth; exactly representable in float32."""
+
+    @property
+    def vector_dim(self) -> int:
+        """Length of a codeword."""
+        return self.entries.shape[1]
+
+    @property
+    def values(self) -> Tensor:
+        """`[256, d]` float32: entries times scale."""
+        return self.entries.float() * self.scale
+
+
+def snap(values: Tensor) -> Codebook:
+    """Put a float table on the int8 grid that just holds its largest entry.
+
+    Args:
+        values: `[256, d]` float, finite.
+
+    Returns:
+        The nearest table on the grid.
+    """
+    largest = float(values.abs().max())
+    scale = float(torch.tensor(largest / _INT8_MAX if largest > 0 else 1.0, dtype=torch.float32))
+    entries = (values.double() / scale).round().clamp(-_INT8_MAX, _INT8_MAX).to(torch.int8)
+    return Codebook(entries, scale)
+
+
+def nearest(vectors: Tensor, table: Tensor, metrics: Tensor) -> Tensor:
+    """Find the codeword nearest to each vector in its block's metric.
+
+    Args:
+        vectors: `[B, N, d]` float32.
+        table: `[K, d]` float32.
+        metrics: `[B, d, d]` float32, symmetric positive definite.
+
+    Returns:
+        `[B, N]` int64: `argmin_c (v - c)^T M (v - c)`.
+    """
+    projected = table @ metrics  # [B, K, d]
+    norms = (projected * table).sum(-1)  # [B, K]
+    B, N, _ = vectors.shape
+    K = table.shape[0]
+    codes = torch.empty(B, N, dtype=torch.int64, device=vectors.device)
+    step = max(1, _SEARCH_ELEMENTS // (N * K))
+    for start in range(0, B, step):
+        part = slice(start, start + step)
+        scores = torch.baddbmm(
+            norms[part, None, :], vectors[part], projected[part].transpose(1, 2), alpha=-2
+        )  # [b, N, K]
+        codes[part] = scores.argmin(-1)
+    return codes
+
+
+def assign(
+    targets: Tensor, metric: Tensor, tables: Sequence[Tensor], sweeps: int = 2
+) -> tuple[list[Tensor], Tensor]:
+    """Choose the codes of one block of columns for all rows.
+
+    One stage is exact. Several stages are chosen greedily, then improved by `sweeps` rounds of
+    coordinate descent over the vectors of all stages.
+
+    Args:
+        targets: `[O, b]` float32.
+        metric: `[b, b]` float32, symmetric positive definite.
+        tables: one `[256, d]` float32 a stage; every `d` divides `b`.
+        sweeps: rounds of coordinate descent when there is more than one vector.
+
+    Returns:
+        The codes, one `[O, b/d]` int64 a stage, and the block's value `[O, b]`.
+    """
+    O, b = targets.shape  # noqa: E741
+    value = torch.zeros_like(targets)
+    codes = [
+        torch.zeros(O, b // table.shape[1], dtype=torch.int64, device=targets.device)
+        for table in tables
+    ]
+    vectors = [(stage, i) for stage, table in enumerate(tables) for i in range(b // table.shape[1])]
+    rounds = 1 if len(vectors) == 1 else 1 + sweeps
+    for current_round in range(rounds):
+        for stage, i in vectors:
+            table = tables[stage]
+            d = table.shape[1]
+            here = slice(i * d, (i + 1) * d)
+            if current_round > 0:
+                value[:, here] -= table[codes[stage][:, i]]
+            error = targets - value
+            block = metric[here, here]
+            goal = error[:, here]  # [O, d]
+            if current_round > 0 and d < b:
+                outside = error.clone()
+                outside[:, here] = 0
+                goal = goal + torch.linalg.solve(block, (outside @ metric)[:, here].T).T
+            chosen = nearest(goal[None], table, block[None])[0]
+            codes[stage][:, i] = chosen
+            value[:, here] += table[chosen]
+    return codes, value
+
+
+def decode(codes: Sequence[Tensor], tables: Sequence[Tensor]) -> Tensor:
+    """Sum the stages of a whole matrix.
+
+    Args:
+        codes: one `[O, I/d]` integer tensor a stage.
+        tables: one `[256, d]` float32 a stage.
+
+    Returns:
+        `[O, I]` float32, without row scales.
+    """
+    O = codes[0].shape[0]  # noqa: E741
+    return torch.stack(
+        [
+            table.index_select(0, code.reshape(-1).long()).view(O, -1)
+            for code, table in zip(codes, tables, strict=True)
+        ]
+    ).sum(0)
+
+
+def train_codebook(
+    vectors: Tensor, metrics: Tensor, iterations: int, generator: torch.Generator
+) -> Codebook:
+    """Train a table by expectation-maximisation in the blocks' metrics.
+
+    Each update is the exact minimiser `c = (sum M_k)^-1 sum M_k v` of its cell, put on the int8
+    grid; a codeword nobody uses restarts at one of the worst served vectors.
+
+    Args:
+        vectors: `[B, N, d]` float32, N vectors of each of B blocks of columns.
+        metrics: `[B, d, d]` float32, symmetric positive definite.
+        iterations: rounds of assignment and update.
+        generator: seeds the first choice of codewords.
+
+    Returns:
+        The trained table.
+    """
+    book = snap(_spread(vectors, metrics, generator))
+    for _ in range(iterations):
+        codes = nearest(vectors, book.values, metrics)  # [B, N]
+        book = snap(_cell_means(vectors, metrics, codes, book.values))
+    return book
+
+
+def refit_codebooks(
+    weights: Sequence[Tensor],
+    hessians: Sequence[Tensor],
+    codes: Sequence[Sequence[Tensor]],
+    tables: Sequence[Tensor],
+    iterations: int = 25,
+) -> list[Tensor]:
+    """Minimise `sum tr((W - Dec(C)) A (W - Dec(C))^T)` over the tables, codes fixed.
+
+    Least squares, as `Dec` is linear: conjugate gradients with a diagonal preconditioner. Entries
+    nobody uses stay as they are.
+
+    Args:
+        weights: one normalised `[O, I]` float32 a matrix that shares the tables.
+        hessians: one `[I, I]` float32 a matrix.
+        codes: for each matrix, one `[O, I/d]` integer tensor a stage.
+        tables: one `[256, d]` float32 a stage: the starting point.
+        iterations: conjugate gradient steps.
+
+    Returns:
+        The refitted tables, float32, not yet on the int8 grid.
+
+    Source: method memo D.3; LNQ in GuidedQuant (arXiv 2505.07004), algorithm 2.
+    """
+
+    scatter = functools.partial(_scatter, codes, tables)
+
+    def normal(direction: Sequence[Tensor]) -> list[Tensor]:
+        return scatter([decode(c, direction) @ A for c, A in zip(codes, hessians, strict=True)])
+
+    diagonal = scatter(
+        [A.diagonal().expand_as(W).contiguous() for W, A in zip(weights, hessians, strict=True)]
+    )
+    inverse = [torch.where(part > 0, 1 / part, torch.zeros_like(part)) for part in diagonal]
+    errors = [W - decode(c, tables) for W, c in zip(weights, codes, strict=True)]
+    residual = scatter([E @ A for E, A in zip(errors, hessians, strict=True)])
+    solution = [table.clone() for table in tables]
+    scaled = [i * r for i, r in zip(inverse, residual, strict=True)]
+    direction = [s.clone() for s in scaled]
+    energy = start = _dot(residual, scaled)
+    for _ in range(iterations):
+        if energy <= 1e-12 * start or energy == 0.0:
+            break
+        image = normal(direction)
+        curvature = _dot(direction, image)
+        if curvature <= 0.0:
+            break
+        step = energy / curvature
+        for s, p, r, q in zip(solution, direction, residual, image, strict=True):
+            s.add_(p, alpha=step)
+            r.sub_(q, alpha=step)
+        scaled = [i * r for i, r in zip(inverse, residual, strict=True)]
+        energy, previous = _dot(residual, scaled), energy
+        direction = [s + (energy / previous) * p for s, p in zip(scaled, direction, strict=True)]
+    return solution
+
+
+def _scatter(
+    codes: Sequence[Sequence[Tensor]], tables: Sequence[Tensor], products: Sequence[Tensor]
+) -> list[Tensor]:
+    """Add every vector of `[O, I]` matrices to the entry its code names: the transpose of `Dec`."""
+    sums = [torch.zeros_like(table) for table in tables]
+    for product, stages in zip(products, codes, strict=True):
+        for total, code in zip(sums, stages, strict=True):
+            total.index_add_(0, code.reshape(-1).long(), product.reshape(-1, total.shape[1]))
+    return sums
+
+
+def _cell_means(vectors: Tensor, metrics: Tensor, codes: Tensor, table: Tensor) -> Tensor:
+    """Return the metric mean of every cell `[256, d]`; empty cells restart at bad vectors."""
+    B, N, d = vectors.shape
+    cells = codes + CODEBOOK_SIZE * torch.arange(B, device=codes.device)[:, None]  # [B, N]
+    counts = torch.bincount(cells.reshape(-1), minlength=B * CODEBOOK_SIZE)
+    counts = counts.view(B, CODEBOOK_SIZE).double()
+    moments = torch.einsum("bk,bij->kij", counts, metrics.double())  # [256, d, d]
+    pulled = (vectors @ metrics).reshape(-1, d).double()
+    sums = torch.zeros(CODEBOOK_SIZE, d, dtype=torch.float64, device=codes.device)
+    sums.index_add_(0, codes.reshape(-1), pulled)
+    used = counts.sum(0) > 0
+    eye = torch.eye(d, dtype=torch.float64, device=codes.device)
+    moments = torch.where(used[:, None, None], moments, eye)
+    means = torch.linalg.solve(moments, sums[..., None])[..., 0].float()
+    empty = (~used).nonzero()[:, 0]
+    if len(empty):
+        error = vectors - table[codes]  # [B, N, d]
+        badness = ((error @ metrics) * error).sum(-1).reshape(-1)
+        worst = badness.topk(min(len(empty), badness.numel())).indices
+        means[empty] = table[empty]
+        means[empty[: len(worst)]] = vectors.reshape(-1, d)[worst]
+    return means
+
+
+def _spread(vectors: Tensor, metrics: Tensor, generator: torch.Generator) -> Tensor:
+    """Draw 256 vectors far from each other: k-means++ in the metrics, on a sample."""
+    B, N, d = vectors.shape
+    count = min(B * N, _SEED_VECTORS)
+    drawn = torch.randint(B * N, (count,), generator=generator).to(vectors.device)
+    sample = vectors.reshape(-1, d)[drawn]  # [n, d]
+    metric = metrics[drawn // N]  # [n, d, d]
+    uniform = torch.rand(CODEBOOK_SIZE, generator=generator, dtype=torch.float64)
+    distance = ((sample[:, None] @ metric)[:, 0] * sample).sum(-1)  # [n], from the origin
+    chosen = torch.empty(CODEBOOK_SIZE, d, device=vectors.device)
+    for i in range(CODEBOOK_SIZE):
+        cumulative = distance.double().cumsum(0)
+        point = uniform[i].to(cumulative.device) * cumulative[-1]
+        index = torch.searchsorted(cumulative, point).clamp_max(count - 1)
+        chosen[i] = sample[index]
+        error = sample - chosen[i]
+        now = ((error[:, None] @ metric)[:, 0] * error).sum(-1).clamp_min(0.0)
+        distance = now if i == 0 else torch.minimum(distance, now)
+    return chosen
+
+
+def _dot(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
+    return sum(float((a.double() * b.double()).sum()) for a, b in zip(left, right, strict=True))

@@ -1,0 +1,104 @@
+"""The command `mgvq-eval`: a checkpoint against its reference; the last line is one JSON object."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from mgvq_quantizer.evaluate import Evaluation, evaluate
+from mgvq_runtime.config import resolve_device
+from mgvq_runtime.env import debug_tracebacks
+from mgvq_runtime.errors import MgvqError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run `mgvq-eval`.
+
+    Returns:
+        The exit status: 0, 2 for what the user can put right, 130 after Ctrl-C.
+    """
+    parsed = build_parser().parse_args(arguments)
+    try:
+        if parsed.num_threads is not None:
+            torch.set_num_threads(parsed.num_threads)
+        result = evaluate(
+            parsed.checkpoint,
+            parsed.reference,
+            parsed.questions,
+            parsed.limit,
+            parsed.seed,
+            resolve_device(parsed.device, torch.cuda.device_count()),
+        )
+    except MgvqError as error:
+        if debug_tracebacks():
+            raise
+        print(f"mgvq-eval: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    line = json.dumps(asdict(result))
+    if isinstance(parsed.json, Path):
+        parsed.json.write_text(line + "\n")
+    if parsed.json is not True:
+        print(_table(result))
+    print(line)
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser."""
+    parser = argparse.ArgumentParser(
+        prog="mgvq-eval",
+        description="Compare a checkpoint with its reference on questions about pictures.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--checkpoint", type=Path, required=True, metavar="DIR", help="folder to examine")
+    add("--reference", type=Path, required=True, metavar="DIR", help="folder it was made from")
+    add(
+        "--questions",
+        type=Path,
+        metavar="FILE",
+        help="zip file or folder with questions.jsonl and pictures (default: the checkpoint's "
+        "questions.zip, else the reference's)",
+    )
+    add("--limit", type=int, metavar="N", help="most questions, drawn at random (default: all)")
+    add("--seed", type=int, default=0, metavar="N", help="seed of the draw (default: 0)")
+    add("--device", default="auto", help="auto, cpu or cuda (default: auto)")
+    add("--num-threads", type=int, metavar="N", help="CPU threads of torch")
+    add(
+        "--json",
+        nargs="?",
+        const=True,
+        type=Path,
+        metavar="FILE",
+        help="write the JSON line to FILE too; without FILE, print nothing else",
+    )
+    return parser
+
+
+def _table(result: Evaluation) -> str:
+    kinds = sorted(result.accuracy_by_kind)
+    lines = [f"{'kind':<16}{'checkpoint':>12}{'reference':>12}"]
+    for kind in kinds:
+        mine, other = result.accuracy_by_kind[kind], result.reference_accuracy_by_kind[kind]
+        lines.append(f"{kind:<16}{mine:>12.1%}{other:>12.1%}")
+    lines += [
+        f"{'all':<16}{result.accuracy:>12.1%}{result.reference_accuracy:>12.1%}",
+        f"KL {result.kl:.4f} +- {result.kl_se:.4f} nats an answer token, "
+        f"same first choice {result.top1_agreement:.1%}",
+        f"{result.bits_per_weight:.3f} bits a decoder weight in full, "
+        f"{result.file_bytes / 2**20:.1f} MiB of weights",
+        f"{result.n} questions, {result.n_tokens} answer tokens, {result.seconds:.0f} s",
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,302 @@
+"""A dense checkpoint folder in, an MGVQ checkpoint folder out (called by `cli`, `benchmarks`).
+
+The order: read data, ask the dense model, quantize vision tower, embedding and decoder in the order
+in which data flows (`stream`), tune end to end (`tuning`), write. Finished matrices are kept in
+`OUTPUT.partial/`, so an interrupted run goes on where it was; the same recipe, source and data give
+the same tensors, interrupted or not.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from mgvq_quantizer import calibration, questions, tuning
+from mgvq_quantizer.allocation import MatrixPlan, plan
+from mgvq_quantizer.batches import (
+    Features,
+    TokenBatch,
+    embed,
+    encode_pictures,
+    make_batch,
+    picture_batches,
+    split_batches,
+    unique_pictures,
+)
+from mgvq_quantizer.calibration import CalibrationError, Sample
+from mgvq_quantizer.recipe import QuantRecipe
+from mgvq_quantizer.report import Report, make_report
+from mgvq_quantizer.solver import Solution
+from mgvq_quantizer.stream import Stream
+from mgvq_quantizer.work_folder import WorkFolder
+from mgvq_runtime import __version__
+from mgvq_runtime.checkpoint.files import fingerprint_folder
+from mgvq_runtime.checkpoint.reader import Checkpoint, open_checkpoint
+from mgvq_runtime.checkpoint.spec import QuantizationSpec
+from mgvq_runtime.checkpoint.writer import write_checkpoint
+from mgvq_runtime.errors import CheckpointError
+from mgvq_runtime.models.loading import fill_model
+from mgvq_runtime.models.qwen2_vl import Qwen2VL
+from mgvq_runtime.models.registry import find_family
+from mgvq_runtime.multimodal.chat import ChatProcessor
+from mgvq_runtime.tokenizer import Tokenizer
+
+_BATCH_TOKENS = 8192
+_COMPANIONS = (
+    "tokenizer*",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "chat_template*",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+    "generation_config.json",
+    "LICENSE*",
+    "NOTICE*",
+    questions.FILE_NAME,
+)
+"""Files of the source that a checkpoint needs to be self-contained, as patterns."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Data:
+    """Calibration samples, ready to be run."""
+
+    name: str
+    train: list[Sample]
+    heldout: list[Sample]
+    swapped: list[Sample]
+    """The training conversations with other pictures, for tuning."""
+    fingerprint: str
+
+    @property
+    def all(self) -> list[Sample]:
+        """Every sample."""
+        return [*self.train, *self.heldout, *self.swapped]
+
+
+def quantize(
+    model: Path,
+    output: Path,
+    recipe: QuantRecipe,
+    calibration_data: Path | None = None,
+    device: str = "cpu",
+    show_progress: bool = True,
+) -> Report:
+    """Quantize a checkpoint folder.
+
+    Args:
+        model: a dense checkpoint folder.
+        output: the folder to write; must not exist. `output` + ".partial" keeps unfinished work.
+        recipe: settings.
+        calibration_data: see `calibration.load_conversations`.
+        device: where to compute.
+        show_progress: draw a progress bar on stderr.
+
+    Returns:
+        What was done; also written into the checkpoint as `quantization_report.json`.
+
+    Raises:
+        CheckpointError: if the source is damaged or already quantized, or the output exists.
+        CalibrationError: if the data cannot be used.
+        ResumeError: if `output.partial` belongs to a run with other settings.
+    """
+    started = time.monotonic()
+    source = _open_source(model, output)
+    graph = fill_model(source, device)
+    data = _read_data(model, graph, recipe, calibration_data)
+    plans = plan(graph, recipe)
+    facts = {
+        **recipe.to_json(),
+        "source": fingerprint_folder(model),
+        "calibration": data.fingerprint,
+        "tool_version": __version__,
+    }
+    work = WorkFolder(output.with_name(output.name + ".partial"), facts)
+    with tqdm(total=len(plans), unit="matrix", disable=not show_progress) as bar, torch.no_grad():
+        solutions, features, reference = _round(graph, plans, recipe, work, data, bar)
+        with torch.enable_grad():
+            tuned = tuning.tune(
+                graph,
+                plans,
+                {name: solution.weight for name, solution in solutions.items()},
+                reference,
+                ([*data.train, *data.swapped], data.heldout),
+                features,
+                recipe,
+                bar.set_description,
+            )
+    report = make_report(plans, solutions, tuned, recipe, _facts(data), time.monotonic() - started)
+    _write(output, source, graph, plans, solutions, tuned, recipe, report)
+    work.remove()
+    return report
+
+
+def _open_source(model: Path, output: Path) -> Checkpoint:
+    if output.exists():
+        raise CheckpointError(f"{output} exists: choose another --output, or delete it")
+    source = open_checkpoint(model)
+    if source.quantization is not None:
+        raise CheckpointError(f"{model} is quantized already: give the original checkpoint")
+    return source
+
+
+def _read_data(folder: Path, graph: Qwen2VL, recipe: QuantRecipe, path: Path | None) -> _Data:
+    """Load, thin out, tokenize and split the calibration conversations."""
+    name, conversations = calibration.load_conversations(path, folder)
+    step = max(1.0, len(conversations) / recipe.max_samples)
+    chosen = [
+        conversations[int(i * step)] for i in range(min(len(conversations), recipe.max_samples))
+    ]
+    tokenizer = Tokenizer.from_folder(folder)
+    family = find_family(open_checkpoint(folder).config)
+    processor = ChatProcessor(
+        tokenizer, family.image_processor.from_folder(folder, recipe.max_image_tokens), graph.config
+    )
+    samples = calibration.prepare(chosen, processor, tokenizer)
+    if len(samples) < 2:
+        raise CalibrationError(f"{name} holds {len(samples)} conversation; at least 2 are needed")
+    held = max(1, round(len(samples) * recipe.heldout_share))
+    every = len(samples) / held
+    picked = {int(i * every) for i in range(held)}
+    train = [s for i, s in enumerate(samples) if i not in picked]
+    swaps = recipe.picture_swaps if recipe.tuning_steps else 0
+    return _Data(
+        name,
+        train,
+        [s for i, s in enumerate(samples) if i in picked],
+        calibration.show_other_pictures(train, swaps, recipe.seed),
+        calibration.fingerprint(chosen),
+    )
+
+
+def _round(
+    graph: Qwen2VL,
+    plans: dict[str, MatrixPlan],
+    recipe: QuantRecipe,
+    work: WorkFolder,
+    data: _Data,
+    bar: Any,
+) -> tuple[dict[str, Solution], Features, tuning.Reference]:
+    """Ask the dense model, then round every matrix; return what tuning needs."""
+
+    def done(name: str, solution: Solution) -> None:
+        bar.update()
+        bar.set_description(f"{name}, error {solution.error:.4f}")
+
+    device = next(graph.parameters()).device
+    bar.set_description("asking the unquantized model")
+    pictures = unique_pictures(data.train)
+    if not pictures:
+        raise CalibrationError(
+            f"{data.name} holds no picture: the vision tower cannot be calibrated on text alone"
+        )
+    features = encode_pictures(graph, unique_pictures(data.all), device)
+    batches = _batches(data.all, device)
+    reference, head_moment = _reference(graph, batches, features)
+    stream = Stream(graph, plans, recipe, work, done)
+    step = max(1.0, len(pictures) / recipe.max_pictures)
+    shown = [pictures[int(i * step)] for i in range(min(len(pictures), recipe.max_pictures))]
+    stream.share_books(
+        [
+            *(partial(encode_pictures, graph, part, device) for part in picture_batches(shown)),
+            *(partial(_forward, graph, b, features) for b in _batches(data.train, device)),
+        ]
+    )
+    for name, parameter in graph.named_parameters():
+        if name.rpartition(".")[0] not in plans or not name.endswith(".weight"):
+            parameter.copy_(parameter.half())
+    stream.vision(list(picture_batches(shown)), device)
+    features = encode_pictures(graph, unique_pictures(data.all), device)
+    stream.embedding(head_moment)
+    stream.decoder(_batches(data.train, device), features)
+    return stream.solutions, features, reference
+
+
+def _reference(
+    graph: Qwen2VL, batches: Sequence[TokenBatch], features: Features
+) -> tuple[tuning.Reference, Tensor]:
+    """Return what the dense model says about every sample, and the moment of its final states."""
+    hidden: dict[int, Tensor] = {}
+    moment: Tensor | None = None
+    for batch in batches:
+        rows = _forward(graph, batch, features)[batch.answer_rows]  # [A, D]
+        if not bool(torch.isfinite(rows).all()):
+            raise CalibrationError(
+                f"the unquantized model's activations are not finite on {batch.samples[0].where}"
+            )
+        counts = [int(sample.is_answer.sum()) for sample in batch.samples]
+        for sample, part in zip(batch.samples, torch.split(rows, counts), strict=True):
+            hidden[id(sample)] = part
+        product = (rows.T @ rows).double()
+        moment = product if moment is None else moment + product
+    assert moment is not None
+    tied = graph.config.tie_word_embeddings
+    head = graph.model.embed_tokens.weight if tied else graph.lm_head.weight
+    assert isinstance(head, Tensor)
+    return tuning.Reference(hidden, head.clone()), moment
+
+
+def _forward(graph: Qwen2VL, batch: TokenBatch, features: Features) -> Tensor:
+    return graph(embed(graph, batch, features), batch.forward)
+
+
+def _batches(samples: Sequence[Sample], device: torch.device) -> list[TokenBatch]:
+    ordered = sorted(samples, key=lambda sample: len(sample.token_ids))
+    return [make_batch(part, device) for part in split_batches(ordered, _BATCH_TOKENS)]
+
+
+def _facts(data: _Data) -> dict[str, Any]:
+    return {
+        "name": data.name,
+        "fingerprint": data.fingerprint,
+        "conversations": len(data.train),
+        "heldout_conversations": len(data.heldout),
+    }
+
+
+def _write(
+    output: Path,
+    source: Checkpoint,
+    graph: Qwen2VL,
+    plans: dict[str, MatrixPlan],
+    solutions: dict[str, Solution],
+    tuned: tuning.Tuned,
+    recipe: QuantRecipe,
+    report: Report,
+) -> None:
+    quantization = QuantizationSpec(
+        matrices={name: matrix.spec for name, matrix in plans.items()},
+        bits_per_weight={"target": float(recipe.bits)},
+        recipe=recipe.to_json(),
+        calibration=report.calibration,
+        tool_version=__version__,
+        source_fingerprint=fingerprint_folder(source.path),
+    )
+    matrices = {f"{name}.weight" for name in plans}
+    dense = (
+        (name, tuned.parameters.get(name, parameter.detach()).half().cpu())
+        for name, parameter in graph.named_parameters()
+        if name not in matrices
+    )
+    weights = ((n, tuned.weights.get(n, solutions[n].weight).to("cpu")) for n in plans)
+    files = sorted({file for pattern in _COMPANIONS for file in source.path.glob(pattern)})
+    write_checkpoint(
+        output,
+        config=source.config,
+        quantization=quantization,
+        dense=dense,
+        weights=weights,
+        copy_files=[file for file in files if file.is_file()],
+        extra_files={"quantization_report.json": report.to_bytes()},
+    )

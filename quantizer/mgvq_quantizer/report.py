@@ -1,0 +1,130 @@
+"""What a quantization run did, as numbers (made by `pipeline`, printed by `cli`).
+
+Bits are counted in full by `mgvq_runtime.checkpoint.bits`: codes, codebooks (shared ones once), row
+scales and permutations. Errors are the share of a layer's output energy that is lost on calibration
+data, `tr(E A E^T) / tr(W A W^T)`.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from mgvq_quantizer.allocation import MatrixPlan
+from mgvq_quantizer.recipe import QuantRecipe
+from mgvq_quantizer.solver import Solution
+from mgvq_quantizer.tuning import Tuned
+from mgvq_runtime.checkpoint.bits import TOTAL, count_bits, group_of
+
+
+@dataclass(frozen=True)
+class GroupReport:
+    """One group of matrices."""
+
+    weights: int
+    bits_per_weight: float
+    """In full."""
+    error: float
+    """Mean over the matrices, before tuning."""
+
+
+@dataclass(frozen=True)
+class MatrixReport:
+    """One matrix, before tuning."""
+
+    bits_per_weight: float
+    """In full, as if it paid alone for tables it shares."""
+    shared_codebooks: bool
+    error_nearest: float
+    """With plain nearest codewords: no metric, no compensation, no refit."""
+    error: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """A whole run."""
+
+    recipe: Mapping[str, Any]
+    calibration: Mapping[str, Any]
+    groups: Mapping[str, GroupReport]
+    matrices: Mapping[str, MatrixReport]
+    kl_rounded: float
+    """Nats an answer token on held-out conversations, before tuning."""
+    kl: float
+    """The same of the written checkpoint."""
+    tuning_steps_kept: int
+    """0: no tuned state was better than the untuned one."""
+    seconds: float
+    """Of the last part of the run, where it was resumed."""
+    peak_memory_bytes: int
+
+    def to_bytes(self) -> bytes:
+        """Return the report as JSON."""
+        return (json.dumps(asdict(self), indent=1) + "\n").encode()
+
+    def table(self) -> str:
+        """Return the report as lines to read."""
+        lines = [f"{'group':<12}{'weights':>12}{'bits/weight':>13}{'output error':>14}"]
+        for name, group in self.groups.items():
+            error = f"{group.error:14.5f}" if name != TOTAL else ""
+            lines.append(f"{name:<12}{group.weights:>12,}{group.bits_per_weight:>13.3f}{error}")
+        lines.append(
+            f"KL to the original on held-out conversations: {self.kl:.4f} nats an answer token "
+            f"({self.kl_rounded:.4f} before tuning)"
+        )
+        lines.append(f"{self.seconds:.0f} s, {self.peak_memory_bytes / 2**20:.0f} MiB at the peak")
+        return "\n".join(lines)
+
+
+def make_report(
+    plans: Mapping[str, MatrixPlan],
+    solutions: Mapping[str, Solution],
+    tuned: Tuned,
+    recipe: QuantRecipe,
+    calibration: Mapping[str, Any],
+    seconds: float,
+) -> Report:
+    """Collect what a run did.
+
+    Args:
+        plans: every quantized matrix.
+        solutions: what became of each.
+        tuned: what tuning kept.
+        recipe: the settings.
+        calibration: name, digest and size of the data.
+        seconds: wall clock.
+    """
+    specs = {name: matrix.spec for name, matrix in plans.items()}
+    groups = {}
+    for group, count in count_bits(specs).items():
+        errors = [s.error for n, s in solutions.items() if group in (TOTAL, group_of(n))]
+        groups[group] = GroupReport(count.weights, count.bits_per_weight, sum(errors) / len(errors))
+    matrices = {
+        name: MatrixReport(
+            count_bits({name: specs[name]})[TOTAL].bits_per_weight,
+            plans[name].shared is not None,
+            solution.error_nearest,
+            solution.error,
+        )
+        for name, solution in solutions.items()
+    }
+    return Report(
+        recipe=recipe.to_json(),
+        calibration=calibration,
+        groups=groups,
+        matrices=matrices,
+        kl_rounded=tuned.kl_before,
+        kl=tuned.kl_after,
+        tuning_steps_kept=tuned.steps,
+        seconds=seconds,
+        peak_memory_bytes=_peak_memory_bytes(),
+    )
+
+
+def _peak_memory_bytes() -> int:
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,177 @@
+"""Matrix after matrix through the model, each on what the quantized ones before it produce.
+
+Called by `pipeline`. Activations are kept in front of one block at a time; every linear of it
+sees its inputs through the already quantized linears of the same block. After a matrix is done its
+dense weight is replaced by the decoded one, so that model, calibration and checkpoint agree.
+Not here: data, files, tuning.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mgvq_kernels import ops
+from mgvq_quantizer.allocation import MatrixPlan, sharing_groups
+from mgvq_quantizer.batches import Features, TokenBatch, embed, patches_of
+from mgvq_quantizer.codebook import Codebook
+from mgvq_quantizer.recipe import QuantRecipe
+from mgvq_quantizer.solver import Problem, Solution, books_of, channel_order, solve
+from mgvq_quantizer.statistics import Run, input_moment, input_moments, record_calls
+from mgvq_quantizer.work_folder import WorkFolder
+from mgvq_runtime.errors import CheckpointError
+from mgvq_runtime.models.qwen2_vl import Qwen2VL
+from mgvq_runtime.request import ImageInput
+
+Calls = list[tuple[Any, ...]]
+
+
+class Stream:
+    """Quantizes a model in place, in the order in which data flows through it."""
+
+    def __init__(
+        self,
+        model: Qwen2VL,
+        plans: Mapping[str, MatrixPlan],
+        recipe: QuantRecipe,
+        work: WorkFolder,
+        progress: Callable[[str, Solution], None],
+    ) -> None:
+        """Take a dense model.
+
+        Args:
+            model: filled, dense; its weights are replaced one by one.
+            plans: what to do with each matrix.
+            recipe: how.
+            work: where finished matrices are kept, and found again.
+            progress: told of each finished matrix.
+
+        Raises:
+            CheckpointError: if a weight is not finite, naming it.
+        """
+        for name, parameter in model.named_parameters():
+            if not bool(torch.isfinite(parameter).all()):
+                raise CheckpointError(f"{name} holds values that are not finite")
+        self.model, self.plans, self.recipe = model, plans, recipe
+        self.work, self.progress = work, progress
+        self.books: dict[str, list[Codebook]] = {}
+        self.solutions: dict[str, Solution] = {}
+
+    def share_books(self, runs: Sequence[Run]) -> None:
+        """Train the tables that several matrices share, on the dense model.
+
+        Args:
+            runs: whole forwards, pictures included.
+        """
+        for label, group in sharing_groups(self.plans).items():
+            modules = {matrix.name: self._module(matrix.name) for matrix in group}
+            moments = input_moments(modules, runs)
+            problems = [self._problem(matrix, moments[matrix.name]) for matrix in group]
+            solved = solve(problems, group[0].layout, self.recipe, seeded(self.recipe.seed, label))
+            self.books[label] = books_of(solved[0].weight)
+
+    def vision(self, batches: Sequence[Sequence[ImageInput]], device: torch.device) -> None:
+        """Quantize the vision tower and the merger on batches of pictures."""
+        tower = self.model.visual
+        runs: list[Run] = [
+            partial(
+                self.model.encode_images, patches_of(batch, device), [p.grid_thw for p in batch]
+            )
+            for batch in batches
+        ]
+        self._matrix("visual.patch_embed.proj", runs)
+        calls = self._blocks("visual.blocks", tower.blocks, record_calls(tower.blocks[0], runs))
+        ends: list[Run] = [partial(tower.merger, call[0]) for call in calls]
+        for name in self._linears("visual.merger"):
+            self._matrix(name, ends)
+
+    def embedding(self, head_moment: Tensor) -> None:
+        """Quantize the token table.
+
+        A tied table is also the output head: it then answers for both uses with equal weight.
+
+        Args:
+            head_moment: `[D, D]`: the moment of what enters the head.
+        """
+        name = "model.embed_tokens"
+        moment = torch.eye(len(head_moment), dtype=torch.float64, device=head_moment.device)
+        if self.model.config.tie_word_embeddings:
+            moment = moment + head_moment / head_moment.diagonal().mean()
+        self._matrix(name, moment=moment)
+
+    def decoder(self, batches: Sequence[TokenBatch], features: Features) -> None:
+        """Quantize the decoder's blocks, and the head if it is a matrix of its own."""
+        decoder = self.model.model
+        runs: list[Run] = [
+            partial(self.model, embed(self.model, batch, features), batch.forward)
+            for batch in batches
+        ]
+        self._blocks("model.layers", decoder.layers, record_calls(decoder.layers[0], runs))
+        if "lm_head" in self.plans:
+            rows = [
+                run()[batch.answer_rows]  # type: ignore[index]
+                for run, batch in zip(runs, batches, strict=True)
+            ]
+            self._matrix("lm_head", [partial(self.model.logits, hidden) for hidden in rows])
+
+    def _blocks(self, prefix: str, blocks: nn.ModuleList, calls: Calls) -> Calls:
+        """Quantize block after block; return the calls that would enter one more."""
+        for i, block in enumerate(blocks):
+            runs: list[Run] = [partial(block, *call) for call in calls]
+            for name in self._linears(f"{prefix}.{i}"):
+                self._matrix(name, runs)
+            calls = [_next_call(call, block(*call)) for call in calls]
+        return calls
+
+    def _matrix(self, name: str, runs: Sequence[Run] = (), moment: Tensor | None = None) -> None:
+        """Quantize one matrix, or take it from the work folder, and put it into the model."""
+        plan = self.plans.get(name)
+        if plan is None:
+            return
+        solution = self.work.load(name, plan.layout)
+        if solution is None:
+            if moment is None:
+                moment = input_moment(name, self._module(name), runs)
+            problem = self._problem(plan, moment)
+            books = None if plan.shared is None else self.books[plan.shared[0]]
+            generator = seeded(self.recipe.seed, name)
+            solution = solve([problem], plan.layout, self.recipe, generator, books)[0]
+            self.work.save(name, solution)
+        module = self._module(name)
+        module.weight.copy_(ops.vq_dequantize(solution.weight.to(module.weight.device)))
+        self.solutions[name] = solution
+        self.progress(name, solution)
+
+    def _linears(self, prefix: str) -> list[str]:
+        """Names of the planned matrices under a module, in the order data flows."""
+        return [name for name in self.plans if name.startswith(f"{prefix}.")]
+
+    def _module(self, name: str) -> nn.Linear | nn.Embedding:
+        module = self.model.get_submodule(name)
+        assert isinstance(module, nn.Linear | nn.Embedding)
+        return module
+
+    def _problem(self, plan: MatrixPlan, moment: Tensor) -> Problem:
+        weight = self._module(plan.name).weight
+        order = None
+        if plan.layout.has_permutation:
+            generator = seeded(self.recipe.seed, f"order of {plan.name}")
+            order = channel_order(weight, moment, plan.layout, self.recipe, generator)
+        return Problem(weight, moment, order)
+
+
+def seeded(seed: int, label: str) -> torch.Generator:
+    """Return a generator that depends on the run's seed and on what it is for, not on the order."""
+    digest = hashlib.blake2b(f"{seed}:{label}".encode(), digest_size=7).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest))
+
+
+def _next_call(call: tuple[Any, ...], output: Any) -> tuple[Any, ...]:
+    """Put a block's output in the place of what it was called with first."""
+    state = output if isinstance(output, tuple) else (output,)
+    return (*state, *call[len(state) :])

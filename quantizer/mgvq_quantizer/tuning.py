@@ -1,0 +1,279 @@
+"""End-to-end tuning against the unquantized model, codes frozen (called by `pipeline`).
+
+What a code means is adjusted, never which code a weight has: tables (float while they move, put
+back on the int8 grid at the end), row scales, norms and biases. The loss is
+KL(reference || quantized) on answer tokens; the state with the lowest KL on held-out samples,
+measured as it would be stored, is kept - the untuned state too, if nothing beats it. Where a look
+shows nothing better, tuning goes back to the best state and takes smaller steps.
+
+Source: method memo D.4(b); QuIP# (arXiv 2402.04396), section 5.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mgvq_kernels import ops
+from mgvq_kernels.layout import VQWeight
+from mgvq_quantizer.allocation import MatrixPlan
+from mgvq_quantizer.batches import Features, TokenBatch, embed, make_batch, split_batches
+from mgvq_quantizer.calibration import Sample
+from mgvq_quantizer.codebook import decode, snap
+from mgvq_quantizer.recipe import QuantRecipe
+from mgvq_runtime.models.qwen2_vl import Qwen2VL
+
+_CHECKS = 20
+"""How often the held-out samples are looked at during tuning."""
+_SMALLER = 0.4
+"""What step sizes are multiplied with, from the best state on, when a look shows nothing better."""
+_EVALUATION_TOKENS = 8192
+
+Values = dict[str, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Reference:
+    """What the unquantized model says, kept as hidden states: `V` columns would be too many."""
+
+    hidden: Mapping[int, Tensor]
+    """`[A, D]` final hidden states of a sample's answer rows, by `id` of the sample."""
+    head: Tensor
+    """`[V, D]`: its output head."""
+
+    def log_probs(self, samples: Sequence[Sample]) -> Tensor:
+        """Return `[A, V]` float32 of the samples' answer rows, end to end."""
+        hidden = torch.cat([self.hidden[id(sample)] for sample in samples])
+        return (hidden @ self.head.T).log_softmax(-1)
+
+
+@dataclass(frozen=True, eq=False)
+class Tuned:
+    """The state that was kept."""
+
+    weights: dict[str, VQWeight]
+    parameters: Values
+    """Norms and biases that changed, by name; every value a float16."""
+    kl_before: float
+    kl_after: float
+    """Nats an answer token on held-out samples, as stored."""
+    steps: int
+
+
+@dataclass(eq=False)
+class _Knob:
+    """One trainable tensor: `start + unit * delta`, so that one step size fits all."""
+
+    start: Tensor
+    unit: Tensor
+    delta: Tensor
+
+    @classmethod
+    def around(cls, start: Tensor, unit: Tensor) -> _Knob:
+        return cls(start, unit, torch.zeros_like(start, requires_grad=True))
+
+    @property
+    def value(self) -> Tensor:
+        return self.start + self.unit * self.delta
+
+
+class _Student(nn.Module):
+    """The model as one call from tokens to the logits of the answer rows."""
+
+    def __init__(self, model: Qwen2VL) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: TokenBatch, features: Features) -> Tensor:
+        """Return `[A, V]`."""
+        hidden = self.model(embed(self.model, batch, features), batch.forward)  # [T, D]
+        return self.model.logits(hidden[batch.answer_rows])
+
+
+class _Knobs:
+    """All trainable tensors of a model, and the parameters they stand for."""
+
+    def __init__(
+        self, model: Qwen2VL, plans: Mapping[str, MatrixPlan], weights: Mapping[str, VQWeight]
+    ) -> None:
+        self.plans = {n: p for n, p in plans.items() if not n.startswith("visual.")}
+        self.weights = {name: weights[name] for name in self.plans}
+        self.tables: dict[str, _Knob] = {}
+        self.scales: dict[str, _Knob] = {}
+        self.others: dict[str, _Knob] = {}
+        self._codes: dict[str, list[Tensor]] = {}
+        self._inverse: dict[str, Tensor] = {}
+        for name, weight in self.weights.items():
+            for s, (book, scale) in enumerate(
+                zip(weight.codebooks[0], weight.codebook_scales[0], strict=True)
+            ):
+                table = book.float() * scale
+                self.tables[self._table(name, s)] = _Knob.around(
+                    table, table.square().mean().sqrt()
+                )
+            scales = weight.scales.float()
+            self.scales[name] = _Knob.around(scales, scales)
+            self._codes[name] = [codes.long() for codes in weight.codes[0]]
+            if weight.permutation is not None:
+                self._inverse[name] = weight.permutation.long().argsort()
+        matrices = {f"{name}.weight" for name in plans}
+        for name, parameter in model.named_parameters():
+            if not name.startswith("visual.") and name not in matrices and parameter.dim() == 1:
+                value = parameter.detach().clone()
+                unit = value.square().mean().sqrt().clamp_min(1e-3).expand_as(value)
+                self.others[name] = _Knob.around(value, unit)
+
+    def optimizer(self, recipe: QuantRecipe, share: float) -> torch.optim.Adam:
+        """Return a fresh Adam with `share` of the recipe's step sizes."""
+        tables = [knob.delta for knob in self.tables.values()]
+        small = [knob.delta for knob in (*self.scales.values(), *self.others.values())]
+        groups = [
+            {"params": tables, "lr": share * recipe.codebook_lr},
+            {"params": small, "lr": share * recipe.scale_lr},
+        ]
+        return torch.optim.Adam(groups, betas=(0.9, 0.98))
+
+    def copy(self) -> list[Tensor]:
+        """Return the present state."""
+        return [knob.delta.detach().clone() for knob in self._all()]
+
+    @torch.no_grad()
+    def put(self, state: list[Tensor]) -> None:
+        """Go back to a state that `copy` returned."""
+        for knob, delta in zip(self._all(), state, strict=True):
+            knob.delta.copy_(delta)
+
+    def parameters(self) -> Values:
+        """Return the model's parameters as functions of the knobs, by name, for gradients."""
+        values = {f"model.{name}": knob.value for name, knob in self.others.items()}
+        for name, codes in self._codes.items():
+            tables = [self.tables[self._table(name, s)].value for s in range(len(codes))]
+            matrix = self.scales[name].value[:, None] * decode(codes, tables)  # [O, I]
+            if name in self._inverse:
+                matrix = matrix.index_select(1, self._inverse[name])
+            values[f"model.{name}.weight"] = matrix
+        return values
+
+    @torch.no_grad()
+    def stored(self) -> tuple[dict[str, VQWeight], Values]:
+        """Return what the present state is once it is stored: int8 tables, float16 the rest."""
+        books = {key: snap(knob.value) for key, knob in self.tables.items()}
+        weights = {}
+        for name, weight in self.weights.items():
+            mine = [books[self._table(name, s)] for s in range(len(weight.codes[0]))]
+            weights[name] = VQWeight(
+                weight.layout,
+                weight.codes,
+                (tuple(book.entries for book in mine),),
+                (tuple(torch.tensor(b.scale, device=weight.scales.device) for b in mine),),
+                self.scales[name].value.half(),
+                weight.permutation,
+            )
+        return weights, {name: knob.value.half().float() for name, knob in self.others.items()}
+
+    def _all(self) -> list[_Knob]:
+        return [*self.tables.values(), *self.scales.values(), *self.others.values()]
+
+    def _table(self, name: str, stage: int) -> str:
+        shared = self.plans[name].shared
+        return f"{name}.{stage}" if shared is None else shared[stage]
+
+
+def tune(
+    model: Qwen2VL,
+    plans: Mapping[str, MatrixPlan],
+    weights: Mapping[str, VQWeight],
+    reference: Reference,
+    samples: tuple[Sequence[Sample], Sequence[Sample]],
+    features: Features,
+    recipe: QuantRecipe,
+    progress: Callable[[str], None],
+) -> Tuned:
+    """Adjust tables, row scales, norms and biases of the decoder and the embedding.
+
+    Args:
+        model: in dense arithmetic; not changed.
+        plans: every quantized matrix.
+        weights: their codes, tables and scales.
+        reference: what the unquantized model says about all samples.
+        samples: to train on; held out.
+        features: rows of every picture, from the quantized vision tower.
+        recipe: steps and step sizes.
+        progress: told what happens, in words.
+
+    Returns:
+        The best state on the held-out samples.
+    """
+    device = reference.head.device
+    student, knobs = _Student(model), _Knobs(model, plans, weights)
+    held = [make_batch(part, device) for part in split_batches(samples[1], _EVALUATION_TOKENS)]
+
+    def measure() -> tuple[float, dict[str, VQWeight], Values]:
+        stored, others = knobs.stored()
+        values = {f"model.{n}": v for n, v in others.items()}
+        values |= {f"model.{n}.weight": ops.vq_dequantize(w) for n, w in stored.items()}
+        return heldout_kl(student, values, held, features, reference), stored, others
+
+    before, best_weights, best_others = measure()
+    best, best_step, share, start = before, 0, 1.0, knobs.copy()
+    rng = np.random.default_rng(recipe.seed)
+    optimizer = knobs.optimizer(recipe, share)
+    queue: list[list[Sample]] = []
+    for step in range(1, recipe.tuning_steps + 1):
+        if not queue:
+            shuffled = [samples[0][i] for i in rng.permutation(len(samples[0]))]
+            queue = split_batches(shuffled, recipe.tuning_batch_tokens)
+        optimizer.zero_grad()
+        batch = make_batch(queue.pop(), device)
+        loss = _divergences(student, knobs.parameters(), batch, features, reference).mean()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        if step % max(1, recipe.tuning_steps // _CHECKS) == 0 or step == recipe.tuning_steps:
+            now, stored, others = measure()
+            progress(f"tuning, step {step}/{recipe.tuning_steps}, held-out KL {now:.4f}")
+            if now < best:
+                best, best_step, best_weights, best_others = now, step, stored, others
+                start = knobs.copy()
+            else:
+                share *= _SMALLER
+                knobs.put(start)
+                optimizer = knobs.optimizer(recipe, share)
+    return Tuned(best_weights, best_others, before, best, best_step)
+
+
+def divergence(reference: Tensor, student: Tensor) -> Tensor:
+    """Return `KL(reference || student)` in nats a row.
+
+    Args:
+        reference: `[A, V]` log-probabilities.
+        student: `[A, V]` log-probabilities.
+
+    Returns:
+        `[A]` float32, not below -1e-6.
+    """
+    return (reference.exp() * (reference - student)).sum(-1)
+
+
+@torch.no_grad()
+def heldout_kl(
+    student: nn.Module,
+    values: Values,
+    batches: Sequence[TokenBatch],
+    features: Features,
+    reference: Reference,
+) -> float:
+    """Return the mean divergence over the answer tokens of some batches."""
+    rows = [_divergences(student, values, batch, features, reference) for batch in batches]
+    return float(torch.cat(rows).double().mean())
+
+
+def _divergences(
+    student: nn.Module, values: Values, batch: TokenBatch, features: Features, reference: Reference
+) -> Tensor:
+    """Return the divergence of each answer row `[A]`, the model's parameters being `values`."""
+    logits = torch.func.functional_call(student, values, (batch, features))  # [A, V]
+    return divergence(reference.log_probs(batch.samples), logits.log_softmax(-1))

@@ -1,0 +1,122 @@
+"""The state of an unfinished run, beside its output (called by `pipeline`).
+
+`OUTPUT.partial/` holds `run.json` (settings, source, calibration) and one safetensors file for each
+finished matrix, written whole or not at all. A run with other settings is refused by name: mixing
+two recipes in one checkpoint would go unnoticed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from mgvq_kernels.layout import VQLayout, VQWeight
+from mgvq_quantizer.solver import Solution
+from mgvq_runtime.errors import MgvqError
+
+
+class ResumeError(MgvqError, ValueError):
+    """An unfinished run cannot be continued with what was asked now."""
+
+
+class WorkFolder:
+    """Finished matrices of one run, on disk."""
+
+    def __init__(self, path: Path, facts: Mapping[str, Any]) -> None:
+        """Open the folder, or make it.
+
+        Args:
+            path: the folder, usually `OUTPUT.partial`.
+            facts: everything that decides the result: settings by name, fingerprints. JSON values.
+
+        Raises:
+            ResumeError: if the folder belongs to a run with other facts, or cannot be read.
+        """
+        self.path = path
+        if path.exists():
+            _compare(path, facts)
+        else:
+            path.mkdir(parents=True)
+            _write_whole(path / "run.json", json.dumps(dict(facts), indent=1, sort_keys=True))
+
+    def load(self, name: str, layout: VQLayout) -> Solution | None:
+        """Return a finished matrix, or None if it is not there yet.
+
+        Raises:
+            ResumeError: if the file is damaged.
+        """
+        file = self._file(name)
+        if not file.exists():
+            return None
+        stages = range(len(layout.bands[0].stages))
+        try:
+            with safe_open(file, "pt") as tensors:
+                weight = VQWeight(
+                    layout,
+                    (tuple(tensors.get_tensor(f"codes.{s}") for s in stages),),
+                    (tuple(tensors.get_tensor(f"codebook.{s}") for s in stages),),
+                    (tuple(tensors.get_tensor(f"codebook_scale.{s}") for s in stages),),
+                    tensors.get_tensor("scales"),
+                    tensors.get_tensor("permutation") if layout.has_permutation else None,
+                )
+                errors = tensors.metadata()
+            return Solution(weight, float(errors["error_nearest"]), float(errors["error"]))
+        except (SafetensorError, ValueError, KeyError, TypeError) as error:
+            raise ResumeError(
+                f"{file} is damaged ({error}): delete it to quantize {name} again"
+            ) from error
+
+    def save(self, name: str, solution: Solution) -> None:
+        """Write a finished matrix, whole or not at all."""
+        weight = solution.weight
+        tensors = {"scales": weight.scales}
+        for s, codes in enumerate(weight.codes[0]):
+            tensors[f"codes.{s}"] = codes
+            tensors[f"codebook.{s}"] = weight.codebooks[0][s]
+            tensors[f"codebook_scale.{s}"] = weight.codebook_scales[0][s]
+        if weight.permutation is not None:
+            tensors["permutation"] = weight.permutation
+        errors = {"error_nearest": repr(solution.error_nearest), "error": repr(solution.error)}
+        file = self._file(name)
+        temporary = file.with_suffix(".tmp")
+        save_file(
+            {key: value.detach().cpu().contiguous() for key, value in tensors.items()},
+            temporary,
+            metadata=errors,
+        )
+        os.replace(temporary, file)
+
+    def remove(self) -> None:
+        """Delete the folder: the checkpoint has been written."""
+        shutil.rmtree(self.path)
+
+    def _file(self, name: str) -> Path:
+        return self.path / f"{name}.safetensors"
+
+
+def _compare(path: Path, facts: Mapping[str, Any]) -> None:
+    try:
+        old = json.loads((path / "run.json").read_text())
+    except (OSError, ValueError) as error:
+        raise ResumeError(
+            f"{path} is not an unfinished run of mgvq-quantize ({error}): delete or rename it"
+        ) from error
+    for key in sorted({*old, *facts}):
+        if old.get(key) != facts.get(key):
+            raise ResumeError(
+                f"{path} holds a run with {key} = {old.get(key)!r}, this one has "
+                f"{facts.get(key)!r}: use the same, or delete that folder to start over"
+            )
+
+
+def _write_whole(path: Path, text: str) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)

@@ -1,0 +1,117 @@
+"""Factorisation, the loss identity, GPTQ as a special case, and the order of columns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from mgvq_quantizer.ldl import block_ldl, damp, factorize
+from mgvq_quantizer.rounding import descent_feedback, empty, ldl_feedback, sweep
+
+Moment = Callable[[int, int], torch.Tensor]
+
+
+def proxy(weight: torch.Tensor, value: torch.Tensor, moment: torch.Tensor) -> float:
+    error = (weight - value).double()
+    return float(((error @ moment.double()) * error).sum())
+
+
+@pytest.mark.parametrize("block", [1, 2, 4, 8])
+def test_factors_multiply_to_the_matrix_and_split_the_loss(correlated: Moment, block: int) -> None:
+    matrix = damp(correlated(64, 0), 0.01)
+    lower, blocks = block_ldl(matrix, block)
+    assert torch.allclose(lower @ torch.block_diag(*blocks) @ lower.T, matrix, rtol=0, atol=1e-12)
+    for i in range(0, 64, block):
+        assert torch.equal(
+            lower[i : i + block, i + block :], torch.zeros(block, 64 - i - block).double()
+        )
+        eye = torch.eye(block, dtype=torch.float64)
+        assert torch.allclose(lower[i : i + block, i : i + block], eye, rtol=0, atol=1e-12)
+    error = torch.randn(7, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    residual = (error @ lower).view(7, -1, block).transpose(0, 1)
+    parts = torch.einsum("bri,bij,brj->", residual, blocks, residual)
+    assert abs(float(parts) / float(torch.trace(error @ matrix @ error.T)) - 1) < 1e-10
+
+
+def test_damping_is_raised_until_the_factorisation_holds() -> None:
+    direction = torch.ones(8, 1, dtype=torch.float64)
+    singular = direction @ direction.T - 0.02 * torch.eye(8, dtype=torch.float64)
+    factors = factorize(singular, 4, 0.01)
+    assert factors.damping == pytest.approx(0.04)
+    with pytest.raises(ValueError, match="cannot be factored"):
+        factorize(torch.full((8, 8), float("nan"), dtype=torch.float64), 4, 0.01)
+
+
+def test_a_dead_input_neither_fails_nor_steers_the_others(correlated: Moment) -> None:
+    moment = correlated(16, 2)
+    moment[3] = moment[:, 3] = 0.0
+    factors = factorize(moment, 1, 0.01)
+    coupling = ldl_feedback(factors).coupling
+    assert torch.equal(coupling[3], torch.zeros(16))
+    assert torch.equal(coupling[:, 3], torch.zeros(16))
+    zero = factorize(torch.zeros(8, 8), 4, 0.01)
+    assert torch.equal(zero.matrix, torch.eye(8, dtype=torch.float64))
+
+
+def uniform_table(step: float) -> torch.Tensor:
+    """16 steps in the middle; the other entries are too far away to be chosen."""
+    table = torch.full((256, 1), 1e4)
+    table[:16, 0] = (torch.arange(16) - 7.5) * step
+    return table
+
+
+def gptq(weight: torch.Tensor, moment: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """GPTQ as published: left to right, with the Cholesky factor of the inverse."""
+    work, codes = weight.double().clone(), []
+    upper = torch.linalg.cholesky(torch.linalg.inv(moment), upper=True)
+    for j in range(work.shape[1]):
+        code = (work[:, j, None] - table[:, 0].double()).abs().argmin(1)
+        error = (work[:, j] - table[code, 0].double()) / upper[j, j]
+        work[:, j:] -= error[:, None] * upper[j, j:]
+        codes.append(code)
+    return torch.stack(codes, 1)
+
+
+def test_scalar_grid_gives_the_codes_of_gptq(correlated: Moment) -> None:
+    weight = torch.randn(32, 160, generator=torch.Generator().manual_seed(3))
+    factors = factorize(correlated(160, 3), 1, 0.01)
+    table = uniform_table(0.4)
+    rounded = empty(weight, [table])
+    sweep(weight, rounded, [table], ldl_feedback(factors))
+    expected = gptq(weight.flip(1), factors.matrix.flip(0, 1), table).flip(1)
+    assert (rounded.codes[0] == expected).double().mean() > 0.999
+
+
+def test_residuals_add_up_and_descent_never_raises_the_loss(correlated: Moment) -> None:
+    g = torch.Generator().manual_seed(4)
+    weight, table = torch.randn(48, 192, generator=g), torch.randn(256, 4, generator=g)
+    factors = factorize(correlated(192, 4), 4, 0.01)
+    rounded = empty(weight, [table])
+    residual = sweep(weight, rounded, [table], ldl_feedback(factors))
+    losses = [proxy(weight, rounded.value, factors.matrix)]
+    assert residual == pytest.approx(losses[0], rel=1e-4)
+    plain = torch.cdist(weight.view(-1, 4), table).argmin(1)
+    assert losses[0] < proxy(weight, table[plain].view(48, 192), factors.matrix)
+    for _ in range(3):
+        sweep(weight, rounded, [table], descent_feedback(factors), keep_better=True)
+        losses.append(proxy(weight, rounded.value, factors.matrix))
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] < 0.97 * losses[0]
+    assert torch.equal(rounded.value, table[rounded.codes[0]].view(48, 192))
+
+
+def test_rounding_sensitive_channels_last_is_worse(correlated: Moment) -> None:
+    g = torch.Generator().manual_seed(5)
+    weight, table = torch.randn(64, 128, generator=g), torch.randn(256, 4, generator=g)
+    moment = correlated(128, 5)
+
+    def loss(order: torch.Tensor) -> float:
+        factors = factorize(moment[order][:, order], 4, 0.01)
+        rounded = empty(weight, [table])
+        sweep(weight[:, order], rounded, [table], ldl_feedback(factors))
+        return proxy(weight[:, order], rounded.value, factors.matrix)
+
+    ascending = moment.diagonal().argsort()
+    assert loss(ascending) < 0.9 * loss(ascending.flip(0))

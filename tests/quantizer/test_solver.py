@@ -1,0 +1,119 @@
+"""One matrix: every rate beats its plainer form, formats agree, tables can be shared or given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from mgvq_kernels import ops
+from mgvq_kernels.layout import VQLayout
+from mgvq_quantizer.recipe import QuantRecipe
+from mgvq_quantizer.solver import Problem, books_of, channel_order, solve
+
+Moment = Callable[[int, int], torch.Tensor]
+RECIPE = QuantRecipe(codebook_iterations=8, refit_rounds=2)
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def problem(moment: torch.Tensor, rows: int, seed: int, *, permute: bool) -> Problem:
+    width = len(moment)
+    weight = 0.02 * torch.randn(rows, width, generator=seeded(seed))
+    order = torch.randperm(width, generator=seeded(seed)) if permute else None
+    return Problem(weight, moment, order)
+
+
+@pytest.mark.parametrize("rate", [1, 2, 3, 4])
+def test_every_rate_beats_plain_nearest_codewords(correlated: Moment, rate: int) -> None:
+    case = problem(correlated(128, 0), 192, 0, permute=True)
+    layout = VQLayout.uniform(192, 128, rate, has_permutation=True)
+    solution = solve([case], layout, RECIPE, seeded(1))[0]
+    assert solution.error < 0.6 * solution.error_nearest
+    dense = ops.vq_dequantize(solution.weight)
+    error = (case.weight - dense).double()
+    moment = case.hessian + 0.01 * case.hessian.diagonal().mean() * torch.eye(128)
+    share = ((error @ moment) * error).sum() / ((case.weight.double() @ moment) * case.weight).sum()
+    assert float(share) == pytest.approx(solution.error, rel=1e-3)
+
+
+def test_more_bits_are_better(correlated: Moment) -> None:
+    case = problem(correlated(128, 1), 128, 1, permute=True)
+    errors = [
+        solve([case], VQLayout.uniform(128, 128, rate, True), RECIPE, seeded(1))[0].error
+        for rate in (1, 2, 3, 4)
+    ]
+    assert all(finer < 0.5 * coarser for coarser, finer in zip(errors, errors[1:], strict=False))
+
+
+def test_a_permuted_weight_is_the_formula_of_the_format(correlated: Moment) -> None:
+    case = problem(correlated(64, 2), 32, 2, permute=True)
+    weight = solve([case], VQLayout.uniform(32, 64, 2, True), RECIPE, seeded(1))[0].weight
+    x = torch.randn(64, generator=seeded(3))
+    table = weight.codebooks[0][0].float() * weight.codebook_scales[0][0]
+    permuted = table[weight.codes[0][0].long()].view(32, 64) * weight.scales.float()[:, None]
+    assert weight.permutation is not None
+    expected = permuted @ x[weight.permutation.long()]
+    assert torch.allclose(ops.vq_dequantize(weight) @ x, expected, atol=1e-5)
+
+
+def test_the_metric_and_its_feedback_pay_off_as_measured(correlated: Moment) -> None:
+    """The memo's B.7: about .097 without feedback, .032 with metric and feedback."""
+    case = problem(correlated(256, 6), 256, 6, permute=False)
+    solution = solve([case], VQLayout.uniform(256, 256, 2), QuantRecipe(), seeded(1))[0]
+    assert solution.error_nearest > 0.08
+    assert solution.error < 0.034
+
+
+def test_siblings_share_tables_and_later_ones_take_them_over(correlated: Moment) -> None:
+    layout = VQLayout.uniform(64, 64, 2)
+    cases = [problem(correlated(64, i), 64, i, permute=False) for i in range(3)]
+    solved = solve(cases, layout, RECIPE, seeded(1))
+    books = [solution.weight.codebooks[0][0] for solution in solved]
+    assert torch.equal(books[0], books[1])
+    assert torch.equal(books[0], books[2])
+    again = solve(cases[:1], layout, RECIPE, seeded(2), books_of(solved[0].weight))[0]
+    assert torch.equal(again.weight.codebooks[0][0], books[0])
+    assert again.error < 1.3 * solved[0].error
+
+
+def test_the_same_seed_gives_the_same_bytes(correlated: Moment) -> None:
+    case = problem(correlated(64, 4), 48, 4, permute=True)
+    layout = VQLayout.uniform(48, 64, 2, True)
+    one, two, other = (solve([case], layout, RECIPE, seeded(s))[0].weight for s in (7, 7, 8))
+    assert torch.equal(one.codes[0][0], two.codes[0][0])
+    assert torch.equal(one.codebooks[0][0], two.codebooks[0][0])
+    assert torch.equal(one.scales, two.scales)
+    assert not torch.equal(one.codebooks[0][0], other.codebooks[0][0])
+
+
+def test_rows_of_zeros_and_dead_inputs_stay_finite(correlated: Moment) -> None:
+    moment = correlated(64, 5)
+    moment[:8] = 0.0
+    moment[:, :8] = 0.0
+    weight = torch.randn(32, 64, generator=seeded(5))
+    weight[3] = 0.0
+    solution = solve(
+        [Problem(weight, moment, None)], VQLayout.uniform(32, 64, 4), RECIPE, seeded(1)
+    )[0]
+    dense = ops.vq_dequantize(solution.weight)
+    assert bool(torch.isfinite(dense).all())
+    assert float(dense[3].abs().max()) < 1e-3
+    assert float((dense[:, :8] - weight[:, :8]).abs().mean()) < 0.5
+
+
+def test_overwhelming_channels_are_dealt_out_over_the_vectors(correlated: Moment) -> None:
+    layout = VQLayout.uniform(128, 128, 2, True)
+    case = problem(correlated(128, 7), 128, 7, permute=False)
+    loud = torch.eye(128, dtype=torch.float64)
+    loud[:16] *= 1e4
+    order = channel_order(case.weight, loud, layout, RECIPE, seeded(1))
+    assert sorted(order.tolist()) == list(range(128))
+    assert int((order.view(-1, 4) < 16).sum(1).max()) == 1
+    scalar = VQLayout.uniform(128, 128, 8, True)
+    moment = correlated(128, 7)
+    ascending = moment.diagonal()[channel_order(case.weight, moment, scalar, RECIPE, seeded(1))]
+    assert bool((ascending.diff() >= 0).all())
