@@ -7,13 +7,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mgvq_kernels import ops
-from mgvq_kernels.layout import PackedVQ, VQLayout, VQWeight
+from mgvq_kernels.layout import VQLayout
+from mgvq_runtime.layers.vq_matrix import VQMatrix
 
 
-class VQEmbedding(nn.Module):
+class VQEmbedding(VQMatrix):
     """Rows of a vector-quantized table `[V, D]`; `load` must come before `forward`."""
-
-    packed: PackedVQ
 
     def __init__(self, vocab_size: int, hidden_size: int, layout: VQLayout) -> None:
         """Make the table without weights.
@@ -21,26 +20,8 @@ class VQEmbedding(nn.Module):
         Raises:
             ValueError: if the layout is of another shape.
         """
-        super().__init__()
-        if (layout.out_features, layout.in_features) != (vocab_size, hidden_size):
-            raise ValueError(
-                f"layout is [{layout.out_features}, {layout.in_features}], "
-                f"the table is [{vocab_size}, {hidden_size}]"
-            )
-        self.layout = layout
+        super().__init__(vocab_size, hidden_size, layout)
         self.dtype = torch.get_default_dtype()
-
-    def load(self, weight: VQWeight, device: torch.device | str = "cpu") -> None:
-        """Pack a weight of this table's layout for `device`, replacing the one before.
-
-        Raises:
-            ValueError: if the weight has another layout.
-        """
-        if weight.layout != self.layout:
-            raise ValueError(
-                f"the weight's layout {weight.layout} is not the table's {self.layout}"
-            )
-        self.packed = ops.pack_for(weight, device)
 
     def forward(self, ids: Tensor) -> Tensor:
         """Return the rows `[T, D]` of `ids [T]` int64, in `self.dtype`."""

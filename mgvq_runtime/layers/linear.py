@@ -12,14 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from mgvq_kernels import ops
-from mgvq_kernels.layout import PackedVQ, VQLayout, VQWeight
+from mgvq_kernels.layout import VQLayout
 from mgvq_runtime.layers.embedding import VQEmbedding
+from mgvq_runtime.layers.vq_matrix import VQMatrix
 
 
-class VQLinear(nn.Module):
+class VQLinear(VQMatrix):
     """`x @ W.T + bias` with a vector-quantized `W [O, I]`; `load` must come before `forward`."""
-
-    packed: PackedVQ
 
     def __init__(
         self, in_features: int, out_features: int, layout: VQLayout, bias: bool = False
@@ -35,26 +34,9 @@ class VQLinear(nn.Module):
         Raises:
             ValueError: if the layout is of another shape.
         """
-        super().__init__()
-        if (layout.out_features, layout.in_features) != (out_features, in_features):
-            raise ValueError(
-                f"layout is [{layout.out_features}, {layout.in_features}], "
-                f"the layer is [{out_features}, {in_features}]"
-            )
-        self.in_features, self.out_features, self.layout = in_features, out_features, layout
+        super().__init__(out_features, in_features, layout)
+        self.in_features, self.out_features = in_features, out_features
         self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None
-
-    def load(self, weight: VQWeight, device: torch.device | str = "cpu") -> None:
-        """Pack a weight of this layer's layout for `device`, replacing the one before.
-
-        Raises:
-            ValueError: if the weight has another layout.
-        """
-        if weight.layout != self.layout:
-            raise ValueError(
-                f"the weight's layout {weight.layout} is not the layer's {self.layout}"
-            )
-        self.packed = ops.pack_for(weight, device)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return `[..., O]` in the dtype of `x [..., I]`."""

@@ -18,7 +18,8 @@ from mgvq_kernels.layout import VQLayout
 from mgvq_runtime.checkpoint.reader import Checkpoint, open_checkpoint
 from mgvq_runtime.errors import CheckpointError
 from mgvq_runtime.layers.embedding import VQEmbedding
-from mgvq_runtime.layers.linear import LayerFactory, VQLinear
+from mgvq_runtime.layers.linear import LayerFactory
+from mgvq_runtime.layers.vq_matrix import VQMatrix
 from mgvq_runtime.models.config import Qwen2VLConfig
 from mgvq_runtime.models.qwen2_vl import Qwen2VL
 from mgvq_runtime.models.registry import Family, find_family
@@ -82,7 +83,7 @@ def fill_model(
         raise CheckpointError(f"{checkpoint.path} cannot be loaded", problems)
     for name, weight in checkpoint.vq_weights():
         layer = model.get_submodule(name)
-        assert isinstance(layer, VQLinear | VQEmbedding), name
+        assert isinstance(layer, VQMatrix), name
         layer.load(weight, device)
     _settle(model, device, dtype)
     return model.eval()

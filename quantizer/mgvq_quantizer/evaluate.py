@@ -32,7 +32,7 @@ from mgvq_runtime.checkpoint.bits import counted_bits_per_weight
 from mgvq_runtime.checkpoint.reader import Checkpoint, open_checkpoint
 from mgvq_runtime.errors import MgvqError
 from mgvq_runtime.layers.embedding import TiedHead, VQEmbedding
-from mgvq_runtime.layers.linear import VQLinear
+from mgvq_runtime.layers.vq_matrix import VQMatrix
 from mgvq_runtime.models.config import Qwen2VLConfig
 from mgvq_runtime.models.loading import fill_model
 from mgvq_runtime.models.qwen2_vl import Qwen2VL
@@ -139,7 +139,7 @@ def load(path: Path, device: str) -> Qwen2VL:
 def to_dense(model: Qwen2VL) -> Qwen2VL:
     """Replace every quantized layer by a dense one of the same values; returns the model."""
     for name, module in list(model.named_modules()):
-        if not isinstance(module, VQLinear | VQEmbedding):
+        if not isinstance(module, VQMatrix):
             continue
         weight = nn.Parameter(ops.vq_dequantize(module.packed), requires_grad=False)
         O, I = weight.shape  # noqa: E741

@@ -88,7 +88,8 @@ def test_http_says_what_the_engine_says(
     if kind == "dense":
         assert texts == offline
     right = sum(text == row["answer"] for text, row in zip(texts, rows, strict=True))
-    assert right >= 0.5 * len(rows), list(zip(rows, texts, strict=True))
+    without_looking = sum(row["baseline_answer"] == row["answer"] for row in rows)
+    assert right > 1.2 * without_looking, f"{right} right, {without_looking} without looking"
     assert [stream(running, row) for row in rows[::10]] == texts[::10]
 
 

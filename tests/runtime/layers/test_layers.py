@@ -35,7 +35,7 @@ def test_factory_refuses_another_shape() -> None:
     factory = LayerFactory({"a": LAYOUT})
     with pytest.raises(ValueError, match=r"layout is \[48, 64\], the layer is \[48, 32\]"):
         factory.linear("a", 32, 48)
-    with pytest.raises(ValueError, match=r"layout is \[48, 64\], the table is \[64, 48\]"):
+    with pytest.raises(ValueError, match=r"layout is \[48, 64\], the layer is \[64, 48\]"):
         factory.embedding("a", 64, 48)
 
 
