@@ -28,7 +28,7 @@ from mgvq_runtime.checkpoint.reader import open_checkpoint
 from mgvq_runtime.errors import MgvqError
 from mgvq_runtime.pictures import take_pictures
 
-QUESTION = "What does the picture show?"
+QUESTION = "Which bar is the highest?"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

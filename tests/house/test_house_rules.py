@@ -26,8 +26,8 @@ LARGE_FILES = {  # over 250 kB, each with its reason
     "benchmarks/tiny_vlm/dense/model.safetensors": "the quantizer's test input",
     "benchmarks/tiny_vlm/dense/questions.zip": "5,000 unseen questions with their pictures",
     "benchmarks/tiny_vlm/dense/calibration.zip": "the calibration set of the demonstration model",
-    "mgvq_runtime/assets/demo/model-00001-of-00001.safetensors": "the bundled 2-bit checkpoint",
     "mgvq_runtime/assets/demo/model.safetensors": "the bundled 2-bit checkpoint",
+    "mgvq_runtime/assets/demo/questions.zip": "the question set it is scored on",
 }
 
 

@@ -1,0 +1,383 @@
+"""Pictures of objects on a grid: shapes, emoji, animals, and single objects (called by `drawing`).
+
+One layout serves all: objects in the cells of a small grid, so that what is asked (how many, where,
+what is next to, which is larger) has one answer. Not here: text (`signs`) and charts (`charts`).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from random import Random
+
+import numpy as np
+from PIL import Image
+
+from benchmarks.tiny_vlm.assets import Assets
+from benchmarks.tiny_vlm.concepts import (
+    ANIMALS,
+    COLOURS,
+    COUNTRIES,
+    HELD_OUT_PAIRS,
+    SHAPES,
+    emoji_concepts,
+)
+from benchmarks.tiny_vlm.phrases import ask
+from benchmarks.tiny_vlm.pictures import (
+    QA,
+    Array,
+    Box,
+    Picture,
+    article,
+    background,
+    jittered,
+    paste,
+    resized,
+    shape_mask,
+    tint,
+    visible_colours,
+)
+
+CONCEPTS = emoji_concepts()
+ROW_NAMES = {1: ("",), 2: ("top", "bottom"), 3: ("top", "", "bottom")}
+COLUMN_NAMES = {1: ("",), 2: ("left", "right"), 3: ("left", "", "right")}
+
+
+@dataclass
+class Item:
+    """One object of a scene."""
+
+    name: str
+    colour: str
+    row: int = 0
+    column: int = 0
+    size: int = 0
+    drawing: int = 0
+    """Which of the vendor's drawings, for emoji."""
+
+
+def plural(noun: str) -> str:
+    """The plural of our nouns."""
+    if noun in ("sheep", "scissors", "glasses", "fries"):
+        return noun
+    if noun.endswith(("s", "x", "ch", "sh")):
+        return noun + "es"
+    if noun.endswith("y") and noun[-2] not in "aeiou":
+        return noun[:-1] + "ies"
+    return noun + "s"
+
+
+def position_name(row: int, column: int, rows: int, columns: int) -> str:
+    """Words for a cell: `top left`, `left`, `center`."""
+    words = (ROW_NAMES[rows][row], COLUMN_NAMES[columns][column])
+    return " ".join(word for word in words if word) or "center"
+
+
+def sprite(rng: Random, assets: Assets, family: str, item: Item, size: int) -> Array:
+    """Draw one item at a size."""
+    if family == "shape":
+        return tint(shape_mask(item.name, size), jittered(rng, item.colour))
+    if family == "animal":
+        label = ANIMALS.index(item.name)
+        rows = (assets.animal_labels == label).nonzero()[0]
+        mask = resized(assets.animals[rng.choice(rows)], size, flip=rng.random() < 0.5)
+        return tint(mask, jittered(rng, item.colour))
+    number = next(i for i, concept in enumerate(CONCEPTS) if concept[1] == item.name)
+    drawings = assets.emoji[number]
+    drawing = drawings[item.drawing % len(drawings)]
+    angle = rng.uniform(-14, 14) if rng.random() < 0.4 else 0.0
+    return resized(drawing, size, angle, flip=rng.random() < 0.3)
+
+
+def _kinds(rng: Random, assets: Assets, family: str, canvas: Array, count: int) -> list[Item]:
+    """Different kinds of item for one scene."""
+    colours = visible_colours(canvas)
+    items: list[Item] = []
+    while len(items) < count:
+        if family == "shape":
+            item = Item(rng.choice(SHAPES), rng.choice(colours))
+            held_out = (item.colour, item.name) in HELD_OUT_PAIRS
+            if held_out and assets.split == "train":
+                continue
+            if any((o.name, o.colour) == (item.name, item.colour) for o in items):
+                continue
+        elif family == "animal":
+            item = Item(rng.choice(ANIMALS), rng.choice(colours))
+        else:
+            word = CONCEPTS[rng.choice(list(assets.emoji))][1]
+            item = Item(word, "", drawing=rng.randrange(1000))
+        if family != "shape" and any(o.name == item.name for o in items):
+            continue
+        items.append(item)
+    return items
+
+
+def _place(rng: Random, items: list[Item], rows: int, columns: int, cell: int) -> None:
+    cells = rng.sample([(r, c) for r in range(rows) for c in range(columns)], len(items))
+    base = rng.uniform(0.58, 0.9)
+    for item, (row, column) in zip(items, cells, strict=True):
+        item.row, item.column = row, column
+        item.size = max(12, round(cell * base * rng.uniform(0.9, 1.05)))
+
+
+def _dense_class(family: str, name: str) -> str:
+    return name if family == "shape" else f"{family} {name}"
+
+
+def _square_box(x: float, y: float, size: float, dense_class: str, colour: str) -> Box:
+    inset = 0.08 * size
+    right, bottom = x + size - inset, y + size - inset
+    return Box(x + inset, y + inset, right, bottom, dense_class, colour)
+
+
+def _paint(
+    rng: Random,
+    assets: Assets,
+    family: str,
+    canvas: Array,
+    items: list[Item],
+    grid: tuple[int, int],
+) -> list[Box]:
+    boxes = []
+    height, width = canvas.shape[:2]
+    cell_h, cell_w = height / grid[0], width / grid[1]
+    spread = {False: (0.4, 0.6), True: (0.25, 0.75)}  # a lone row or column is in the middle
+    for item in items:
+        size = min(item.size, int(cell_h), int(cell_w))
+        item.size = size
+        slack_x, slack_y = max(0.0, cell_w - size), max(0.0, cell_h - size)
+        x = item.column * cell_w + slack_x * rng.uniform(*spread[grid[1] > 1])
+        y = item.row * cell_h + slack_y * rng.uniform(*spread[grid[0] > 1])
+        paste(canvas, sprite(rng, assets, family, item, size), round(x), round(y))
+        boxes.append(_square_box(x, y, size, _dense_class(family, item.name), item.colour))
+    return boxes
+
+
+def _choose_items(
+    rng: Random, assets: Assets, family: str, canvas: Array, cells: int
+) -> list[Item]:
+    """Either a few different objects or several copies of one or two kinds."""
+    if rng.random() < 0.45 and cells >= 2:
+        kinds = _kinds(rng, assets, family, canvas, rng.choice((1, 2, 2)))
+        total = rng.randint(len(kinds), min(6, cells))
+        chosen = kinds + [rng.choice(kinds) for _ in range(total - len(kinds))]
+        return [Item(k.name, k.colour, drawing=k.drawing) for k in chosen]
+    return _kinds(rng, assets, family, canvas, rng.randint(1, min(5, cells)))
+
+
+def grid_scene(rng: Random, assets: Assets, height: int, width: int, family: str) -> Picture:
+    """One to six objects of one family on a grid."""
+    canvas, ground = background(rng, height, width)
+    smallest = 34 if min(height, width) < 140 else 50
+    most = 2 if rng.random() < 0.8 else 3
+    limits = [min(most, max(1, side // smallest)) for side in (height, width)]
+    rows, columns = rng.choice((limits[0], rng.randint(1, limits[0]))), limits[1]
+    if rng.random() < 0.3:
+        columns = rng.randint(1, limits[1])
+    items = _choose_items(rng, assets, family, canvas, rows * columns)
+    cell = int(min(height / rows, width / columns))
+    _place(rng, items, rows, columns, cell)
+    compared = len(items) in (2, 3) and rng.random() < 0.4
+    if compared:
+        largest = rng.randrange(len(items))
+        for index, item in enumerate(items):
+            item.size = round(cell * (0.92 if index == largest else 0.92 * rng.uniform(0.38, 0.58)))
+    picture = Picture(canvas)
+    picture.boxes = _paint(rng, assets, family, canvas, items, (rows, columns))
+    scene = {"shape": "", "emoji": "emoji_scene", "animal": "animal"}[family]
+    picture.questions += _count_questions(rng, family, items, scene)
+    picture.questions += _place_questions(rng, family, items, rows, columns, scene)
+    if family != "emoji":
+        picture.questions += _look_questions(rng, family, items, scene)
+    if compared and len(items) == 2:
+        picture.questions += _size_questions(rng, family, items, scene)
+    if ground:
+        picture.questions.append(QA("colour", ask(rng, "ground"), ground, 1 / len(COLOURS)))
+    if len(items) <= 3 and len({_label(family, i) for i in items}) == len(items):
+        ordered = sorted(items, key=lambda i: (i.row, i.column))
+        picture.subject = " and ".join(article(_label(family, i)) for i in ordered)
+        chance = 0.0
+        picture.questions.append(QA("caption", ask(rng, "caption"), picture.subject, chance))
+    return picture
+
+
+def _label(family: str, item: Item) -> str:
+    return f"{item.colour} {item.name}" if family == "shape" else item.name
+
+
+def _reference(family: str, item: Item, items: list[Item]) -> str | None:
+    """The shortest phrase that means this item only, or None."""
+    if sum(o.name == item.name for o in items) == 1:
+        return item.name
+    if family == "shape" and sum(_label(family, o) == _label(family, item) for o in items) == 1:
+        return _label(family, item)
+    return None
+
+
+def _count_questions(rng: Random, family: str, items: list[Item], scene: str) -> list[QA]:
+    kind, chance = scene or "count", 1 / 7
+    noun = {"shape": rng.choice(("objects", "shapes")), "animal": "animals"}.get(family, "objects")
+    result = [QA("count", ask(rng, "count_x", x=noun), str(len(items)), 1 / 6)]
+    names = Counter(item.name for item in items)
+    name, count = rng.choice(list(names.items()))
+    result.append(QA(kind, ask(rng, "count_x", x=plural(name)), str(count), chance))
+    if family == "shape":
+        absent = rng.choice([shape for shape in SHAPES if shape not in names])
+        if rng.random() < 0.35:
+            result.append(QA(kind, ask(rng, "count_x", x=plural(absent)), "0", chance))
+        colours = Counter(item.colour for item in items)
+        colour, count = rng.choice(list(colours.items()))
+        result.append(QA(kind, ask(rng, "count_x", x=f"{colour} objects"), str(count), chance))
+    pair = names.most_common(2)
+    if len(pair) == 2 and pair[0][1] > pair[1][1]:
+        more, fewer = pair[0][0], pair[1][0]
+        x, y = (more, fewer) if rng.random() < 0.5 else (fewer, more)
+        question = ask(rng, "more", x=plural(x), y=plural(y))
+        result.append(QA(scene or "compare", question, plural(more), 1 / 2))
+    return result
+
+
+def _place_questions(
+    rng: Random, family: str, items: list[Item], rows: int, columns: int, scene: str
+) -> list[QA]:
+    kind, result = scene or "position", []
+    references = {id(item): _reference(family, item, items) for item in items}
+    by_cell = {(item.row, item.column): item for item in items}
+    for item in rng.sample(items, min(2, len(items))):
+        place = position_name(item.row, item.column, rows, columns)
+        reference = references[id(item)]
+        answer = _label(family, item)
+        if reference:
+            result.append(QA(kind, ask(rng, "where", x=reference), place, 1 / 9))
+        if rng.random() < 0.5:
+            choices = 96 if family == "shape" else 100 if family == "emoji" else 10
+            result.append(QA(kind, ask(rng, "at", p=place), answer, 1 / choices))
+    steps = {(0, -1): "left of", (0, 1): "right of", (-1, 0): "above", (1, 0): "below"}
+    pairs = [
+        (item, words, by_cell[item.row + dy, item.column + dx])
+        for item in items
+        for (dy, dx), words in steps.items()
+        if references[id(item)] and (item.row + dy, item.column + dx) in by_cell
+    ]
+    if pairs:
+        item, words, other = rng.choice(pairs)
+        question = ask(rng, "next", r=words, x=references[id(item)] or "")
+        choices = 96 if family == "shape" else 100 if family == "emoji" else 10
+        result.append(QA(kind, question, _label(family, other), 1 / choices))
+    return result
+
+
+def _look_questions(rng: Random, family: str, items: list[Item], scene: str) -> list[QA]:
+    result = []
+    for item in rng.sample(items, min(2, len(items))):
+        same_name = [o for o in items if o.name == item.name]
+        if len({o.colour for o in same_name}) == 1:
+            question = ask(rng, "colour", x=item.name)
+            result.append(QA("colour", question, item.colour, 1 / len(COLOURS)))
+        if family == "shape" and len({o.name for o in items if o.colour == item.colour}) == 1:
+            question = ask(rng, "shape", c=item.colour)
+            result.append(QA("shape", question, item.name, 1 / len(SHAPES)))
+    if family == "shape" and rng.random() < 0.6:
+        present = {(item.colour, item.name) for item in items}
+        item = rng.choice(items)
+        wanted = (item.colour, item.name)
+        if rng.random() < 0.5:
+            while wanted in present:
+                if rng.random() < 0.5:
+                    wanted = (rng.choice(list(COLOURS)), item.name)
+                else:
+                    wanted = (item.colour, rng.choice(SHAPES))
+        answer = "yes" if wanted in present else "no"
+        question = ask(rng, "exists", x=article(f"{wanted[0]} {wanted[1]}"))
+        result.append(QA("exists", question, answer, 1 / 2))
+    return result
+
+
+def _size_questions(rng: Random, family: str, items: list[Item], scene: str) -> list[QA]:
+    names = [_reference(family, item, items) for item in items]
+    if None in names:
+        return []
+    ordered = sorted(items, key=lambda item: item.size)
+    small, large = (_reference(family, item, items) or "" for item in ordered)
+    result = []
+    for key, answer in (("larger", large), ("smaller", small)):
+        x, y = (small, large) if rng.random() < 0.5 else (large, small)
+        result.append(QA(scene or "compare", ask(rng, key, x=x, y=y), answer, 1 / 2))
+    return result
+
+
+def single_emoji(rng: Random, assets: Assets, height: int, width: int) -> Picture:
+    """One large emoji."""
+    canvas, ground = background(rng, height, width)
+    name, word, group = CONCEPTS[number := rng.choice(list(assets.emoji))]
+    item = Item(word, "", drawing=rng.randrange(1000))
+    side = min(height, width)
+    size = round(side * rng.uniform(0.5, 0.95))
+    x, y = rng.randint(0, width - size), rng.randint(0, height - size)
+    paste(canvas, sprite(rng, assets, "emoji", item, size), x, y)
+    picture = Picture(canvas, subject=article(word))
+    picture.boxes.append(_square_box(x, y, size, f"emoji {word}", ""))
+    picture.questions.append(QA("emoji", ask(rng, "what"), word, 1 / len(CONCEPTS)))
+    picture.questions.append(QA("emoji_group", ask(rng, "group"), group, 1 / 6))
+    picture.questions.append(QA("emoji", ask(rng, "caption"), picture.subject, 1 / len(CONCEPTS)))
+    if ground:
+        picture.questions.append(QA("colour", ask(rng, "ground"), ground, 1 / len(COLOURS)))
+    return picture
+
+
+def single_animal(rng: Random, assets: Assets, height: int, width: int) -> Picture:
+    """One animal silhouette of one colour."""
+    canvas, ground = background(rng, height, width)
+    item = _kinds(rng, assets, "animal", canvas, 1)[0]
+    size = round(min(height, width) * rng.uniform(0.55, 0.98))
+    x, y = rng.randint(0, width - size), rng.randint(0, height - size)
+    paste(canvas, sprite(rng, assets, "animal", item, size), x, y)
+    picture = Picture(canvas, subject=article(item.name))
+    picture.boxes.append(_square_box(x, y, size, f"animal {item.name}", item.colour))
+    picture.questions.append(QA("animal", ask(rng, "animal"), item.name, 1 / 10))
+    question = ask(rng, "colour", x=rng.choice((item.name, "animal")))
+    picture.questions.append(QA("colour", question, item.colour, 1 / len(COLOURS)))
+    picture.questions.append(QA("animal", ask(rng, "what"), item.name, 1 / 10))
+    if ground:
+        picture.questions.append(QA("colour", ask(rng, "ground"), ground, 1 / len(COLOURS)))
+    return picture
+
+
+def single_flag(rng: Random, assets: Assets, height: int, width: int) -> Picture:
+    """One flag on a plain ground."""
+    canvas, _ = background(rng, height, width)
+    code = rng.choice(list(assets.flags))
+    size = round(min(height, width) * rng.uniform(0.6, 1.0))
+    x, y = rng.randint(0, width - size), rng.randint(0, height - size)
+    paste(canvas, resized(rng.choice(assets.flags[code]), size), x, y)
+    country = COUNTRIES[code]
+    picture = Picture(canvas, subject=f"the flag of {country}")
+    picture.boxes.append(_square_box(x, y, size, f"flag {code}", ""))
+    picture.questions.append(QA("flag", ask(rng, "flag"), country, 1 / len(COUNTRIES)))
+    caption = ask(rng, "caption")
+    picture.questions.append(QA("flag", caption, picture.subject, 1 / len(COUNTRIES)))
+    return picture
+
+
+def easy_vqa(rng: Random, assets: Assets, height: int, width: int) -> Picture:
+    """One picture of easy-VQA, enlarged, with its own questions (yes and no kept balanced)."""
+    number = rng.randrange(len(assets.easy_vqa))
+    original = Image.fromarray(assets.easy_vqa[number])
+    enlarged = original.resize((width, height), Image.Resampling.BILINEAR)
+    picture = Picture(np.asarray(enlarged))
+    rows = assets.easy_questions[number]
+    yes = [row for row in rows if row[1] == "yes"]
+    no = [row for row in rows if row[1] == "no"]
+    chosen = [row for row in rows if row[1] not in ("yes", "no")]
+    if rng.random() < 0.5:
+        side = yes if rng.random() < 0.5 else no
+        chosen += rng.sample(side, min(1, len(side)))
+    for question, answer in chosen:
+        chance = 1 / 8
+        if answer in ("yes", "no"):
+            chance = 1 / 2
+        elif answer in ("circle", "rectangle", "triangle"):
+            chance = 1 / 3
+        text = question[0].upper() + question[1:]
+        picture.questions.append(QA("easy_vqa", text, answer, chance))
+    return picture
