@@ -29,7 +29,7 @@ from tqdm import tqdm
 from benchmarks.tiny_vlm import assets as assets_module
 from benchmarks.tiny_vlm.conversations import Encoder, make_batch
 from benchmarks.tiny_vlm.drawing import choose_size
-from benchmarks.tiny_vlm.export import save_checkpoint
+from benchmarks.tiny_vlm.export import load_checkpoint, save_checkpoint
 from benchmarks.tiny_vlm.losses import (
     answer_loss,
     dense_loss,
@@ -304,6 +304,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=2, help="processes; 1 or 2")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (then with --workers 1)")
     parser.add_argument("--resume", action="store_true", help="go on from the saved state")
+    parser.add_argument("--init", type=Path, help="checkpoint to start from; no tower steps then")
     parser.add_argument("--no-compile", dest="compile", action="store_false")
     parser.add_argument("--watch-every", type=int, default=200, help="steps between watch reports")
     parser.add_argument("--save-every-s", type=float, default=180, help="seconds between saves")
@@ -319,7 +320,11 @@ def main() -> None:
     assets_module.build(arguments.cache)
     model = training_model()
     model.initialise(recipe.seed)
-    whiten_patch_embedding(model, assets_module.load(arguments.cache, "train"), recipe.seed)
+    if arguments.init is None:
+        whiten_patch_embedding(model, assets_module.load(arguments.cache, "train"), recipe.seed)
+    else:
+        recipe = replace(recipe, tower_steps=0)
+        model.load_state_dict(load_checkpoint(arguments.init).state_dict(), strict=False)
     shared = allocate(model, recipe, arguments.workers)
     first_step = 0
     if arguments.resume:
