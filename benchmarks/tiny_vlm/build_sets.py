@@ -102,7 +102,7 @@ class Baseline:
                 by_kind[item.kind][item.answer] += 1
             if rng.random() < 0.1:
                 pictures_of = [draw(rng, assets, choose_type(rng, size), size) for _ in range(2)]
-                for question, answer in several_pairs(rng, pictures_of):
+                for question, answer, _ in several_pairs(rng, pictures_of):
                     by_question[question][answer] += 1
                     by_kind["several"][answer] += 1
         for _ in range(5000):
@@ -158,11 +158,11 @@ class TestSet:
         size = self.rng.choice(((84, 84), (112, 112), (112, 112)))
         count = self.rng.choice((2, 2, 3))
         pictures = [self._draw(size) for _ in range(count)]
-        pairs = [p for p in several_pairs(self.rng, pictures) if not p[1].isdigit()]
+        pairs = [p for p in several_pairs(self.rng, pictures) if not p.answer.isdigit()]
         if not pairs:
             return
         names = [self.archive.add(picture.pixels) for picture in pictures]
-        for question, answer in pairs[: min(3, self.left["several"])]:
+        for question, answer, _ in pairs[: min(3, self.left["several"])]:
             chance = 1 / count if answer.startswith("the ") and len(answer.split()) == 2 else 0.0
             self.add("several", names, question, answer, chance)
 

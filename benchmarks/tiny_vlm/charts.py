@@ -17,6 +17,7 @@ from benchmarks.tiny_vlm.pictures import (
     Rgb,
     background,
     distance,
+    ground_questions,
     jittered,
     mean_colour,
     paste,
@@ -68,35 +69,42 @@ def bar_chart(rng: Random, assets: Assets, height: int, width: int) -> Picture:
     subject = f"a bar chart with {count} bars"
     picture = Picture(canvas, subject=subject, boxes=boxes)
     picture.questions += _questions(rng, values, names, same)
-    if ground:
-        picture.questions.append(QA("colour", ask(rng, "ground"), ground, 1 / len(COLOURS)))
+    picture.questions += ground_questions(rng, ground)
     return picture
 
 
 def _questions(rng: Random, values: list[int], names: list[str], same: bool) -> list[QA]:
     count = len(values)
-    result = [QA("chart", ask(rng, "bars"), str(count), 1 / 3)]
+    bars, labels = tuple(range(0, 2 * count, 2)), tuple(range(1, 2 * count, 2))  # box numbers
+    result = [QA("chart", ask(rng, "bars"), str(count), 1 / 3, labels, bars)]
     for index in rng.sample(range(count), 2):
         question = ask(rng, "bar_value", b=LABELS[index])
-        result.append(QA("chart", question, str(values[index]), 1 / len(VALUES)))
+        via, at = labels[index : index + 1], bars[index : index + 1]
+        result.append(QA("chart", question, str(values[index]), 1 / len(VALUES), via, at))
     for key, extreme in (("tallest", max(values)), ("shortest", min(values))):
         if values.count(extreme) == 1:
-            answer = LABELS[values.index(extreme)]
-            result.append(QA("chart", ask(rng, key), answer, 1 / count))
+            index = values.index(extreme)
+            via, at = bars[index : index + 1], labels[index : index + 1]
+            result.append(QA("chart", ask(rng, key), LABELS[index], 1 / count, via, at))
     value = rng.choice(values)
     if values.count(value) == 1:
-        question = ask(rng, "bar_with", v=str(value))
-        result.append(QA("chart", question, LABELS[values.index(value)], 1 / count))
+        question, index = ask(rng, "bar_with", v=str(value)), values.index(value)
+        via, at = bars[index : index + 1], labels[index : index + 1]
+        result.append(QA("chart", question, LABELS[index], 1 / count, via, at))
     index = rng.randrange(count)
     label = LABELS[index]
     question = ask(rng, "bar_colour", b=label)
-    result.append(QA("chart", question, names[index], 1 / len(COLOURS)))
+    bar, letter = bars[index : index + 1], labels[index : index + 1]
+    result.append(QA("chart", question, names[index], 1 / len(COLOURS), letter, bar))
     if not same:
-        result.append(QA("chart", ask(rng, "colour_bar", c=names[index]), label, 1 / count))
+        question = ask(rng, "colour_bar", c=names[index])
+        result.append(QA("chart", question, label, 1 / count, bar, letter))
     one, two = rng.sample(range(count), 2)
     if values[one] != values[two] and rng.random() < 0.6:
         question = ask(rng, "bar_taller", b=LABELS[one], d=LABELS[two])
-        result.append(QA("chart", question, "yes" if values[one] > values[two] else "no", 1 / 2))
+        answer = "yes" if values[one] > values[two] else "no"
+        via, at = (labels[one], labels[two]), (bars[one], bars[two])
+        result.append(QA("chart", question, answer, 1 / 2, via, at))
     caption = f"a bar chart with {count} bars"
     result.append(QA("chart", ask(rng, "caption"), caption, 1 / 3))
     return result

@@ -9,10 +9,12 @@ the model would never look at the picture. A single conversation is one causal r
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from random import Random
+from typing import NamedTuple
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -21,7 +23,7 @@ from benchmarks.tiny_vlm.assets import Assets
 from benchmarks.tiny_vlm.concepts import COLOURS, dense_classes
 from benchmarks.tiny_vlm.drawing import MIX, choose_type, draw
 from benchmarks.tiny_vlm.phrases import ask
-from benchmarks.tiny_vlm.pictures import QA, Array, Picture
+from benchmarks.tiny_vlm.pictures import QA, Array, Box, Picture
 from benchmarks.tiny_vlm.smalltalk import SYSTEM_PROMPTS, text_pair
 
 DEFAULT_SYSTEM = "You are a helpful assistant."
@@ -37,6 +39,24 @@ class Turn:
 
     role: str
     text: str
+    item: QA | None = None
+    """Of an answer about a picture: which of its boxes say so."""
+    picture: int = 0
+    """Number of that picture in the conversation."""
+
+
+@dataclass(frozen=True)
+class Look:
+    """Where an answer is to be found: one drawn thing that one prediction should attend to."""
+
+    hop: int
+    """0: what must be found first; 1: what the answer is read from."""
+    query: int
+    """Place in the row whose prediction looks."""
+    keys: tuple[int, ...]
+    """Places of the picture's rows that show the thing."""
+    weight: float
+    """One over the number of things that this prediction looks at in this hop."""
 
 
 @dataclass
@@ -47,6 +67,7 @@ class Row:
     labels: list[int] = field(default_factory=list)
     positions: list[tuple[int, int, int]] = field(default_factory=list)
     blocks: list[int] = field(default_factory=list)
+    looks: list[Look] = field(default_factory=list)
     next_position: int = 0
 
     def add(self, ids: list[int], block: int, is_answer: bool = False) -> None:
@@ -87,11 +108,14 @@ class Encoder:
         """Ids of a text, special tokens included."""
         return list(self.encode(text))
 
-    def prefix_row(self, grid: tuple[int, int], questions: list[QA]) -> Row:
-        """One picture, then independent question blocks."""
+    def prefix_row(
+        self, grid: tuple[int, int], questions: list[QA], boxes: Sequence[Box] = ()
+    ) -> Row:
+        """One picture, then independent question blocks; with `boxes` also where answers are."""
         row = Row()
         head = f"<|im_start|>system\n{DEFAULT_SYSTEM}<|im_end|>\n<|im_start|>user\n<|vision_start|>"
         row.add(self.ids(head), 0)
+        things = [covered(box, grid, len(row.tokens)) for box in boxes]
         row.add_image(self.image_pad, *grid, 0)
         row.add(self.ids("<|vision_end|>"), 0)
         start = row.next_position
@@ -99,21 +123,34 @@ class Encoder:
             row.next_position = start
             row.add(self.ids(item.question), block)
             row.add(self.ids("<|im_end|>\n<|im_start|>assistant\n"), block)
-            row.add([*self.ids(item.answer), self.end], block, is_answer=True)
+            answer = self.ids(item.answer)
+            if things:
+                row.looks += looks_of(item, things, len(row.tokens) - 1, len(answer))
+            row.add([*answer, self.end], block, is_answer=True)
         return row
 
-    def chat_row(self, turns: list[Turn], grid: tuple[int, int]) -> Row:
-        """A whole conversation as one causal row."""
+    def chat_row(
+        self, turns: list[Turn], grid: tuple[int, int], boxes: Sequence[Sequence[Box]] = ()
+    ) -> Row:
+        """A whole conversation as one causal row; `boxes` of each picture tell where to look."""
         row = Row()
+        things: list[list[tuple[int, ...]]] = []
         for turn in turns:
             row.add(self.ids(f"<|im_start|>{turn.role}\n"), 0)
             if turn.role == "assistant":
-                row.add([*self.ids(turn.text), self.end], 0, is_answer=True)
+                answer = self.ids(turn.text)
+                if turn.item and boxes:
+                    query = len(row.tokens) - 1
+                    row.looks += looks_of(turn.item, things[turn.picture], query, len(answer))
+                row.add([*answer, self.end], 0, is_answer=True)
                 row.add(self.ids("\n"), 0)
                 continue
             for number, part in enumerate(turn.text.split("<image>")):
                 if number:
                     row.add(self.ids("<|vision_start|>"), 0)
+                    if boxes:
+                        first = len(row.tokens)
+                        things.append([covered(box, grid, first) for box in boxes[len(things)]])
                     row.add_image(self.image_pad, *grid, 0)
                     row.add(self.ids("<|vision_end|>"), 0)
                 if part:
@@ -122,26 +159,60 @@ class Encoder:
         return row
 
 
+def covered(box: Box, grid: tuple[int, int], first: int) -> tuple[int, ...]:
+    """Places in a row of the merged patches that show most of a box; `first` is the picture's."""
+    side = PATCH * MERGE
+    shares = {}
+    for r in range(grid[0]):
+        high = min(box.bottom, (r + 1) * side) - max(box.top, r * side)
+        for c in range(grid[1]):
+            wide = min(box.right, (c + 1) * side) - max(box.left, c * side)
+            shares[first + r * grid[1] + c] = max(0.0, high) * max(0.0, wide)
+    most = max(shares.values())
+    return tuple(place for place, share in shares.items() if share > 0 and share >= 0.4 * most)
+
+
+def looks_of(item: QA, things: list[tuple[int, ...]], query: int, tokens: int) -> list[Look]:
+    """Where the predictions of an answer of so many tokens should look; the first is at `query`."""
+    looks = [Look(0, query, things[number], 1 / len(item.via)) for number in item.via]
+    if item.is_spelled:
+        start = query + tokens - len(item.at)
+        looks += [Look(1, start + place, things[box], 1.0) for place, box in enumerate(item.at)]
+    else:
+        for place in range(query, query + tokens):
+            looks += [Look(1, place, things[box], 1 / len(item.at)) for box in item.at]
+    return [look for look in looks if look.keys]
+
+
 def with_image(rng: Random, text: str) -> str:
     """Text and picture in one of the orders people use."""
     forms = ("<image>{}", "<image>{}", "<image>\n{}", "{}<image>", "{}\n<image>", "{} <image>")
     return rng.choice(forms).format(text)
 
 
-def several_pairs(rng: Random, pictures: list[Picture]) -> list[tuple[str, str]]:
+class Pair(NamedTuple):
+    """A question on several pictures."""
+
+    question: str
+    answer: str
+    picture: int
+    """Number of the picture that it is about, or -1."""
+
+
+def several_pairs(rng: Random, pictures: list[Picture]) -> list[Pair]:
     """Questions and answers about two or three pictures together, in random order."""
-    pairs: list[tuple[str, str]] = []
+    pairs: list[Pair] = []
     subjects = [picture.subject for picture in pictures]
     for index, picture in enumerate(pictures):
         if picture.subject:
             answer = picture.subject
-            pairs.append((ask(rng, "nth", o=ORDINALS[index]), answer))
+            pairs.append(Pair(ask(rng, "nth", o=ORDINALS[index]), answer, index))
             if subjects.count(picture.subject) == 1:
                 answer = f"the {ORDINALS[index]}"
-                pairs.append((ask(rng, "which", x=picture.subject), answer))
-    pairs.append((ask(rng, "pictures"), str(len(pictures))))
+                pairs.append(Pair(ask(rng, "which", x=picture.subject), answer, index))
+    pairs.append(Pair(ask(rng, "pictures"), str(len(pictures)), -1))
     rng.shuffle(pairs)
-    pairs.sort(key=lambda pair: pair[1].isdigit() and rng.random() < 0.7)
+    pairs.sort(key=lambda pair: pair.answer.isdigit() and rng.random() < 0.7)
     return pairs
 
 
@@ -152,11 +223,13 @@ def _several(rng: Random, pictures: list[Picture]) -> list[Turn]:
     shown = "".join(marks)
     pairs = several_pairs(rng, pictures)
     turns: list[Turn] = []
-    for number, (question, answer) in enumerate(pairs[: rng.randint(1, 3)]):
+    for number, (question, answer, index) in enumerate(pairs[: rng.randint(1, 3)]):
         text = question
         if number == 0:
             text = rng.choice((f"{shown}{question}", f"{shown}\n{question}", f"{question}{shown}"))
-        turns += [Turn("user", text), Turn("assistant", answer)]
+        every = tuple(range(len(pictures[index].boxes))) if index >= 0 else ()
+        item = QA("several", question, answer, 0.0, every, every)
+        turns += [Turn("user", text), Turn("assistant", answer, item, max(0, index))]
     return turns
 
 
@@ -186,8 +259,19 @@ def conversation(
     asked = rng.sample(picture.questions, min(len(picture.questions), rng.randint(1, 3)))
     for number, item in enumerate(asked):
         text = with_image(rng, item.question) if number == 0 else item.question
-        turns += [Turn("user", text), Turn("assistant", item.answer)]
+        turns += [Turn("user", text), Turn("assistant", item.answer, item)]
     return turns, [picture]
+
+
+class Looks(NamedTuple):
+    """All `Look`s of a micro-batch."""
+
+    where: Array
+    """`[M, 3]` hop, row, query."""
+    keys: Array
+    """`[M, L]` whether a place of the row shows the thing."""
+    weights: Array
+    """`[M]`."""
 
 
 @dataclass
@@ -208,6 +292,7 @@ class Batch:
     """`[N, P]` colour number of each patch that shows a drawn thing of one colour, else -100."""
     dense_partners: Array
     """`[N, P]` dense class of what belongs to what a patch shows, else -100."""
+    looks: Looks
 
 
 def make_batch(
@@ -229,13 +314,14 @@ def make_batch(
     while len(built) < rows:
         if rng.random() < conversation_share:
             turns, pictures = conversation(rng, assets, size)
-            built.append(encoder.chat_row(turns, grid))
+            boxes = [picture.boxes for picture in pictures]
+            built.append(encoder.chat_row(turns, grid, boxes))
             shown += pictures
             continue
         picture = draw(rng, assets, choose_type(rng, size), size)
         if picture.questions:
             asked = rng.sample(picture.questions, min(questions, len(picture.questions)))
-            built.append(encoder.prefix_row(grid, asked))
+            built.append(encoder.prefix_row(grid, asked, picture.boxes))
             shown.append(picture)
     row_images = len(shown)
     shown += [draw(rng, assets, choose_type(rng, size), size) for _ in range(extra_pictures)]
@@ -292,7 +378,7 @@ def place_labels(batch: Batch) -> tuple[Array, Array]:
 
 
 def _padded(rows: list[Row], images: list[Array], size: tuple[int, int], pad: int) -> Batch:
-    longest = max(len(row.tokens) for row in rows)
+    longest = max((len(row.tokens) for row in rows), default=0)
     B, L = len(rows), -(-longest // 16) * 16
     tokens = np.full((B, L), pad, dtype=np.int64)
     labels = np.full((B, L), -100, dtype=np.int64)
@@ -306,4 +392,15 @@ def _padded(rows: list[Row], images: list[Array], size: tuple[int, int], pad: in
         blocks[index, :length] = row.blocks
     stacked = np.stack(images) if images else np.zeros((0, *size, 3), dtype=np.uint8)
     none = np.zeros((0, 0), dtype=np.int64)
-    return Batch(tokens, labels, positions, blocks, stacked, len(stacked), none, none, none)
+    looks = _looks(rows, L)
+    return Batch(tokens, labels, positions, blocks, stacked, len(stacked), none, none, none, looks)
+
+
+def _looks(rows: list[Row], length: int) -> Looks:
+    looks = [(number, look) for number, row in enumerate(rows) for look in row.looks]
+    where = np.array([(look.hop, row, look.query) for row, look in looks], dtype=np.int64)
+    keys = np.zeros((len(looks), length), dtype=bool)
+    for number, (_, look) in enumerate(looks):
+        keys[number, list(look.keys)] = True
+    weights = np.array([look.weight for _, look in looks], dtype=np.float32)
+    return Looks(where.reshape(-1, 3), keys, weights)

@@ -21,12 +21,14 @@ from benchmarks.tiny_vlm.conversations import (
     Encoder,
     place_labels,
 )
-from benchmarks.tiny_vlm.model import ModelConfig, TinyVLM
+from benchmarks.tiny_vlm.model import Looking, ModelConfig, TinyVLM
 from benchmarks.tiny_vlm.scoring import forward
 
 NOTHING_WEIGHT = 0.1
 """Most patches show nothing; they count less."""
 COLOUR_WEIGHT = 0.3
+LOOKING = Looking(layers=(2, 3), heads=2)
+"""Layers of the two hops of `look_loss`; their first two heads share keys and values."""
 
 
 def training_model() -> TinyVLM:
@@ -37,12 +39,37 @@ def training_model() -> TinyVLM:
     return model
 
 
-def answer_loss(model: TinyVLM, batch: Batch, encoder: Encoder, features: Tensor) -> Tensor:
-    """Mean cross-entropy of the answer tokens of one micro-batch."""
-    hidden = forward(model, batch, encoder, features)
-    labels = torch.from_numpy(batch.labels).to(hidden.device)
-    asked = labels >= 0
-    return F.cross_entropy(model.logits(hidden[asked]), labels[asked])
+def answer_loss(
+    model: TinyVLM, batch: Batch, encoder: Encoder, features: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Mean cross-entropy of the answer tokens of one micro-batch, and `look_loss`."""
+    hidden, seen = forward(model, batch, encoder, features, LOOKING)
+    labels = torch.from_numpy(batch.labels[batch.labels >= 0]).to(hidden.device)
+    loss = F.cross_entropy(model.logits(hidden), labels)
+    return loss, look_loss(seen, batch)
+
+
+def look_loss(seen: list[Tensor], batch: Batch) -> Tensor:
+    """How far the looking heads are from the things that the answers are read from.
+
+    For each prediction and hop the mean over its things, and over the heads, of minus the log of
+    the attention that falls on the thing; the mean of that over predictions and hops.
+
+    Args:
+        seen: for each hop the attention `[B, heads, L, L]` of its layer.
+        batch: its `looks` say who should look where.
+
+    Returns:
+        A scalar; 0 if nobody has to look anywhere.
+    """
+    weights = torch.from_numpy(batch.looks.weights).to(seen[0].device)
+    if not len(weights):
+        return seen[0].new_zeros(())
+    hop, row, query = torch.from_numpy(batch.looks.where).to(seen[0].device).unbind(-1)
+    attention = torch.stack(seen)[hop, row, :, query]  # [M, heads, L]
+    keys = torch.from_numpy(batch.looks.keys).to(attention)
+    on_thing = torch.einsum("mhl,ml->mh", attention, keys)
+    return -(on_thing.clamp(min=1e-6).log().mean(-1) * weights).sum() / weights.sum()
 
 
 def dense_loss(model: TinyVLM, batch: Batch, features: Tensor) -> Tensor:

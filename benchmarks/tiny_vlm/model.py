@@ -10,6 +10,7 @@ Not here: generation with a cache, files, pictures.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -58,8 +59,8 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + rotate_half(x) * sin
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Plain softmax attention over `[B, H, L, Dh]`.
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Plain softmax attention over `[B, H, L, Dh]`: the result and the weights `[B, H, L, L]`.
 
     On a CPU the two batched products are 4-5 times faster, forward and backward, than torch's
     fused kernel at these lengths (bf16, [32, 4, 64, 48]: 6.7 ms against 30.7 ms).
@@ -67,7 +68,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # [B, H, L, L]
     if mask is not None:
         scores = scores + mask
-    return torch.softmax(scores, dim=-1) @ v
+    weights = torch.softmax(scores, dim=-1)
+    return weights @ v, weights
 
 
 class RMSNorm(nn.Module):
@@ -100,7 +102,7 @@ class VisionBlock(nn.Module):
         qkv = self.attn["qkv"](self.norm1(x)).view(N, P, 3, self.num_heads, -1)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # [N, H, P, Dh]
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
-        heads = attention(q, k, v)
+        heads, _ = attention(q, k, v)
         x = x + self.attn["proj"](heads.transpose(1, 2).reshape(N, P, D))
         up = self.mlp["fc1"](self.norm2(x))
         return x + self.mlp["fc2"](up * torch.sigmoid(1.702 * up))
@@ -169,6 +171,39 @@ class VisionTower(nn.Module):
         return self.merger["mlp"](merged)
 
 
+class RowLayout(NamedTuple):
+    """Where the tokens of a batch are: packed for the matrices, in padded rows for attention.
+
+    A quarter of the places are padding, and only an eighth of the tokens predict an answer, so the
+    last block goes on with those alone.
+    """
+
+    mask: Tensor
+    """`[B, 1, L, L]` additive."""
+    token_of_place: Tensor
+    """`[B * L]` number of the packed token; 0 for padding, which no token sees."""
+    place_of_token: Tensor
+    """`[T]` number of the place."""
+    wanted_tokens: Tensor
+    """`[n]` packed tokens whose final state is wanted."""
+    wanted_places: Tensor
+    """`[n]` their places."""
+
+    @classmethod
+    def of(cls, blocks: Tensor, wanted: Tensor, dtype: torch.dtype) -> RowLayout:
+        """From `blocks` (see `TinyVLM.forward`) and `wanted`, both `[B, L]`."""
+        real = (blocks >= 0).flatten()
+        token_of_place = (real.cumsum(0) - 1).clamp(min=0) * real
+        wanted_places = wanted.flatten().nonzero().squeeze(-1)
+        return cls(
+            block_mask(blocks, dtype),
+            token_of_place,
+            real.nonzero().squeeze(-1),
+            token_of_place[wanted_places],
+            wanted_places,
+        )
+
+
 class DecoderLayer(nn.Module):
     """One Qwen2 layer."""
 
@@ -196,21 +231,56 @@ class DecoderLayer(nn.Module):
             }
         )
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor) -> Tensor:
-        B, L, D = x.shape
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, layout: RowLayout, keep: int, is_last: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """One block over the real tokens of a batch of padded rows.
+
+        Args:
+            x: `[T, D]` hidden states of the tokens that are not padding.
+            cos: `[T, 1, Dh]`.
+            sin: `[T, 1, Dh]`.
+            layout: where the tokens are in the rows, which attention runs over.
+            keep: how many first heads' attention to return.
+            is_last: whether only the wanted tokens go on.
+
+        Returns:
+            `[T, D]`, or the `[n, D]` of the wanted tokens; `[B, keep, L, L]` or None.
+        """
+        B, _, L, _ = layout.mask.shape
         h = self.input_layernorm(x)
         attn = self.self_attn
-        q = attn["q_proj"](h).view(B, L, -1, self.head_dim).transpose(1, 2)  # [B, H, L, Dh]
-        k = attn["k_proj"](h).view(B, L, -1, self.head_dim).transpose(1, 2)  # [B, Hk, L, Dh]
-        v = attn["v_proj"](h).view(B, L, -1, self.head_dim).transpose(1, 2)
-        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+        q = apply_rope(attn["q_proj"](h).view(len(x), -1, self.head_dim), cos, sin)
+        k = apply_rope(attn["k_proj"](h).view(len(x), -1, self.head_dim), cos, sin)
+        v = attn["v_proj"](h).view(len(x), -1, self.head_dim)  # [T, Hk, Dh]
+        padded = torch.cat((q, k, v), dim=1)[layout.token_of_place]  # [B * L, H + 2 Hk, Dh]
+        padded = padded.view(B, L, -1, self.head_dim).transpose(1, 2)
+        q, k, v = padded.split((q.shape[1], k.shape[1], v.shape[1]), dim=1)  # [B, H, L, Dh]
         k = k.repeat_interleave(self.groups, dim=1)
         v = v.repeat_interleave(self.groups, dim=1)
-        heads = attention(q, k, v, mask)
-        x = x + attn["o_proj"](heads.transpose(1, 2).reshape(B, L, D))
+        heads, weights = attention(q, k, v, layout.mask)
+        kept = weights[:, :keep] if keep else None
+        heads = heads.transpose(1, 2).reshape(B * L, -1)
+        if is_last:
+            x, heads = x[layout.wanted_tokens], heads[layout.wanted_places]
+        else:
+            heads = heads[layout.place_of_token]
+        x = x + attn["o_proj"](heads)
         h = self.post_attention_layernorm(x)
         mlp = self.mlp
-        return x + mlp["down_proj"](F.silu(mlp["gate_proj"](h)) * mlp["up_proj"](h))
+        return x + mlp["down_proj"](F.silu(mlp["gate_proj"](h)) * mlp["up_proj"](h)), kept
+
+
+@dataclass(frozen=True)
+class Looking:
+    """Which attention weights a forward pass hands out."""
+
+    layers: tuple[int, ...]
+    heads: int
+    """So many first heads of each of these layers."""
+
+
+NOT_LOOKING = Looking((), 0)
 
 
 class TinyVLM(nn.Module):
@@ -246,7 +316,7 @@ class TinyVLM(nn.Module):
                 parameter.normal_(0.0, std, generator=generator)
 
     def angles(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Cosines and sines `[B, 1, L, Dh]` of M-RoPE from positions `[3, B, L]`."""
+        """Cosines and sines `[T, 1, Dh]` of M-RoPE from positions `[3, T]`."""
         half = self.config.head_dim // 2
         steps = torch.arange(half, dtype=torch.float32, device=positions.device)
         freq = self.config.rope_theta ** (-steps / half)
@@ -266,7 +336,9 @@ class TinyVLM(nn.Module):
         blocks: Tensor,
         image_mask: Tensor,
         image_rows: Tensor | None,
-    ) -> Tensor:
+        wanted: Tensor,
+        looking: Looking = NOT_LOOKING,
+    ) -> tuple[Tensor, list[Tensor]]:
         """Run the decoder over padded rows.
 
         Args:
@@ -275,19 +347,29 @@ class TinyVLM(nn.Module):
             blocks: `[B, L]` 0 in the shared prefix, n in the n-th question, -1 in padding.
             image_mask: `[B, L]` true where a picture's row goes, in reading order.
             image_rows: `[N, P / 4, D]` of all pictures in reading order, or None.
+            wanted: `[B, L]` true where the final state is wanted.
+            looking: whose attention is wanted.
 
         Returns:
-            Final hidden states `[B, L, D]`; logits are these times the embedding.
+            Final hidden states `[n, D]` of the wanted tokens, row by row; logits are these times
+            the embedding. And for each layer of `looking` the attention `[B, heads, L, L]` of its
+            first heads.
         """
-        x = self.model["embed_tokens"](tokens)  # [B, L, D]
+        real = blocks >= 0
+        x = self.model["embed_tokens"](tokens[real])  # [T, D]
         if image_rows is not None:
             rows = image_rows.flatten(0, 1).to(x.dtype)
-            x = x.masked_scatter(image_mask.unsqueeze(-1), rows)
-        cos, sin = self.angles(positions, x.dtype)
-        mask = block_mask(blocks, x.dtype)
-        for layer in self.model["layers"]:
-            x = layer(x, cos, sin, mask)
-        return self.model["norm"](x)
+            x = x.masked_scatter(image_mask[real].unsqueeze(-1), rows)
+        cos, sin = self.angles(positions[:, real], x.dtype)
+        layout = RowLayout.of(blocks, wanted, x.dtype)
+        seen = []
+        layers = self.model["layers"]
+        for number, layer in enumerate(layers):
+            keep = looking.heads if number in looking.layers else 0
+            x, weights = layer(x, cos, sin, layout, keep, number == len(layers) - 1)
+            if weights is not None:
+                seen.append(weights)
+        return self.model["norm"](x), seen
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Float32 logits `[..., V]` of hidden states `[..., D]`."""

@@ -74,9 +74,8 @@ def share_of(slots: list[Slot], rank: int, workers: int) -> list[Slot]:
     return mine
 
 
-def orthogonal(matrix: Tensor) -> Tensor:
-    """The nearest orthogonal matrix of `[r, c]`, roughly, in bfloat16."""
-    x = matrix.to(torch.bfloat16)
+def orthogonal(x: Tensor) -> Tensor:
+    """The nearest orthogonal matrix of `[r, c]`, roughly; bfloat16 is exact enough."""
     is_tall = x.shape[0] > x.shape[1]
     x = x.T.contiguous() if is_tall else x
     x = x / (x.norm() * 1.02 + 1e-7)
@@ -87,12 +86,18 @@ def orthogonal(matrix: Tensor) -> Tensor:
 
 
 def muon_step(
-    weight: Tensor, gradient: Tensor, momentum: Tensor, slot: Slot, recipe: Recipe, rate: float
+    weight: Tensor,
+    gradient: Tensor,
+    momentum: Tensor,
+    slot: Slot,
+    recipe: Recipe,
+    rate: float,
+    dtype: torch.dtype,
 ) -> None:
-    """One Muon step in place; all three flat, float32."""
+    """One Muon step in place; all three flat, float32; the iterations run in `dtype`."""
     momentum.lerp_(gradient, 1 - recipe.muon_momentum)
     direction = gradient.lerp(momentum, recipe.muon_momentum).view(slot.shape)
-    parts = [orthogonal(part) for part in direction.chunk(slot.pieces)]
+    parts = [orthogonal(part) for part in direction.to(dtype).chunk(slot.pieces)]
     rows, columns = slot.shape[0] // slot.pieces, slot.shape[1]
     scale = 0.2 * max(rows, columns) ** 0.5 * rate
     weight.mul_(1 - rate * recipe.weight_decay)

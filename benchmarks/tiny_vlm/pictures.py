@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from benchmarks.tiny_vlm.concepts import COLOURS
+from benchmarks.tiny_vlm.phrases import ask
 
 Array = np.ndarray
 Rgb = tuple[int, int, int]
@@ -29,6 +30,12 @@ class QA(NamedTuple):
     answer: str
     chance: float
     """Share a blind guess among the possible answers gets right."""
+    via: tuple[int, ...] = ()
+    """Numbers of the picture's boxes that must be found first, such as the thing asked about."""
+    at: tuple[int, ...] = ()
+    """Numbers of the boxes that the answer is read from."""
+    is_spelled: bool = False
+    """Whether `at` has one box for each of the answer's last tokens, such as a word's letters."""
 
 
 class Box(NamedTuple):
@@ -92,6 +99,13 @@ def background(rng: Random, height: int, width: int) -> tuple[Array, str]:
         noise = np.random.default_rng(rng.getrandbits(32)).integers(-10, 11, (height, width, 1))
         canvas = np.clip(canvas.astype(np.int16) + noise, 0, 255).astype(np.uint8)
     return canvas, name
+
+
+def ground_questions(rng: Random, ground: str) -> list[QA]:
+    """Half the time the question what colour the ground is, if that colour has a name."""
+    if not ground or rng.random() < 0.5:
+        return []
+    return [QA("colour", ask(rng, "ground"), ground, 1 / len(COLOURS))]
 
 
 def mean_colour(canvas: Array) -> Rgb:

@@ -10,18 +10,17 @@ from dataclasses import dataclass
 class Recipe:
     """A training run; two runs with equal recipes see equal batches.
 
-    The published weights come from one run whose values were found as it went (`README.md` tells
-    how); these are the values it settled on.
+    These are the values of the run that gave the published weights.
     """
 
     seed: int = 1
     """Seed of the weights and of every drawn batch."""
-    steps: int = 7000
+    steps: int = 4600
     """Optimizer steps in all; may be changed on resume while the rate is still level."""
     warmup_steps: int = 60
-    decay_share: float = 0.36
+    decay_share: float = 0.4
     """Last part of the steps, in which the rate falls along a cosine to `final_share`."""
-    levels: tuple[tuple[int, float, float], ...] = ((0, 7e-4, 1.5e-3), (3000, 6e-4, 8e-4))
+    levels: tuple[tuple[int, float, float], ...] = ((0, 7e-4, 1.5e-3), (1000, 1.2e-3, 1e-3))
     """From which step which rate of AdamW and of Muon, before the decay."""
     final_share: float = 0.02
     """What is left of the rates at the end."""
@@ -32,21 +31,21 @@ class Recipe:
     clip_norm: float = 1.0
     micro_batches: int = 2
     """Per step; summed in order, so one or two workers make the same step."""
-    tower_steps: int = 2000
-    """First steps, in which the picture tower learns from dense labels (what each patch shows)
-    and the decoder only reads it: the answers' gradients do not reach the tower yet."""
-    tower_rows: int = 2
-    """Rows of such a step's micro-batch of 112x112 pictures."""
-    tower_pictures: int = 18
-    """Pictures drawn for the dense labels alone, in such a micro-batch."""
-    rows: int = 8
+    tower_steps: int = 1000
+    """First steps, in which the picture tower learns alone, from dense labels (what each patch
+    shows); nothing is asked yet."""
+    tower_pictures: int = 20
+    """Pictures of 112x112 drawn for that, in such a step's micro-batch."""
+    rows: int = 10
     """Rows of a later micro-batch of 112x112 pictures; other sizes get as many as cost the same."""
-    pictures: int = 2
+    pictures: int = 5
     """Pictures drawn for the dense labels alone, in a later micro-batch."""
     dense_weight: float = 1.0
     """Weight of the loss of the dense labels."""
     word_weight: float = 0.8
     """Weight of the loss that draws the merged rows to the words for what they show."""
+    look_weight: float = 0.5
+    """Weight of the loss that teaches two heads to look at what is asked about."""
     questions: int = 7
     """Question blocks on one picture at most."""
     conversation_share: float = 0.17
@@ -60,8 +59,9 @@ class Recipe:
 
     def rate_share(self, step: int) -> float:
         """How much of the level rates a step uses."""
-        if step < self.warmup_steps:
-            return (step + 1) / self.warmup_steps
+        since = step if step < self.tower_steps else step - self.tower_steps
+        if since < self.warmup_steps:
+            return (since + 1) / self.warmup_steps
         start = self.steps * (1 - self.decay_share)
         if step < start:
             return 1.0
@@ -70,11 +70,11 @@ class Recipe:
 
     def amounts(self, step: int, size: tuple[int, int]) -> tuple[int, int]:
         """Rows, and pictures for dense labels alone, of a micro-batch of pictures of `size`."""
-        is_tower = step < self.tower_steps
-        rows = self.tower_rows if is_tower else self.rows
-        pictures = self.tower_pictures if is_tower else self.pictures
+        area = 112 * 112 / (size[0] * size[1])
+        if step < self.tower_steps:
+            return 0, max(2, round(self.tower_pictures * area))
         share = _cost(112, 112) / _cost(*size)
-        return max(2, round(rows * share)), round(pictures * 112 * 112 / (size[0] * size[1]))
+        return max(2, round(self.rows * share)), round(self.pictures * area)
 
 
 def _cost(height: int, width: int) -> float:

@@ -30,6 +30,7 @@ from benchmarks.tiny_vlm.pictures import (
     Picture,
     article,
     background,
+    ground_questions,
     jittered,
     paste,
     resized,
@@ -156,7 +157,9 @@ def _paint(
 def _choose_items(
     rng: Random, assets: Assets, family: str, canvas: Array, cells: int
 ) -> list[Item]:
-    """Either a few different objects or several copies of one or two kinds."""
+    """A few different objects, several copies of one or two kinds, or two to be compared."""
+    if family == "shape" and rng.random() < 0.25 and cells >= 2:
+        return _kinds(rng, assets, family, canvas, 2)
     if rng.random() < 0.45 and cells >= 2:
         kinds = _kinds(rng, assets, family, canvas, rng.choice((1, 2, 2)))
         total = rng.randint(len(kinds), min(6, cells))
@@ -177,7 +180,7 @@ def grid_scene(rng: Random, assets: Assets, height: int, width: int, family: str
     items = _choose_items(rng, assets, family, canvas, rows * columns)
     cell = int(min(height / rows, width / columns))
     _place(rng, items, rows, columns, cell)
-    compared = len(items) in (2, 3) and rng.random() < 0.4
+    compared = len(items) in (2, 3) and rng.random() < 0.6
     if compared:
         largest = rng.randrange(len(items))
         for index, item in enumerate(items):
@@ -191,8 +194,7 @@ def grid_scene(rng: Random, assets: Assets, height: int, width: int, family: str
         picture.questions += _look_questions(rng, family, items, scene)
     if compared and len(items) == 2:
         picture.questions += _size_questions(rng, family, items, scene)
-    if ground:
-        picture.questions.append(QA("colour", ask(rng, "ground"), ground, 1 / len(COLOURS)))
+    picture.questions += ground_questions(rng, ground)
     if len(items) <= 3 and len({_label(family, i) for i in items}) == len(items):
         ordered = sorted(items, key=lambda i: (i.row, i.column))
         picture.subject = " and ".join(article(_label(family, i)) for i in ordered)
@@ -203,6 +205,15 @@ def grid_scene(rng: Random, assets: Assets, height: int, width: int, family: str
 
 def _label(family: str, item: Item) -> str:
     return f"{item.colour} {item.name}" if family == "shape" else item.name
+
+
+def _numbers(items: list[Item], name: str = "", colour: str = "") -> tuple[int, ...]:
+    """Numbers of the items of a name, of a colour, or of both."""
+    return tuple(
+        number
+        for number, item in enumerate(items)
+        if name in ("", item.name) and colour in ("", item.colour)
+    )
 
 
 def _reference(family: str, item: Item, items: list[Item]) -> str | None:
@@ -217,23 +228,28 @@ def _reference(family: str, item: Item, items: list[Item]) -> str | None:
 def _count_questions(rng: Random, family: str, items: list[Item], scene: str) -> list[QA]:
     kind, chance = scene or "count", 1 / 7
     noun = {"shape": rng.choice(("objects", "shapes")), "animal": "animals"}.get(family, "objects")
-    result = [QA("count", ask(rng, "count_x", x=noun), str(len(items)), 1 / 6)]
+    every = tuple(range(len(items)))
+    result = [QA("count", ask(rng, "count_x", x=noun), str(len(items)), 1 / 6, every, every)]
     names = Counter(item.name for item in items)
     name, count = rng.choice(list(names.items()))
-    result.append(QA(kind, ask(rng, "count_x", x=plural(name)), str(count), chance))
+    at = _numbers(items, name=name)
+    result.append(QA(kind, ask(rng, "count_x", x=plural(name)), str(count), chance, at, at))
     if family == "shape":
         absent = rng.choice([shape for shape in SHAPES if shape not in names])
         if rng.random() < 0.35:
             result.append(QA(kind, ask(rng, "count_x", x=plural(absent)), "0", chance))
         colours = Counter(item.colour for item in items)
         colour, count = rng.choice(list(colours.items()))
-        result.append(QA(kind, ask(rng, "count_x", x=f"{colour} objects"), str(count), chance))
+        question, at = ask(rng, "count_x", x=f"{colour} objects"), _numbers(items, colour=colour)
+        result.append(QA(kind, question, str(count), chance, at, at))
     pair = names.most_common(2)
     if len(pair) == 2 and pair[0][1] > pair[1][1]:
         more, fewer = pair[0][0], pair[1][0]
         x, y = (more, fewer) if rng.random() < 0.5 else (fewer, more)
         question = ask(rng, "more", x=plural(x), y=plural(y))
-        result.append(QA(scene or "compare", question, plural(more), 1 / 2))
+        at = _numbers(items, name=more)
+        via = at + _numbers(items, name=fewer)
+        result.append(QA(scene or "compare", question, plural(more), 1 / 2, via, at))
     return result
 
 
@@ -242,16 +258,18 @@ def _place_questions(
 ) -> list[QA]:
     kind, result = scene or "position", []
     references = {id(item): _reference(family, item, items) for item in items}
+    number = {id(item): (index,) for index, item in enumerate(items)}
     by_cell = {(item.row, item.column): item for item in items}
     for item in rng.sample(items, min(2, len(items))):
         place = position_name(item.row, item.column, rows, columns)
         reference = references[id(item)]
         answer = _label(family, item)
+        at = number[id(item)]
         if reference:
-            result.append(QA(kind, ask(rng, "where", x=reference), place, 1 / 9))
-        if rng.random() < 0.5:
+            result.append(QA(kind, ask(rng, "where", x=reference), place, 1 / 9, at, at))
+        if rng.random() < 0.7:
             choices = 96 if family == "shape" else 100 if family == "emoji" else 10
-            result.append(QA(kind, ask(rng, "at", p=place), answer, 1 / choices))
+            result.append(QA(kind, ask(rng, "at", p=place), answer, 1 / choices, at, at))
     steps = {(0, -1): "left of", (0, 1): "right of", (-1, 0): "above", (1, 0): "below"}
     pairs = [
         (item, words, by_cell[item.row + dy, item.column + dx])
@@ -263,7 +281,8 @@ def _place_questions(
         item, words, other = rng.choice(pairs)
         question = ask(rng, "next", r=words, x=references[id(item)] or "")
         choices = 96 if family == "shape" else 100 if family == "emoji" else 10
-        result.append(QA(kind, question, _label(family, other), 1 / choices))
+        via, at = number[id(item)], number[id(other)]
+        result.append(QA(kind, question, _label(family, other), 1 / choices, via, at))
     return result
 
 
@@ -272,12 +291,12 @@ def _look_questions(rng: Random, family: str, items: list[Item], scene: str) -> 
     for item in rng.sample(items, min(2, len(items))):
         same_name = [o for o in items if o.name == item.name]
         if len({o.colour for o in same_name}) == 1:
-            question = ask(rng, "colour", x=item.name)
-            result.append(QA("colour", question, item.colour, 1 / len(COLOURS)))
+            question, at = ask(rng, "colour", x=item.name), _numbers(items, name=item.name)
+            result.append(QA("colour", question, item.colour, 1 / len(COLOURS), at, at))
         if family == "shape" and len({o.name for o in items if o.colour == item.colour}) == 1:
-            question = ask(rng, "shape", c=item.colour)
-            result.append(QA("shape", question, item.name, 1 / len(SHAPES)))
-    if family == "shape" and rng.random() < 0.6:
+            question, at = ask(rng, "shape", c=item.colour), _numbers(items, colour=item.colour)
+            result.append(QA("shape", question, item.name, 1 / len(SHAPES), at, at))
+    if family == "shape" and rng.random() < 0.8:
         present = {(item.colour, item.name) for item in items}
         item = rng.choice(items)
         wanted = (item.colour, item.name)
@@ -289,7 +308,8 @@ def _look_questions(rng: Random, family: str, items: list[Item], scene: str) -> 
                     wanted = (item.colour, rng.choice(SHAPES))
         answer = "yes" if wanted in present else "no"
         question = ask(rng, "exists", x=article(f"{wanted[0]} {wanted[1]}"))
-        result.append(QA("exists", question, answer, 1 / 2))
+        at = _numbers(items, colour=wanted[0], name=wanted[1])
+        result.append(QA("exists", question, answer, 1 / 2, at, at))
     return result
 
 
@@ -300,9 +320,10 @@ def _size_questions(rng: Random, family: str, items: list[Item], scene: str) -> 
     ordered = sorted(items, key=lambda item: item.size)
     small, large = (_reference(family, item, items) or "" for item in ordered)
     result = []
-    for key, answer in (("larger", large), ("smaller", small)):
+    for key, answer, item in (("larger", large, ordered[1]), ("smaller", small, ordered[0])):
         x, y = (small, large) if rng.random() < 0.5 else (large, small)
-        result.append(QA(scene or "compare", ask(rng, key, x=x, y=y), answer, 1 / 2))
+        question, at = ask(rng, key, x=x, y=y), (items.index(item),)
+        result.append(QA(scene or "compare", question, answer, 1 / 2, (0, 1), at))
     return result
 
 
@@ -317,11 +338,10 @@ def single_emoji(rng: Random, assets: Assets, height: int, width: int) -> Pictur
     paste(canvas, sprite(rng, assets, "emoji", item, size), x, y)
     picture = Picture(canvas, subject=article(word))
     picture.boxes.append(_square_box(x, y, size, f"emoji {word}", ""))
-    picture.questions.append(QA("emoji", ask(rng, "what"), word, 1 / len(CONCEPTS)))
-    picture.questions.append(QA("emoji_group", ask(rng, "group"), group, 1 / 6))
+    picture.questions.append(QA("emoji", ask(rng, "what"), word, 1 / len(CONCEPTS), at=(0,)))
+    picture.questions.append(QA("emoji_group", ask(rng, "group"), group, 1 / 6, at=(0,)))
     picture.questions.append(QA("emoji", ask(rng, "caption"), picture.subject, 1 / len(CONCEPTS)))
-    if ground:
-        picture.questions.append(QA("colour", ask(rng, "ground"), ground, 1 / len(COLOURS)))
+    picture.questions += ground_questions(rng, ground)
     return picture
 
 
@@ -334,12 +354,11 @@ def single_animal(rng: Random, assets: Assets, height: int, width: int) -> Pictu
     paste(canvas, sprite(rng, assets, "animal", item, size), x, y)
     picture = Picture(canvas, subject=article(item.name))
     picture.boxes.append(_square_box(x, y, size, f"animal {item.name}", item.colour))
-    picture.questions.append(QA("animal", ask(rng, "animal"), item.name, 1 / 10))
+    picture.questions.append(QA("animal", ask(rng, "animal"), item.name, 1 / 10, at=(0,)))
     question = ask(rng, "colour", x=rng.choice((item.name, "animal")))
-    picture.questions.append(QA("colour", question, item.colour, 1 / len(COLOURS)))
-    picture.questions.append(QA("animal", ask(rng, "what"), item.name, 1 / 10))
-    if ground:
-        picture.questions.append(QA("colour", ask(rng, "ground"), ground, 1 / len(COLOURS)))
+    picture.questions.append(QA("colour", question, item.colour, 1 / len(COLOURS), at=(0,)))
+    picture.questions.append(QA("animal", ask(rng, "what"), item.name, 1 / 10, at=(0,)))
+    picture.questions += ground_questions(rng, ground)
     return picture
 
 
@@ -353,7 +372,7 @@ def single_flag(rng: Random, assets: Assets, height: int, width: int) -> Picture
     country = COUNTRIES[code]
     picture = Picture(canvas, subject=f"the flag of {country}")
     picture.boxes.append(_square_box(x, y, size, f"flag {code}", ""))
-    picture.questions.append(QA("flag", ask(rng, "flag"), country, 1 / len(COUNTRIES)))
+    picture.questions.append(QA("flag", ask(rng, "flag"), country, 1 / len(COUNTRIES), at=(0,)))
     caption = ask(rng, "caption")
     picture.questions.append(QA("flag", caption, picture.subject, 1 / len(COUNTRIES)))
     return picture

@@ -16,7 +16,7 @@ import torch
 from benchmarks.tiny_vlm.assets import Assets
 from benchmarks.tiny_vlm.conversations import PATCH, Batch, Encoder, Row, _padded
 from benchmarks.tiny_vlm.drawing import MIX, choose_type, draw
-from benchmarks.tiny_vlm.model import TinyVLM
+from benchmarks.tiny_vlm.model import NOT_LOOKING, Looking, TinyVLM
 from benchmarks.tiny_vlm.patches import to_patches
 
 
@@ -36,9 +36,16 @@ class Score(NamedTuple):
 
 
 def forward(
-    model: TinyVLM, batch: Batch, encoder: Encoder, features: torch.Tensor | None = None
-) -> torch.Tensor:
-    """Hidden states `[B, L, D]` of a batch; `features` if the pictures are encoded already."""
+    model: TinyVLM,
+    batch: Batch,
+    encoder: Encoder,
+    features: torch.Tensor | None = None,
+    looking: Looking = NOT_LOOKING,
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """What `TinyVLM.forward` gives for the answers of a batch.
+
+    `features` are those of the pictures, if they are encoded already.
+    """
     weight = model.model["embed_tokens"].weight
     tokens = torch.from_numpy(batch.tokens).to(weight.device)
     image_rows = None
@@ -52,6 +59,8 @@ def forward(
         torch.from_numpy(batch.blocks).to(weight.device),
         tokens == encoder.image_pad,
         image_rows,
+        torch.from_numpy(batch.labels >= 0).to(weight.device),
+        looking,
     )
 
 
@@ -69,7 +78,7 @@ def block_scores(model: TinyVLM, batch: Batch, encoder: Encoder) -> list[dict[in
     labels = torch.from_numpy(batch.labels)
     asked = labels >= 0
     with torch.no_grad():
-        hidden = forward(model, batch, encoder)[asked.to(model.model["embed_tokens"].weight.device)]
+        hidden, _ = forward(model, batch, encoder)
         log_probabilities = model.logits(hidden).log_softmax(-1).cpu()
     wanted = labels[asked]
     right = np.ones(batch.labels.shape, dtype=bool)

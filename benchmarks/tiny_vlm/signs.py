@@ -20,6 +20,7 @@ from benchmarks.tiny_vlm.pictures import (
     Picture,
     background,
     font,
+    ground_questions,
     ink_colour,
     jittered,
     paste,
@@ -104,11 +105,12 @@ def word_sign(rng: Random, assets: Assets, height: int, width: int) -> Picture:
             1 / len(COLOURS),
         )
     )
-    if ground:
-        picture.questions.append(QA("colour", ask(rng, "ground"), ground, 1 / len(COLOURS)))
+    picture.questions += ground_questions(rng, ground)
     if lines == 1:
         picture.subject = f"the word {texts[0]}"
-        picture.questions.append(QA(kind, ask(rng, "caption"), picture.subject, 0.0))
+        at = tuple(range(len(texts[0])))
+        question = ask(rng, "caption")
+        picture.questions.append(QA(kind, question, picture.subject, 0.0, (), at, True))
     return picture
 
 
@@ -137,17 +139,23 @@ def _word_questions(rng: Random, texts: list[str], kind: str) -> list[QA]:
     result = []
     if len(texts) == 1:
         text = texts[0]
-        result.append(QA(kind, ask(rng, "word"), text, 0.0))
+        every = tuple(range(len(text)))
+        result.append(QA(kind, ask(rng, "word"), text, 0.0, (), every, True))
         index = rng.randrange(len(text))
         letter = ask(rng, "letter_at", o=ORDINALS[index])
-        result.append(QA("letter", letter, text[index], 1 / 26))
-        result.append(QA("letter", ask(rng, "letter_at", o="last"), text[-1], 1 / 26))
-        result.append(QA("letter", ask(rng, "letter_at", o="first"), text[0], 1 / 26))
+        result.append(QA("letter", letter, text[index], 1 / 26, at=(index,)))
+        result.append(
+            QA("letter", ask(rng, "letter_at", o="last"), text[-1], 1 / 26, at=every[-1:])
+        )
+        result.append(QA("letter", ask(rng, "letter_at", o="first"), text[0], 1 / 26, at=(0,)))
         result.append(QA("letter", ask(rng, "letter_count"), str(len(text)), 1 / 5))
         return result
     places = ("top", "bottom") if len(texts) == 2 else ("top", "middle", "bottom")
+    start = 0
     for place, text in zip(places, texts, strict=True):
-        result.append(QA(kind, ask(rng, "word_at", p=place), text, 0.0))
+        at = tuple(range(start, start + len(text)))
+        start += len(text)
+        result.append(QA(kind, ask(rng, "word_at", p=place), text, 0.0, (), at, True))
     result.append(QA(kind, ask(rng, "word"), " ".join(texts), 0.0))
     return result
 
@@ -181,22 +189,25 @@ def handwritten_number(rng: Random, assets: Assets, height: int, width: int) -> 
     name = "digit" if count == 1 else "number"
     question = ask(rng, "colour", x=name)
     picture.questions.append(QA("colour", question, colour, 1 / len(COLOURS)))
-    if ground:
-        picture.questions.append(QA("colour", ask(rng, "ground"), ground, 1 / len(COLOURS)))
+    picture.questions += ground_questions(rng, ground)
     return picture
 
 
 def _number_questions(rng: Random, digits: list[int], text: str) -> list[QA]:
     chance = 0.1 ** len(digits)
-    result = [QA("number", ask(rng, "number"), text, chance)]
-    result.append(QA("number", ask(rng, "caption"), f"the number {text}", chance))
-    result.append(QA("count", ask(rng, "digit_count"), str(len(digits)), 1 / 4))
+    every = tuple(range(len(digits)))
+    result = [QA("number", ask(rng, "number"), text, chance, (), every, True)]
+    caption = f"the number {text}"
+    result.append(QA("number", ask(rng, "caption"), caption, chance, (), every, True))
+    result.append(QA("count", ask(rng, "digit_count"), str(len(digits)), 1 / 4, every, every))
     if len(digits) == 1:
-        result.append(QA("number", ask(rng, "digit"), text, 0.1))
+        result.append(QA("number", ask(rng, "digit"), text, 0.1, at=(0,)))
         return result
     index = rng.randrange(len(digits))
-    result.append(QA("number", ask(rng, "digit_at", o=ORDINALS[index]), text[index], 0.1))
-    result.append(QA("number", ask(rng, "digit_at", o="last"), text[-1], 0.1))
+    question = ask(rng, "digit_at", o=ORDINALS[index])
+    result.append(QA("number", question, text[index], 0.1, at=(index,)))
+    result.append(QA("number", ask(rng, "digit_at", o="last"), text[-1], 0.1, at=every[-1:]))
     if len(digits) == 2:
-        result.append(QA("sum", ask(rng, "sum"), str(sum(digits)), 1 / 19))
+        question = ask(rng, "sum")
+        result.append(QA("sum", question, str(sum(digits)), 1 / 19, every[:1], every[1:]))
     return result

@@ -74,7 +74,7 @@ def test_positions_have_names() -> None:
 
 def test_several_pictures_are_told_apart(assets: Assets) -> None:
     pictures = [draw(Random(seed), assets, "emoji", (84, 84)) for seed in (1, 2, 3)]
-    answers = {answer for _, answer in several_pairs(Random(0), pictures)}
+    answers = {answer for _, answer, _ in several_pairs(Random(0), pictures)}
     assert "3" in answers
     assert any(answer.startswith("the ") for answer in answers)
 
