@@ -22,13 +22,14 @@ from tokenizers import Tokenizer
 from benchmarks.tiny_vlm.assets import Assets
 from benchmarks.tiny_vlm.concepts import COLOURS, dense_classes
 from benchmarks.tiny_vlm.drawing import MIX, choose_type, draw
+from benchmarks.tiny_vlm.looks import Look, Looks, covered, looks_of, packed
+from benchmarks.tiny_vlm.patches import MERGE, PATCH
 from benchmarks.tiny_vlm.phrases import ask
 from benchmarks.tiny_vlm.pictures import QA, Array, Box, Picture
 from benchmarks.tiny_vlm.smalltalk import SYSTEM_PROMPTS, text_pair
 
 DEFAULT_SYSTEM = "You are a helpful assistant."
 ORDINALS = ("first", "second", "third")
-PATCH, MERGE = 14, 2
 DENSE_CLASSES = {name: number for number, name in enumerate(dense_classes())}
 COLOUR_NUMBERS = {name: number for number, name in enumerate(COLOURS)}
 
@@ -43,20 +44,6 @@ class Turn:
     """Of an answer about a picture: which of its boxes say so."""
     picture: int = 0
     """Number of that picture in the conversation."""
-
-
-@dataclass(frozen=True)
-class Look:
-    """Where an answer is to be found: one drawn thing that one prediction should attend to."""
-
-    hop: int
-    """0: what must be found first; 1: what the answer is read from."""
-    query: int
-    """Place in the row whose prediction looks."""
-    keys: tuple[int, ...]
-    """Places of the picture's rows that show the thing."""
-    weight: float
-    """One over the number of things that this prediction looks at in this hop."""
 
 
 @dataclass
@@ -159,31 +146,6 @@ class Encoder:
         return row
 
 
-def covered(box: Box, grid: tuple[int, int], first: int) -> tuple[int, ...]:
-    """Places in a row of the merged patches that show most of a box; `first` is the picture's."""
-    side = PATCH * MERGE
-    shares = {}
-    for r in range(grid[0]):
-        high = min(box.bottom, (r + 1) * side) - max(box.top, r * side)
-        for c in range(grid[1]):
-            wide = min(box.right, (c + 1) * side) - max(box.left, c * side)
-            shares[first + r * grid[1] + c] = max(0.0, high) * max(0.0, wide)
-    most = max(shares.values())
-    return tuple(place for place, share in shares.items() if share > 0 and share >= 0.4 * most)
-
-
-def looks_of(item: QA, things: list[tuple[int, ...]], query: int, tokens: int) -> list[Look]:
-    """Where the predictions of an answer of so many tokens should look; the first is at `query`."""
-    looks = [Look(0, query, things[number], 1 / len(item.via)) for number in item.via]
-    if item.is_spelled:
-        start = query + tokens - len(item.at)
-        looks += [Look(1, start + place, things[box], 1.0) for place, box in enumerate(item.at)]
-    else:
-        for place in range(query, query + tokens):
-            looks += [Look(1, place, things[box], 1 / len(item.at)) for box in item.at]
-    return [look for look in looks if look.keys]
-
-
 def with_image(rng: Random, text: str) -> str:
     """Text and picture in one of the orders people use."""
     forms = ("<image>{}", "<image>{}", "<image>\n{}", "{}<image>", "{}\n<image>", "{} <image>")
@@ -261,17 +223,6 @@ def conversation(
         text = with_image(rng, item.question) if number == 0 else item.question
         turns += [Turn("user", text), Turn("assistant", item.answer, item)]
     return turns, [picture]
-
-
-class Looks(NamedTuple):
-    """All `Look`s of a micro-batch."""
-
-    where: Array
-    """`[M, 3]` hop, row, query."""
-    keys: Array
-    """`[M, L]` whether a place of the row shows the thing."""
-    weights: Array
-    """`[M]`."""
 
 
 @dataclass
@@ -392,15 +343,5 @@ def _padded(rows: list[Row], images: list[Array], size: tuple[int, int], pad: in
         blocks[index, :length] = row.blocks
     stacked = np.stack(images) if images else np.zeros((0, *size, 3), dtype=np.uint8)
     none = np.zeros((0, 0), dtype=np.int64)
-    looks = _looks(rows, L)
+    looks = packed([row.looks for row in rows], L)
     return Batch(tokens, labels, positions, blocks, stacked, len(stacked), none, none, none, looks)
-
-
-def _looks(rows: list[Row], length: int) -> Looks:
-    looks = [(number, look) for number, row in enumerate(rows) for look in row.looks]
-    where = np.array([(look.hop, row, look.query) for row, look in looks], dtype=np.int64)
-    keys = np.zeros((len(looks), length), dtype=bool)
-    for number, (_, look) in enumerate(looks):
-        keys[number, list(look.keys)] = True
-    weights = np.array([look.weight for _, look in looks], dtype=np.float32)
-    return Looks(where.reshape(-1, 3), keys, weights)

@@ -16,14 +16,9 @@ from PIL import Image
 from benchmarks.tiny_vlm.assets import Assets
 from benchmarks.tiny_vlm.charts import bar_chart
 from benchmarks.tiny_vlm.pictures import Picture
-from benchmarks.tiny_vlm.scenes import (
-    easy_vqa,
-    grid_scene,
-    single_animal,
-    single_emoji,
-    single_flag,
-)
+from benchmarks.tiny_vlm.scenes import grid_scene
 from benchmarks.tiny_vlm.signs import handwritten_number, word_sign
+from benchmarks.tiny_vlm.singles import easy_vqa, single_animal, single_emoji, single_flag
 
 Drawer = Callable[[Random, Assets, int, int], Picture]
 

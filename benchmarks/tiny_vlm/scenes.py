@@ -1,7 +1,8 @@
-"""Pictures of objects on a grid: shapes, emoji, animals, and single objects (called by `drawing`).
+"""Pictures of objects on a grid: shapes, emoji, animals (called by `drawing`).
 
 One layout serves all: objects in the cells of a small grid, so that what is asked (how many, where,
-what is next to, which is larger) has one answer. Not here: text (`signs`) and charts (`charts`).
+what is next to, which is larger) has one answer. Not here: lone things (`singles`), text (`signs`)
+and charts (`charts`).
 """
 
 from __future__ import annotations
@@ -10,14 +11,10 @@ from collections import Counter
 from dataclasses import dataclass
 from random import Random
 
-import numpy as np
-from PIL import Image
-
 from benchmarks.tiny_vlm.assets import Assets
 from benchmarks.tiny_vlm.concepts import (
     ANIMALS,
     COLOURS,
-    COUNTRIES,
     HELD_OUT_PAIRS,
     SHAPES,
     emoji_concepts,
@@ -90,7 +87,7 @@ def sprite(rng: Random, assets: Assets, family: str, item: Item, size: int) -> A
     return resized(drawing, size, angle, flip=rng.random() < 0.3)
 
 
-def _kinds(rng: Random, assets: Assets, family: str, canvas: Array, count: int) -> list[Item]:
+def kinds_of(rng: Random, assets: Assets, family: str, canvas: Array, count: int) -> list[Item]:
     """Different kinds of item for one scene."""
     colours = visible_colours(canvas)
     items: list[Item] = []
@@ -125,7 +122,8 @@ def _dense_class(family: str, name: str) -> str:
     return name if family == "shape" else f"{family} {name}"
 
 
-def _square_box(x: float, y: float, size: float, dense_class: str, colour: str) -> Box:
+def square_box(x: float, y: float, size: float, dense_class: str, colour: str) -> Box:
+    """The box of a sprite, a little inside its edges."""
     inset = 0.08 * size
     right, bottom = x + size - inset, y + size - inset
     return Box(x + inset, y + inset, right, bottom, dense_class, colour)
@@ -150,7 +148,7 @@ def _paint(
         x = item.column * cell_w + slack_x * rng.uniform(*spread[grid[1] > 1])
         y = item.row * cell_h + slack_y * rng.uniform(*spread[grid[0] > 1])
         paste(canvas, sprite(rng, assets, family, item, size), round(x), round(y))
-        boxes.append(_square_box(x, y, size, _dense_class(family, item.name), item.colour))
+        boxes.append(square_box(x, y, size, _dense_class(family, item.name), item.colour))
     return boxes
 
 
@@ -159,13 +157,13 @@ def _choose_items(
 ) -> list[Item]:
     """A few different objects, several copies of one or two kinds, or two to be compared."""
     if family == "shape" and rng.random() < 0.25 and cells >= 2:
-        return _kinds(rng, assets, family, canvas, 2)
+        return kinds_of(rng, assets, family, canvas, 2)
     if rng.random() < 0.45 and cells >= 2:
-        kinds = _kinds(rng, assets, family, canvas, rng.choice((1, 2, 2)))
+        kinds = kinds_of(rng, assets, family, canvas, rng.choice((1, 2, 2)))
         total = rng.randint(len(kinds), min(6, cells))
         chosen = kinds + [rng.choice(kinds) for _ in range(total - len(kinds))]
         return [Item(k.name, k.colour, drawing=k.drawing) for k in chosen]
-    return _kinds(rng, assets, family, canvas, rng.randint(1, min(5, cells)))
+    return kinds_of(rng, assets, family, canvas, rng.randint(1, min(5, cells)))
 
 
 def grid_scene(rng: Random, assets: Assets, height: int, width: int, family: str) -> Picture:
@@ -325,78 +323,3 @@ def _size_questions(rng: Random, family: str, items: list[Item], scene: str) -> 
         question, at = ask(rng, key, x=x, y=y), (items.index(item),)
         result.append(QA(scene or "compare", question, answer, 1 / 2, (0, 1), at))
     return result
-
-
-def single_emoji(rng: Random, assets: Assets, height: int, width: int) -> Picture:
-    """One large emoji."""
-    canvas, ground = background(rng, height, width)
-    name, word, group = CONCEPTS[number := rng.choice(list(assets.emoji))]
-    item = Item(word, "", drawing=rng.randrange(1000))
-    side = min(height, width)
-    size = round(side * rng.uniform(0.5, 0.95))
-    x, y = rng.randint(0, width - size), rng.randint(0, height - size)
-    paste(canvas, sprite(rng, assets, "emoji", item, size), x, y)
-    picture = Picture(canvas, subject=article(word))
-    picture.boxes.append(_square_box(x, y, size, f"emoji {word}", ""))
-    picture.questions.append(QA("emoji", ask(rng, "what"), word, 1 / len(CONCEPTS), at=(0,)))
-    picture.questions.append(QA("emoji_group", ask(rng, "group"), group, 1 / 6, at=(0,)))
-    picture.questions.append(QA("emoji", ask(rng, "caption"), picture.subject, 1 / len(CONCEPTS)))
-    picture.questions += ground_questions(rng, ground)
-    return picture
-
-
-def single_animal(rng: Random, assets: Assets, height: int, width: int) -> Picture:
-    """One animal silhouette of one colour."""
-    canvas, ground = background(rng, height, width)
-    item = _kinds(rng, assets, "animal", canvas, 1)[0]
-    size = round(min(height, width) * rng.uniform(0.55, 0.98))
-    x, y = rng.randint(0, width - size), rng.randint(0, height - size)
-    paste(canvas, sprite(rng, assets, "animal", item, size), x, y)
-    picture = Picture(canvas, subject=article(item.name))
-    picture.boxes.append(_square_box(x, y, size, f"animal {item.name}", item.colour))
-    picture.questions.append(QA("animal", ask(rng, "animal"), item.name, 1 / 10, at=(0,)))
-    question = ask(rng, "colour", x=rng.choice((item.name, "animal")))
-    picture.questions.append(QA("colour", question, item.colour, 1 / len(COLOURS), at=(0,)))
-    picture.questions.append(QA("animal", ask(rng, "what"), item.name, 1 / 10, at=(0,)))
-    picture.questions += ground_questions(rng, ground)
-    return picture
-
-
-def single_flag(rng: Random, assets: Assets, height: int, width: int) -> Picture:
-    """One flag on a plain ground."""
-    canvas, _ = background(rng, height, width)
-    code = rng.choice(list(assets.flags))
-    size = round(min(height, width) * rng.uniform(0.6, 1.0))
-    x, y = rng.randint(0, width - size), rng.randint(0, height - size)
-    paste(canvas, resized(rng.choice(assets.flags[code]), size), x, y)
-    country = COUNTRIES[code]
-    picture = Picture(canvas, subject=f"the flag of {country}")
-    picture.boxes.append(_square_box(x, y, size, f"flag {code}", ""))
-    picture.questions.append(QA("flag", ask(rng, "flag"), country, 1 / len(COUNTRIES), at=(0,)))
-    caption = ask(rng, "caption")
-    picture.questions.append(QA("flag", caption, picture.subject, 1 / len(COUNTRIES)))
-    return picture
-
-
-def easy_vqa(rng: Random, assets: Assets, height: int, width: int) -> Picture:
-    """One picture of easy-VQA, enlarged, with its own questions (yes and no kept balanced)."""
-    number = rng.randrange(len(assets.easy_vqa))
-    original = Image.fromarray(assets.easy_vqa[number])
-    enlarged = original.resize((width, height), Image.Resampling.BILINEAR)
-    picture = Picture(np.asarray(enlarged))
-    rows = assets.easy_questions[number]
-    yes = [row for row in rows if row[1] == "yes"]
-    no = [row for row in rows if row[1] == "no"]
-    chosen = [row for row in rows if row[1] not in ("yes", "no")]
-    if rng.random() < 0.5:
-        side = yes if rng.random() < 0.5 else no
-        chosen += rng.sample(side, min(1, len(side)))
-    for question, answer in chosen:
-        chance = 1 / 8
-        if answer in ("yes", "no"):
-            chance = 1 / 2
-        elif answer in ("circle", "rectangle", "triangle"):
-            chance = 1 / 3
-        text = question[0].upper() + question[1:]
-        picture.questions.append(QA("easy_vqa", text, answer, chance))
-    return picture

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 
 from benchmarks.tiny_vlm.assets import Assets
-from benchmarks.tiny_vlm.conversations import PATCH, Batch, Encoder, Row, _padded
+from benchmarks.tiny_vlm.conversations import Batch, Encoder, Row, _padded
 from benchmarks.tiny_vlm.drawing import MIX, choose_type, draw
 from benchmarks.tiny_vlm.model import NOT_LOOKING, Looking, TinyVLM
-from benchmarks.tiny_vlm.patches import to_patches
+from benchmarks.tiny_vlm.patches import PATCH, to_patches
 
 
 class Tally(NamedTuple):
