@@ -76,7 +76,7 @@ def bar_chart(rng: Random, assets: Assets, height: int, width: int) -> Picture:
 def _questions(rng: Random, values: list[int], names: list[str], same: bool) -> list[QA]:
     count = len(values)
     bars, labels = tuple(range(0, 2 * count, 2)), tuple(range(1, 2 * count, 2))  # box numbers
-    result = [QA("chart", ask(rng, "bars"), str(count), 1 / 3, labels, bars)]
+    result = [QA("chart", ask(rng, "bars"), str(count), 1 / 3)]
     for index in rng.sample(range(count), 2):
         question = ask(rng, "bar_value", b=LABELS[index])
         via, at = labels[index : index + 1], bars[index : index + 1]

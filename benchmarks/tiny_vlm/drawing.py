@@ -42,10 +42,10 @@ SQUARE: Mix = {
     "animals": 3,
     "emoji": 9,
     "animal": 4,
-    "flag": 5,
-    "easy_vqa": 4,
-    "word": 4,
-    "number": 9,
+    "flag": 3,
+    "easy_vqa": 2,
+    "word": 5,
+    "number": 12,
     "chart": 15,
 }
 SMALL: Mix = {"shapes": 30, "emoji": 20, "animal": 12, "flag": 14, "number": 24}

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 class Recipe:
     """A training run; two runs with equal recipes see equal batches.
 
-    These are the values of the run that gave the published weights.
+    The defaults are for a run from nothing; `CONTINUED` is for one that starts from weights.
     """
 
     seed: int = 1
@@ -75,6 +75,12 @@ class Recipe:
             return 0, max(2, round(self.tower_pictures * area))
         share = _cost(112, 112) / _cost(*size)
         return max(2, round(self.rows * share)), round(self.pictures * area)
+
+
+CONTINUED = Recipe(
+    seed=2, steps=2400, tower_steps=0, levels=((0, 8e-4, 8e-4),), decay_share=0.55, rows=10
+)
+"""A run that goes on from a model whose tower sees well already."""
 
 
 def _cost(height: int, width: int) -> float:

@@ -224,30 +224,26 @@ def _reference(family: str, item: Item, items: list[Item]) -> str | None:
 
 
 def _count_questions(rng: Random, family: str, items: list[Item], scene: str) -> list[QA]:
+    """None says where to look: attention that sums to one over the things loses their number."""
     kind, chance = scene or "count", 1 / 7
     noun = {"shape": rng.choice(("objects", "shapes")), "animal": "animals"}.get(family, "objects")
-    every = tuple(range(len(items)))
-    result = [QA("count", ask(rng, "count_x", x=noun), str(len(items)), 1 / 6, every, every)]
+    result = [QA("count", ask(rng, "count_x", x=noun), str(len(items)), 1 / 6)]
     names = Counter(item.name for item in items)
     name, count = rng.choice(list(names.items()))
-    at = _numbers(items, name=name)
-    result.append(QA(kind, ask(rng, "count_x", x=plural(name)), str(count), chance, at, at))
+    result.append(QA(kind, ask(rng, "count_x", x=plural(name)), str(count), chance))
     if family == "shape":
         absent = rng.choice([shape for shape in SHAPES if shape not in names])
         if rng.random() < 0.35:
             result.append(QA(kind, ask(rng, "count_x", x=plural(absent)), "0", chance))
         colours = Counter(item.colour for item in items)
         colour, count = rng.choice(list(colours.items()))
-        question, at = ask(rng, "count_x", x=f"{colour} objects"), _numbers(items, colour=colour)
-        result.append(QA(kind, question, str(count), chance, at, at))
+        result.append(QA(kind, ask(rng, "count_x", x=f"{colour} objects"), str(count), chance))
     pair = names.most_common(2)
     if len(pair) == 2 and pair[0][1] > pair[1][1]:
         more, fewer = pair[0][0], pair[1][0]
         x, y = (more, fewer) if rng.random() < 0.5 else (fewer, more)
         question = ask(rng, "more", x=plural(x), y=plural(y))
-        at = _numbers(items, name=more)
-        via = at + _numbers(items, name=fewer)
-        result.append(QA(scene or "compare", question, plural(more), 1 / 2, via, at))
+        result.append(QA(scene or "compare", question, plural(more), 1 / 2))
     return result
 
 

@@ -199,7 +199,7 @@ def _number_questions(rng: Random, digits: list[int], text: str) -> list[QA]:
     result = [QA("number", ask(rng, "number"), text, chance, (), every, True)]
     caption = f"the number {text}"
     result.append(QA("number", ask(rng, "caption"), caption, chance, (), every, True))
-    result.append(QA("count", ask(rng, "digit_count"), str(len(digits)), 1 / 4, every, every))
+    result.append(QA("count", ask(rng, "digit_count"), str(len(digits)), 1 / 4))
     if len(digits) == 1:
         result.append(QA("number", ask(rng, "digit"), text, 0.1, at=(0,)))
         return result

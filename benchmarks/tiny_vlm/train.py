@@ -39,7 +39,7 @@ from benchmarks.tiny_vlm.losses import (
 )
 from benchmarks.tiny_vlm.model import DecoderLayer, TinyVLM, VisionBlock
 from benchmarks.tiny_vlm.optimizer import adam_step, make_slots, muon_step, share_of
-from benchmarks.tiny_vlm.recipe import Recipe
+from benchmarks.tiny_vlm.recipe import CONTINUED, Recipe
 from benchmarks.tiny_vlm.scoring import encode, tally, watch_set
 from benchmarks.tiny_vlm.whitening import whiten_patch_embedding
 
@@ -324,11 +324,11 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--processor", type=Path, default=Path("benchmarks/tiny_vlm/dense"))
     parser.add_argument("--cache", type=Path, default=assets_module.DEFAULT_CACHE)
-    parser.add_argument("--steps", type=int, default=Recipe.steps, help="optimizer steps in all")
+    parser.add_argument("--steps", type=int, help="optimizer steps in all (default: the recipe's)")
     parser.add_argument("--workers", type=int, default=2, help="processes; 1 or 2")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (then with --workers 1)")
     parser.add_argument("--resume", action="store_true", help="go on from the saved state")
-    parser.add_argument("--init", type=Path, help="checkpoint to start from; no tower steps then")
+    parser.add_argument("--init", type=Path, help="checkpoint to start from, by another recipe")
     parser.add_argument("--no-compile", dest="compile", action="store_false")
     parser.add_argument("--watch-every", type=int, default=400, help="steps between watch reports")
     parser.add_argument("--save-every-s", type=float, default=180, help="seconds between saves")
@@ -340,14 +340,14 @@ def main() -> None:
     arguments = parse_arguments()
     torch.set_num_threads(1)
     arguments.state.mkdir(parents=True, exist_ok=True)
-    recipe = replace(Recipe(), steps=arguments.steps)
+    recipe = Recipe() if arguments.init is None else CONTINUED
+    recipe = replace(recipe, steps=arguments.steps or recipe.steps)
     assets_module.build(arguments.cache)
     model = training_model()
     model.initialise(recipe.seed)
     if arguments.init is None:
         whiten_patch_embedding(model, assets_module.load(arguments.cache, "train"), recipe.seed)
     else:
-        recipe = replace(recipe, tower_steps=0)
         model.load_state_dict(load_checkpoint(arguments.init).state_dict(), strict=False)
     dtype = graph_dtype(torch.device(arguments.device))
     shared = allocate(model, recipe, arguments.workers, dtype)
