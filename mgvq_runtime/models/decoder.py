@@ -14,7 +14,7 @@ from mgvq_runtime.layers.linear import LayerFactory
 from mgvq_runtime.layers.mlp import GatedMLP
 from mgvq_runtime.layers.norm import RMSNorm
 from mgvq_runtime.layers.rope import MRope
-from mgvq_runtime.models.config import DecoderConfig
+from mgvq_runtime.models.decoder_config import DecoderConfig
 
 
 class DecoderLayer(nn.Module):
