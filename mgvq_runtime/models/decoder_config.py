@@ -216,7 +216,7 @@ def _scaling(
     if rope_type != "longrope":
         return None
     key = "original_max_position_embeddings"
-    original = (rope if rope.has(key) else fields).integer(key, default=4096, low=2)
+    original = (fields if fields.has(key) else rope).integer(key, default=4096, low=2)
     stretch = rope.number("factor", default=_max_positions(fields, kind) / original)
     grown = math.sqrt(1 + math.log(stretch) / math.log(original)) if stretch > 1 else 1.0
     return LongRope(
