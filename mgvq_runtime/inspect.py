@@ -190,6 +190,9 @@ def _memory(checkpoint: Checkpoint, dense_weights: int, quantized_bytes: int) ->
     memory["kv_token_half_bytes"] = kv_numbers * HALF_BYTES
     memory["kv_token_float_bytes"] = kv_numbers * FLOAT_BYTES
     memory["max_position_embeddings"] = text.max_position_embeddings
+    memory["max_image_tokens"] = 0
+    if family.image_processor is None:
+        return memory
     memory["max_image_tokens"] = None
     try:
         processor = family.image_processor.from_folder(checkpoint.path)

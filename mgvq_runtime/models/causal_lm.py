@@ -2,14 +2,15 @@
 
 The graph only: `models.loading` fills it, `engine` feeds it. Module names are Qwen2's and Llama's
 on the hub, with q/k/v and gate/up fused, so that a checkpoint's tensor names are this module's
-parameter names whatever the folder they came from called them.
+parameter names whatever the folder they came from called them. A vision tower is `visual`, and what
+makes decoder rows of its output `visual.merger`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,8 @@ from mgvq_runtime.models.config import ModelConfig
 from mgvq_runtime.models.config_fields import Fields
 from mgvq_runtime.models.decoder import Decoder
 from mgvq_runtime.models.decoder_config import decoder_from_hf
+from mgvq_runtime.models.vision import VisionTower
+from mgvq_runtime.request import TileLayout
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,7 @@ class CausalLMConfig(ModelConfig):
     """A text-only model."""
 
     @classmethod
-    def from_hf(cls, config: Mapping[str, Any]) -> CausalLMConfig:
+    def from_hf(cls, config: Mapping[str, Any]) -> Self:
         """Read a config.json; its model_type says which decoder it is.
 
         Raises:
@@ -44,14 +47,17 @@ class CausalLM(nn.Module):
     """`LlamaForCausalLM` and its kin, dense or quantized, matrix by matrix."""
 
     def __init__(
-        self, config: ModelConfig, factory: LayerFactory | None = None, **towers: nn.Module
+        self,
+        config: ModelConfig,
+        factory: LayerFactory | None = None,
+        visual: VisionTower | None = None,
     ) -> None:
         """Make the graph without weights; under `torch.device("meta")` it takes no memory.
 
         Args:
             config: Shapes.
             factory: Makes each matrix dense or quantized; None makes all of them dense.
-            **towers: What a family puts in front of the decoder, by the names of the parameters.
+            visual: A family's vision tower with its merger; None for a model of text alone.
 
         Raises:
             ValueError: if a layout of the factory has not the shape the config wants.
@@ -60,8 +66,7 @@ class CausalLM(nn.Module):
         self.config = config
         factory = factory or LayerFactory()
         text = config.text_config
-        for name, tower in towers.items():
-            self.add_module(name, tower)
+        self.visual = visual
         self.model = Decoder("model", text, factory)
         self.lm_head: nn.Module
         if config.tie_word_embeddings:
@@ -78,9 +83,25 @@ class CausalLM(nn.Module):
         """Say how long contexts will get, before the first forward; see `Decoder`."""
         self.model.set_context_length(num_tokens)
 
-    def encode_images(self, patches: Tensor, grid_thw: Sequence[tuple[int, int, int]]) -> Tensor:
-        """Raise TypeError: only a family with a vision tower can."""
-        raise TypeError("this model has no vision tower")
+    def encode_images(
+        self,
+        patches: Tensor,
+        grid_thw: Sequence[tuple[int, int, int]],
+        layouts: Sequence[TileLayout | None] = (),
+    ) -> Tensor:
+        """Encode any number of images.
+
+        Args:
+            patches: `[P, C*T*p*p]` of any float dtype, images end to end, each in the order its
+                family's image processor gives.
+            grid_thw: Frames or tiles of each image, and patches along height and width of one.
+            layouts: How the tiles of each image lie, for the families that lay them side by side.
+
+        Returns:
+            `[N, D]` rows for the placeholders of the images, in order, in the model's dtype.
+        """
+        assert self.visual is not None, "a model without a vision tower takes no pictures"
+        return self.visual(patches.to(self.dtype), grid_thw)
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """Return token embeddings `[T, D]` for `[T]` int64; image rows are put in by the caller."""

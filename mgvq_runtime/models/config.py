@@ -1,64 +1,40 @@
-"""Shapes of the graph, read from a Hugging Face config.json (called by `models.loading`).
+"""Shapes of whole models, read from a Hugging Face config.json (called by `models.loading`).
 
-One frozen dataclass a part; only `from_hf` knows the file's spellings, the hub's flat one and the
-nested one of transformers 5. What would change an answer and is not implemented is refused by name.
+One frozen dataclass a family; only its `from_hf` knows the file's spellings, the hub's and those of
+transformers 5. What would change an answer and is not implemented is refused by name. The parts are
+in `decoder_config` and `vision_config`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Self
 
 from mgvq_runtime.errors import ConfigError
 from mgvq_runtime.models.config_fields import Fields
 from mgvq_runtime.models.decoder_config import DecoderConfig, decoder_from_hf
-
-VISION_ACTIVATIONS = ("quick_gelu", "gelu", "gelu_pytorch_tanh")
-"""Activations of the vision tower that `models.vision` implements."""
-
-_VISION_ROPE_TYPES = ("default", "axial")
+from mgvq_runtime.models.vision_config import VisionConfig, qwen2_vl_vision_from_hf
+from mgvq_runtime.request import ImageInput
 
 
 @dataclass(frozen=True)
-class VisionConfig:
-    """Shape of the vision tower and of its merger."""
-
-    depth: int
-    embed_dim: int
-    num_heads: int
-    intermediate_size: int
-    hidden_size: int
-    """Width of the merger's output: the decoder's hidden size."""
-    hidden_act: str
-    in_channels: int
-    patch_size: int
-    temporal_patch_size: int
-    spatial_merge_size: int
-    layer_norm_eps: float = 1e-6
-    rope_theta: float = 10000.0
-
-    @property
-    def patch_dim(self) -> int:
-        """Numbers in one flattened patch."""
-        return self.in_channels * self.temporal_patch_size * self.patch_size**2
-
-
-@dataclass(frozen=True)
-class Qwen2VLConfig:
-    """A whole Qwen2-VL model."""
+class ModelConfig:
+    """A whole model: a decoder, and a vision tower where it takes pictures."""
 
     text_config: DecoderConfig
-    vision_config: VisionConfig
-    image_token_id: int
-    video_token_id: int
-    vision_start_token_id: int
-    vision_end_token_id: int
+    vision_config: VisionConfig | None
+    """None for a model that reads text alone."""
+    image_token_id: int | None
+    """The placeholder that pictures are put in place of; None without a vision tower."""
     tie_word_embeddings: bool
 
+    has_grid_positions: ClassVar[bool] = False
+    """Whether a picture's tokens have a row and a column position, instead of counting up."""
+
     @classmethod
-    def from_hf(cls, config: Mapping[str, Any]) -> Qwen2VLConfig:
-        """Read a config.json, flat as on the hub or nested as transformers 5 writes it.
+    def from_hf(cls, config: Mapping[str, Any]) -> Self:
+        """Read a config.json.
 
         Args:
             config: The parsed file. Keys that do not touch the arithmetic are ignored.
@@ -67,51 +43,47 @@ class Qwen2VLConfig:
             ConfigError: if a key is missing, of the wrong type or inconsistent with another, or
                 asks for something that is not implemented; the message names the key.
         """
+        raise NotImplementedError
+
+    def num_image_tokens(self, image: ImageInput) -> int:
+        """Return how many placeholders a picture's patches make."""
+        assert self.vision_config is not None, "this model takes no pictures"
+        t, h, w = image.grid_thw
+        return t * h * w // self.vision_config.spatial_merge_size**2
+
+
+@dataclass(frozen=True)
+class Qwen2VLConfig(ModelConfig):
+    """A whole Qwen2-VL model."""
+
+    vision_config: VisionConfig
+    image_token_id: int
+
+    has_grid_positions: ClassVar[bool] = True
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any]) -> Self:
+        """Read a config.json, flat as on the hub or nested as transformers 5 writes it."""
         top = Fields(config, "")
         nested = top.mapping("text_config", default={})
         text_fields = Fields(nested, "text_config.") if nested else top
-        text = decoder_from_hf(text_fields)
-        vision = _vision_from_hf(Fields(top.mapping("vision_config"), "vision_config."), text)
-        ids = {
-            "image_token_id": top.integer("image_token_id", default=151655, low=0),
-            "video_token_id": top.integer("video_token_id", default=151656, low=0),
-            "vision_start_token_id": top.integer("vision_start_token_id", default=151652, low=0),
-            "vision_end_token_id": top.integer("vision_end_token_id", default=151653, low=0),
-        }
-        if ids["image_token_id"] >= text.vocab_size:
-            raise ConfigError(
-                f"config.json: image_token_id {ids['image_token_id']} is outside the vocabulary "
-                f"of {text.vocab_size}"
-            )
+        text = decoder_from_hf(text_fields, "qwen2_vl")
+        vision_fields = Fields(top.mapping("vision_config"), "vision_config.")
+        vision = qwen2_vl_vision_from_hf(vision_fields, text.hidden_size)
         tied = top.boolean("tie_word_embeddings", default=False)
         tied = tied or text_fields.boolean("tie_word_embeddings", default=False)
-        return cls(text, vision, tie_word_embeddings=tied, **ids)
+        return cls(text, vision, image_token(top, "image_token_id", 151655, text), tied)
 
 
-def _vision_from_hf(fields: Fields, text: DecoderConfig) -> VisionConfig:
-    """Read the vision part; the hub leaves out what is Qwen2-VL's default."""
-    embed_dim = fields.integer("embed_dim", default=1280)
-    num_heads = fields.integer("num_heads", default=16)
-    fields.divides("4 * num_heads", 4 * num_heads, "embed_dim", embed_dim)
-    hidden_size = fields.integer("hidden_size", default=text.hidden_size)
-    if hidden_size != text.hidden_size:
-        fields.refuse("hidden_size", hidden_size, f"the decoder's {text.hidden_size}")
-    channels_key = "in_channels" if fields.has("in_channels") else "in_chans"
-    in_channels = fields.integer(channels_key, default=3)
-    if in_channels != 3:
-        fields.refuse(channels_key, in_channels, "3: pictures are RGB")
-    rope = Fields(fields.mapping("rope_parameters", default={}), f"{fields.prefix}rope_parameters.")
-    rope.one_of("rope_type", _VISION_ROPE_TYPES, default="axial")
-    return VisionConfig(
-        depth=fields.integer("depth", default=32),
-        embed_dim=embed_dim,
-        num_heads=num_heads,
-        intermediate_size=int(embed_dim * fields.number("mlp_ratio", default=4)),
-        hidden_size=hidden_size,
-        hidden_act=fields.one_of("hidden_act", VISION_ACTIVATIONS, default="quick_gelu"),
-        in_channels=in_channels,
-        patch_size=fields.square("patch_size", default=14),
-        temporal_patch_size=fields.square("temporal_patch_size", default=2),
-        spatial_merge_size=fields.integer("spatial_merge_size", default=2),
-        rope_theta=rope.number("rope_theta", default=10000.0),
-    )
+def image_token(fields: Fields, key: str, default: int, text: DecoderConfig) -> int:
+    """Read the placeholder of pictures.
+
+    Raises:
+        ConfigError: if it is no token of the decoder.
+    """
+    token = fields.integer(key, default=default, low=0)
+    if token >= text.vocab_size:
+        raise ConfigError(
+            f"config.json: {key} {token} is outside the vocabulary of {text.vocab_size}"
+        )
+    return token

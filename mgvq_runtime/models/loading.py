@@ -20,8 +20,8 @@ from mgvq_runtime.errors import CheckpointError
 from mgvq_runtime.layers.embedding import VQEmbedding
 from mgvq_runtime.layers.linear import LayerFactory
 from mgvq_runtime.layers.vq_matrix import VQMatrix
-from mgvq_runtime.models.config import Qwen2VLConfig
-from mgvq_runtime.models.qwen2_vl import Qwen2VL
+from mgvq_runtime.models.causal_lm import CausalLM
+from mgvq_runtime.models.config import ModelConfig
 from mgvq_runtime.models.registry import Family, find_family
 
 _TIED_HEAD = "lm_head.weight"
@@ -29,7 +29,7 @@ _TIED_HEAD = "lm_head.weight"
 
 def load_model(
     path: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
-) -> Qwen2VL:
+) -> CausalLM:
     """Load a dense or quantized checkpoint folder.
 
     Args:
@@ -51,7 +51,7 @@ def fill_model(
     checkpoint: Checkpoint,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
-) -> Qwen2VL:
+) -> CausalLM:
     """Make the graph of an open checkpoint and fill it.
 
     Args:
@@ -91,7 +91,7 @@ def fill_model(
 
 def _misfits(
     family: Family,
-    config: Qwen2VLConfig,
+    config: ModelConfig,
     checkpoint: Checkpoint,
     layouts: Mapping[str, VQLayout],
 ) -> list[str]:
@@ -133,7 +133,7 @@ def _fill_parameter(
     return []
 
 
-def _differs_from_table(model: Qwen2VL, head: Tensor) -> bool:
+def _differs_from_table(model: CausalLM, head: Tensor) -> bool:
     """Return whether a head stored beside the table it is tied to repeats it; some files do."""
     table = model.model.embed_tokens
     if not isinstance(table, nn.Embedding):

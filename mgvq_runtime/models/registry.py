@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from mgvq_runtime.errors import ConfigError
-from mgvq_runtime.models.config import Qwen2VLConfig
+from mgvq_runtime.models.causal_lm import CausalLM, CausalLMConfig
+from mgvq_runtime.models.config import ModelConfig, Qwen2VLConfig
 from mgvq_runtime.models.qwen2_vl import Qwen2VL
+from mgvq_runtime.multimodal.processors import ImageProcessor
 from mgvq_runtime.multimodal.processors.qwen2_vl import Qwen2VLImageProcessor
 
 
@@ -18,17 +20,27 @@ class Family:
 
     architecture: str
     """What config.json calls it, under "architectures"."""
-    config: type[Qwen2VLConfig]
+    config: type[ModelConfig]
     """Read with `.from_hf(config.json)`."""
-    model: type[Qwen2VL]
+    model: Callable[..., CausalLM]
     """Made with `(config, factory)`."""
-    image_processor: type[Qwen2VLImageProcessor]
-    """Read with `.from_folder(path)`."""
+    image_processor: type[ImageProcessor] | None
+    """Read with `.from_folder(path)`; None for a model that reads text alone."""
 
+
+TEXT_ONLY = (
+    "Qwen2ForCausalLM",
+    "LlamaForCausalLM",
+    "MistralForCausalLM",
+    "InternLM2ForCausalLM",
+    "Phi3ForCausalLM",
+)
+"""Decoders without a vision tower; their model_type says which is which."""
 
 FAMILIES: Mapping[str, Family] = {
     family.architecture: family
     for family in (
+        *(Family(name, CausalLMConfig, CausalLM, None) for name in TEXT_ONLY),
         Family("Qwen2VLForConditionalGeneration", Qwen2VLConfig, Qwen2VL, Qwen2VLImageProcessor),
     )
 }

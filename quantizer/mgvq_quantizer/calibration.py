@@ -132,7 +132,7 @@ def prepare(
             conversation the chat template refuses.
     """
     end = end_of_turn(tokenizer)
-    known: dict[bytes, ImageInput] = {}
+    known: dict[Any, ImageInput] = {}
     samples = []
     for conversation in conversations:
         try:
@@ -142,7 +142,8 @@ def prepare(
         except MgvqError as error:
             raise CalibrationError(f"{conversation.where}: {error}") from error
         pairs = zip(conversation.pictures, sample.images, strict=True)
-        images = tuple(known.setdefault(_digest(data), image) for data, image in pairs)
+        # With several pictures in a conversation a family may cut each into fewer tiles.
+        images = tuple(known.setdefault((_digest(d), i.num_tokens), i) for d, i in pairs)
         samples.append(dataclasses.replace(sample, images=images))
     return samples
 
@@ -162,12 +163,12 @@ def show_other_pictures(samples: Sequence[Sample], copies: int, seed: int) -> li
         The new samples.
     """
     rng = np.random.default_rng(seed)
-    sizes: dict[tuple[int, int, int], list[ImageInput]] = {}
+    sizes: dict[Any, list[ImageInput]] = {}
     for image in {id(i): i for sample in samples for i in sample.images}.values():
-        sizes.setdefault(image.grid_thw, []).append(image)
+        sizes.setdefault((image.grid_thw, image.layout), []).append(image)
 
     def other(image: ImageInput) -> ImageInput:
-        same = sizes[image.grid_thw]
+        same = sizes[image.grid_thw, image.layout]
         return same[int(rng.integers(len(same)))]
 
     return [
