@@ -264,7 +264,7 @@ def sort_heads(rows: Tensor, num_groups: int, queries: int) -> Tensor:
     Source: OpenGVLab/InternVL2-2B, modeling_internlm2.py, InternLM2Attention.forward.
     """
     heads = rows.reshape(num_groups, queries + 2, -1, *rows.shape[1:])  # [Hk, g + 2, Dh, ...]
-    parts = heads.split((queries, 1, 1), dim=1)
+    parts = torch.split(heads, [queries, 1, 1], dim=1)
     return torch.cat([part.reshape(-1, *rows.shape[1:]) for part in parts])
 
 

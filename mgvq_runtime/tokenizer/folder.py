@@ -1,18 +1,22 @@
 """The tokenizer files of a checkpoint folder (called by `tokenizer.Tokenizer.from_folder`).
 
-Reads `tokenizer.json`, or builds Qwen2's tokenizer from `vocab.json` and `merges.txt`; collects
-added tokens, end-of-sequence ids and the chat template from the files beside it. Executes nothing.
+Reads `tokenizer.json`, or makes one of `vocab.json` and `merges.txt` (Qwen2) or `tokenizer.model`
+(sentencepiece); collects added tokens, end-of-sequence ids and the chat template from the files
+beside it. Executes nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+import json
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mgvq_runtime.checkpoint.files import read_bytes, read_json
 from mgvq_runtime.errors import CheckpointError, TokenizerError
+from mgvq_runtime.tokenizer.sentencepiece_model import parse_model, to_definition
 
 MAX_TOKENIZER_BYTES = 64 * 1024**2
 """tokenizer.json of a 150,000-token vocabulary is 7 to 12 MB."""
@@ -58,8 +62,9 @@ def read_tokenizer_files(folder: Path) -> TokenizerFiles:
             contradict each other.
     """
     try:
-        definition = _read_definition(folder)
-        config = _read_optional(folder / "tokenizer_config.json")
+        config = _read_optional(folder / "special_tokens_map.json")
+        config |= _read_optional(folder / "tokenizer_config.json")
+        definition = _read_definition(folder, config)
         added = _added_tokens(definition, config, folder)
         variables = _template_variables(config)
         eos = {token.id for token in added if token.content == variables.get("eos_token")}
@@ -71,17 +76,46 @@ def read_tokenizer_files(folder: Path) -> TokenizerFiles:
     return TokenizerFiles(definition, added, frozenset(eos), template, variables)
 
 
-def _read_definition(folder: Path) -> dict[str, Any]:
+def missing_tokenizer_json(folder: Path) -> bytes | None:
+    """Return the tokenizer.json that stands for a folder's older files; None if it has one.
+
+    Raises:
+        TokenizerError: as `read_tokenizer_files`.
+    """
+    if (folder / "tokenizer.json").is_file():
+        return None
+    files = read_tokenizer_files(folder)
+    added = [
+        {
+            "id": token.id,
+            "content": token.content,
+            "single_word": token.single_word,
+            "lstrip": token.lstrip,
+            "rstrip": token.rstrip,
+            "normalized": False,
+            "special": token.is_special,
+        }
+        for token in sorted(files.added_tokens, key=lambda token: token.id)
+    ]
+    whole = {**files.definition, "added_tokens": added}
+    return json.dumps(whole, ensure_ascii=False).encode()
+
+
+def _read_definition(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     if (folder / "tokenizer.json").is_file():
         return read_json(folder / "tokenizer.json", MAX_TOKENIZER_BYTES)
     if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
         return _qwen2_definition(folder)
-    hint = (
-        "vocab.json and merges.txt"
-        if not (folder / "tokenizer.model").is_file()
-        else ("a conversion of its tokenizer.model; sentencepiece files are not read")
+    if (folder / "tokenizer.model").is_file():
+        model = parse_model(read_bytes(folder / "tokenizer.model", MAX_TOKENIZER_BYTES))
+        if config.get("add_prefix_space") is False:
+            model = dataclasses.replace(model, adds_dummy_prefix=False)
+        renamed = {token.id: token.content for token in _added_tokens({}, config, folder)}
+        return to_definition(model, renamed, is_legacy=config.get("legacy") is not False)
+    raise TokenizerError(
+        f"{folder} has no tokenizer: expected tokenizer.json, vocab.json and merges.txt, or "
+        "tokenizer.model"
     )
-    raise TokenizerError(f"{folder} has no tokenizer: expected tokenizer.json, or {hint}")
 
 
 def _qwen2_definition(folder: Path) -> dict[str, Any]:
@@ -126,7 +160,8 @@ def _added_tokens(
     try:
         entries += [{**entry, "id": int(number)} for number, entry in decoder.items()]
         entries += [{"content": text, "id": number} for text, number in older.items()]
-        tokens = [_added_token(entry) for entry in entries]
+        named = _named_specials(config)
+        tokens = [_added_token(entry, named) for entry in entries]
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise TokenizerError(f"an added token is malformed: {error}") from error
     by_id: dict[int, AddedToken] = {}
@@ -142,14 +177,25 @@ def _added_tokens(
     return tuple(by_id.values())
 
 
-def _added_token(entry: Mapping[str, Any]) -> AddedToken:
+def _named_specials(config: Mapping[str, Any]) -> set[str]:
+    """Return the literals that the tokenizer's config calls special."""
+    listed = config.get("additional_special_tokens") or []
+    listed = listed if isinstance(listed, list) else []
+    texts = [entry.get("content") if isinstance(entry, dict) else entry for entry in listed]
+    return {text for text in texts if isinstance(text, str)} | set(
+        _template_variables(config).values()
+    )
+
+
+def _added_token(entry: Mapping[str, Any], named: Collection[str]) -> AddedToken:
     number, content = entry["id"], entry["content"]
     if type(number) is not int or not 0 <= number < 2**31:
         raise ValueError(f"id {number!r} is not a token id")
     if not isinstance(content, str) or not content:
         raise ValueError(f"content {content!r} is not a text")
     flags = {name: bool(entry.get(name, False)) for name in ("lstrip", "rstrip", "single_word")}
-    return AddedToken(number, content, bool(entry.get("special", False)), **flags)
+    is_special = bool(entry.get("special", False)) or content in named
+    return AddedToken(number, content, is_special, **flags)
 
 
 def _template_variables(config: Mapping[str, Any]) -> dict[str, str]:
