@@ -55,7 +55,9 @@ def start(
         torch.cuda.synchronize(device)
         free_bytes = torch.cuda.mem_get_info(device)[0]
     facts = model_facts(model.config, is_quantized)
-    return model, processor, resolve(config, facts, device, dtype, free_bytes)
+    resolved = resolve(config, facts, device, dtype, free_bytes)
+    model.set_context_length(resolved.max_model_len)
+    return model, processor, resolved
 
 
 def model_facts(config: ModelConfig, is_quantized: bool) -> ModelFacts:

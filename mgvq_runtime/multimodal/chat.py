@@ -49,11 +49,10 @@ class ChatProcessor:
             ConfigError: if how pictures are prepared is missing or cannot be honoured.
         """
         images = find_family(checkpoint.config).image_processor
-        return cls(
-            Tokenizer.from_folder(checkpoint.path),
-            None if images is None else images.from_folder(checkpoint.path, max_image_tokens),
-            config,
-        )
+        if images is None:
+            return cls(Tokenizer.from_folder(checkpoint.path, default_template=None), None, config)
+        tokenizer = Tokenizer.from_folder(checkpoint.path)
+        return cls(tokenizer, images.from_folder(checkpoint.path, max_image_tokens), config)
 
     def prepare(
         self,
@@ -83,8 +82,11 @@ class ChatProcessor:
                 f"the messages have {num_parts} image parts, {len(images)} images came with them",
                 param="messages",
             )
+        inputs = self.process(images)
+        if self.image_processor is None:
+            messages = [_as_text(message) for message in messages]
         ids = self.tokenizer.encode_chat(messages, add_generation_prompt)
-        return build_prompt(ids, self.process(images), self.config)
+        return build_prompt(ids, inputs, self.config)
 
     def process(self, images: Sequence[Image.Image]) -> tuple[ImageInput, ...]:
         """Prepare all pictures of one conversation.
@@ -98,6 +100,14 @@ class ChatProcessor:
         if self.image_processor is None:
             raise RequestError("this model reads text alone; leave pictures out", param="messages")
         return self.image_processor.prepare(images)
+
+
+def _as_text(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Join the text parts of a message: the templates of text-only models know no parts."""
+    content = message["content"]
+    if isinstance(content, str):
+        return message
+    return {**message, "content": "\n".join(part["text"] for part in content)}
 
 
 def check_messages(messages: Sequence[Mapping[str, Any]]) -> int:

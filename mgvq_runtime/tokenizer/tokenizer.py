@@ -29,8 +29,14 @@ PRIVATE_USE = range(0xF0000, 0xFFFFE)
 class Tokenizer:
     """The tokenizer of one checkpoint."""
 
-    def __init__(self, files: TokenizerFiles) -> None:
+    def __init__(
+        self, files: TokenizerFiles, default_template: str | None = QWEN2_VL_TEMPLATE
+    ) -> None:
         """Make a tokenizer from its files' contents; `from_folder` reads them.
+
+        Args:
+            files: what the folder says.
+            default_template: as `from_folder`.
 
         Raises:
             TokenizerError: if it is of a kind that is not supported, or cannot be built.
@@ -50,24 +56,27 @@ class Tokenizer:
         self._added_bytes = {t.id: t.content.encode() for t in files.added_tokens}
         self._literals = _literal_pattern(files.added_tokens)
         self._literal_ids = [t.id for t in _longest_first(files.added_tokens)]
-        self._template = ChatTemplate(
-            files.chat_template or QWEN2_VL_TEMPLATE, files.template_variables
-        )
+        source = files.chat_template or default_template
+        self._template = None if source is None else ChatTemplate(source, files.template_variables)
         self.vocab_size = 1 + max([*self._words, *self._added_bytes], default=-1)
         """One more than the largest id."""
 
     @classmethod
-    def from_folder(cls, path: str | Path) -> Tokenizer:
+    def from_folder(
+        cls, path: str | Path, default_template: str | None = QWEN2_VL_TEMPLATE
+    ) -> Tokenizer:
         """Read a checkpoint's tokenizer: `tokenizer.json`, or the older files it replaces.
 
         Args:
             path: a checkpoint folder, quantized or not.
+            default_template: the chat template where the folder has none; None leaves the model
+                without one, and conversations are refused.
 
         Raises:
             TokenizerError: if the files are missing, malformed, or of a kind that is not supported.
         """
         try:
-            return cls(read_tokenizer_files(Path(path).expanduser()))
+            return cls(read_tokenizer_files(Path(path).expanduser()), default_template)
         except TokenizerError as error:
             raise TokenizerError(f"{path}: {error}") from error
 
@@ -88,7 +97,7 @@ class Tokenizer:
         self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True
     ) -> str:
         """Write a conversation as the text the model was trained on; see `ChatTemplate.render`."""
-        return self._template.render(messages, add_generation_prompt)
+        return self._chat_template().render(messages, add_generation_prompt)
 
     def encode_chat(
         self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True
@@ -104,9 +113,10 @@ class Tokenizer:
             RequestError: if the template refuses the conversation, or text has lone surrogates.
             TokenizerError: if the template fails.
         """
+        template = self._chat_template()
         check_size(messages)
-        mask, unmask = self._stand_ins(messages)
-        rendered = self._template.render(
+        mask, unmask = self._stand_ins(messages, template)
+        rendered = template.render(
             [_mask_message(message, mask) for message in messages], add_generation_prompt
         )
         return self._encode(rendered, unmask)
@@ -161,8 +171,16 @@ class Tokenizer:
         except (UnicodeEncodeError, TypeError) as error:
             raise RequestError("the text has a lone surrogate; send valid Unicode") from error
 
+    def _chat_template(self) -> ChatTemplate:
+        if self._template is None:
+            raise RequestError(
+                "this model has no chat template, so it continues texts but holds no conversation",
+                param="messages",
+            )
+        return self._template
+
     def _stand_ins(
-        self, messages: Sequence[Mapping[str, Any]]
+        self, messages: Sequence[Mapping[str, Any]], template: ChatTemplate
     ) -> tuple[dict[int, int], dict[int, int]]:
         """Map the first and last characters of special tokens to characters nobody wrote.
 
@@ -171,7 +189,7 @@ class Tokenizer:
         """
         ends = {c for literal in self.added_tokens for c in (literal[0], literal[-1])}
         ends = {c for c in ends if not c.isspace()}
-        written = set(self._template.source).union(*_texts(messages))
+        written = set(template.source).union(*_texts(messages))
         free = (point for point in PRIVATE_USE if chr(point) not in written)
         mask = {ord(c): point for c, point in zip(sorted(ends), free, strict=False)}
         return mask, {point: c for c, point in mask.items()}

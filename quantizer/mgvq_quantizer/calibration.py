@@ -72,13 +72,16 @@ class Sample:
     images: tuple[ImageInput, ...]
 
 
-def load_conversations(path: Path | None, model: Path) -> tuple[str, list[Conversation]]:
+def load_conversations(
+    path: Path | None, model: Path, takes_pictures: bool = True
+) -> tuple[str, list[Conversation]]:
     """Read calibration conversations.
 
     Args:
         path: a `.jsonl`, `.json` or `.zip` file or a folder; None takes `calibration.zip` of the
             model's folder, else generic questions on the bundled pictures.
         model: the folder of the model.
+        takes_pictures: whether the model can be asked about pictures; else data must be given.
 
     Returns:
         A name for the data, and the conversations in the file's order.
@@ -88,6 +91,11 @@ def load_conversations(path: Path | None, model: Path) -> tuple[str, list[Conver
     """
     if path is None:
         own = model / "calibration.zip"
+        if not own.is_file() and not takes_pictures:
+            raise CalibrationError(
+                "a model that reads text alone has no data to be calibrated on here: give "
+                "--calibration a .jsonl file of conversations"
+            )
         if not own.is_file():
             return "bundled pictures", _generic(list(demo_picture_paths()))
         path = own

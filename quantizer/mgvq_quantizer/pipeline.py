@@ -46,6 +46,7 @@ from mgvq_runtime.errors import CheckpointError
 from mgvq_runtime.models.causal_lm import CausalLM
 from mgvq_runtime.models.loading import fill_model
 from mgvq_runtime.multimodal.chat import ChatProcessor
+from mgvq_runtime.tokenizer.folder import missing_tokenizer_json
 
 _BATCH_TOKENS = 8192
 _COMPANIONS = (
@@ -151,7 +152,7 @@ def _open_source(model: Path, output: Path) -> Checkpoint:
 
 def _read_data(folder: Path, graph: CausalLM, recipe: QuantRecipe, path: Path | None) -> _Data:
     """Load, thin out, tokenize and split the calibration conversations."""
-    name, conversations = calibration.load_conversations(path, folder)
+    name, conversations = calibration.load_conversations(path, folder, graph.visual is not None)
     step = max(1.0, len(conversations) / recipe.max_samples)
     chosen = [
         conversations[int(i * step)] for i in range(min(len(conversations), recipe.max_samples))
@@ -193,7 +194,7 @@ def _round(
     device = next(graph.parameters()).device
     bar.set_description("asking the unquantized model")
     pictures = unique_pictures(data.train)
-    if not pictures:
+    if graph.visual is not None and not pictures:
         raise CalibrationError(
             f"{data.name} holds no picture: the vision tower cannot be calibrated on text alone"
         )
@@ -212,7 +213,8 @@ def _round(
     for name, parameter in graph.named_parameters():
         if name.rpartition(".")[0] not in plans or not name.endswith(".weight"):
             parameter.copy_(parameter.half())
-    stream.vision(list(picture_batches(shown)), device)
+    if graph.visual is not None:
+        stream.vision(list(picture_batches(shown)), device)
     features = encode_pictures(graph, unique_pictures(data.all), device)
     stream.embedding(head_moment)
     stream.decoder(_batches(data.train, device), features)
@@ -286,6 +288,9 @@ def _write(
         if name not in matrices
     )
     weights = ((n, tuned.weights.get(n, solutions[n].weight).to("cpu")) for n in plans)
+    extra_files = {"quantization_report.json": report.to_bytes()}
+    if (tokenizer := missing_tokenizer_json(source.path)) is not None:
+        extra_files["tokenizer.json"] = tokenizer
     files = sorted({file for pattern in _COMPANIONS for file in source.path.glob(pattern)})
     write_checkpoint(
         output,
@@ -294,5 +299,5 @@ def _write(
         dense=dense,
         weights=weights,
         copy_files=[file for file in files if file.is_file()],
-        extra_files={"quantization_report.json": report.to_bytes()},
+        extra_files=extra_files,
     )
