@@ -12,9 +12,14 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 from mgvq_runtime.errors import ConfigError
-from mgvq_runtime.models.config_fields import Fields
+from mgvq_runtime.models.config_fields import REQUIRED, Fields
 from mgvq_runtime.models.decoder_config import DecoderConfig, decoder_from_hf
-from mgvq_runtime.models.vision_config import VisionConfig, qwen2_vl_vision_from_hf
+from mgvq_runtime.models.vision_config import (
+    VisionConfig,
+    intern_vit_from_hf,
+    qwen2_vl_vision_from_hf,
+    siglip_from_hf,
+)
 from mgvq_runtime.request import ImageInput
 
 
@@ -57,7 +62,6 @@ class Qwen2VLConfig(ModelConfig):
     """A whole Qwen2-VL model."""
 
     vision_config: VisionConfig
-    image_token_id: int
 
     has_grid_positions: ClassVar[bool] = True
 
@@ -70,20 +74,119 @@ class Qwen2VLConfig(ModelConfig):
         text = decoder_from_hf(text_fields, "qwen2_vl")
         vision_fields = Fields(top.mapping("vision_config"), "vision_config.")
         vision = qwen2_vl_vision_from_hf(vision_fields, text.hidden_size)
-        tied = top.boolean("tie_word_embeddings", default=False)
-        tied = tied or text_fields.boolean("tie_word_embeddings", default=False)
-        return cls(text, vision, image_token(top, "image_token_id", 151655, text), tied)
+        token = image_token(top, "image_token_id", 151655, text)
+        return cls(text, vision, token, _is_tied(top, text_fields))
 
 
-def image_token(fields: Fields, key: str, default: int, text: DecoderConfig) -> int:
-    """Read the placeholder of pictures.
+@dataclass(frozen=True)
+class LlavaOnevisionConfig(ModelConfig):
+    """A whole LLaVA-OneVision model."""
+
+    vision_config: VisionConfig
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any]) -> Self:
+        """Read a config.json, nested as transformers writes it or flat as lmms-lab's."""
+        top = Fields(config, "")
+        if top.has("text_config"):
+            text_fields = Fields(top.mapping("text_config"), "text_config.")
+            top.one_of("projector_hidden_act", ("gelu",), default="gelu")
+            top.one_of("vision_feature_select_strategy", ("full",), default="full")
+            if not top.boolean("multimodal_projector_bias", default=True):
+                top.refuse("multimodal_projector_bias", False, "true")
+        else:
+            text_fields = top
+            _check_lmms_lab(top)
+        # transformers 5 writes a decoder's own model_type; "qwen2" is what older files leave out.
+        text = decoder_from_hf(text_fields, "qwen2")
+        vision_fields = Fields(top.mapping("vision_config", default={}), "vision_config.")
+        last = top.values.get("vision_feature_layer", -1)
+        if last not in (-1, -2):
+            top.refuse("vision_feature_layer", last, "-1 or -2: one of the last two layers")
+        vision = siglip_from_hf(vision_fields, text.hidden_size, last)
+        key = "image_token_id" if top.has("image_token_id") else "image_token_index"
+        return cls(text, vision, image_token(top, key, 151646, text), _is_tied(top, text_fields))
+
+    def num_image_tokens(self, image: ImageInput) -> int:
+        """Return how many placeholders a picture's patches make."""
+        t, h, w = image.grid_thw
+        if image.layout is None:
+            return t * h * w + 1
+        height, width = image.layout.shrunk
+        return h * w + height * (width + 1)
+
+
+@dataclass(frozen=True)
+class InternVL2Config(ModelConfig):
+    """A whole InternVL2 model; the hub's config.json leaves its placeholder to the tokenizer."""
+
+    vision_config: VisionConfig
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any]) -> Self:
+        """Read a config.json, the hub's (`llm_config`) or transformers' (`text_config`)."""
+        top = Fields(config, "")
+        is_hub = top.has("llm_config")
+        key = "llm_config" if is_hub else "text_config"
+        text_fields = Fields(top.mapping(key), f"{key}.")
+        text = decoder_from_hf(text_fields)
+        ratio = top.number("downsample_ratio", default=0.5)
+        if 1 / ratio not in (1.0, 2.0, 4.0):
+            top.refuse("downsample_ratio", ratio, "1, 0.5 or 0.25")
+        vision_fields = Fields(top.mapping("vision_config"), "vision_config.")
+        vision = intern_vit_from_hf(vision_fields, text.hidden_size, round(1 / ratio), is_hub)
+        layer_key = "select_layer" if is_hub else "vision_feature_layer"
+        if top.values.get(layer_key, -1) != -1:
+            top.refuse(layer_key, top.values[layer_key], "-1: the last layer")
+        if is_hub:
+            top.one_of("ps_version", ("v2",), default="v1")
+            # The hub's own code ignores what llm_config says of it: heads are never tied.
+            tied = top.boolean("tie_word_embeddings", default=False)
+            token = image_token(top, "image_token_id", None, text)
+        else:
+            top.one_of("vision_feature_select_strategy", ("default",), default="default")
+            top.one_of("projector_hidden_act", ("gelu",), default="gelu")
+            tied = top.boolean("tie_word_embeddings", default=True)
+            token = image_token(top, "image_token_id", 151667, text)
+        return cls(text, vision, token, tied)
+
+
+def image_token(fields: Fields, key: str, default: int | None, text: DecoderConfig) -> int | None:
+    """Read the placeholder of pictures; None where neither file nor default has one.
 
     Raises:
         ConfigError: if it is no token of the decoder.
     """
-    token = fields.integer(key, default=default, low=0)
+    if default is None and not fields.has(key):
+        return None
+    token = fields.integer(key, default=REQUIRED if default is None else default, low=0)
     if token >= text.vocab_size:
         raise ConfigError(
             f"config.json: {key} {token} is outside the vocabulary of {text.vocab_size}"
         )
     return token
+
+
+def _is_tied(top: Fields, text: Fields) -> bool:
+    """Return whether the head is the token table; transformers 5 says so beside the decoder."""
+    return top.boolean("tie_word_embeddings", default=False) or text.boolean(
+        "tie_word_embeddings", default=False
+    )
+
+
+_LMMS_LAB = {
+    "mm_projector_type": ("mlp2x_gelu",),
+    "mm_patch_merge_type": ("spatial_unpad",),
+    "mm_vision_select_feature": ("patch",),
+    "mm_newline_position": ("grid",),
+}
+"""What lmms-lab's files may say of LLaVA-OneVision; the first is what a missing key stands for."""
+
+
+def _check_lmms_lab(top: Fields) -> None:
+    """Refuse a folder in lmms-lab's format that is another model than LLaVA-OneVision."""
+    tower = top.values.get("mm_vision_tower") or "google/siglip-so400m-patch14-384"
+    if "siglip-so400m-patch14-384" not in str(tower):
+        top.refuse("mm_vision_tower", tower, "google/siglip-so400m-patch14-384")
+    for key, known in _LMMS_LAB.items():
+        top.one_of(key, known, default=known[0])

@@ -8,9 +8,18 @@ from typing import Any
 
 from mgvq_runtime.errors import ConfigError
 from mgvq_runtime.models.causal_lm import CausalLM, CausalLMConfig
-from mgvq_runtime.models.config import ModelConfig, Qwen2VLConfig
+from mgvq_runtime.models.config import (
+    InternVL2Config,
+    LlavaOnevisionConfig,
+    ModelConfig,
+    Qwen2VLConfig,
+)
+from mgvq_runtime.models.internvl2 import InternVL2
+from mgvq_runtime.models.llava_onevision import LlavaOnevision
 from mgvq_runtime.models.qwen2_vl import Qwen2VL
 from mgvq_runtime.multimodal.processors import ImageProcessor
+from mgvq_runtime.multimodal.processors.internvl2 import InternVL2ImageProcessor
+from mgvq_runtime.multimodal.processors.llava_onevision import LlavaOnevisionImageProcessor
 from mgvq_runtime.multimodal.processors.qwen2_vl import Qwen2VLImageProcessor
 
 
@@ -42,6 +51,14 @@ FAMILIES: Mapping[str, Family] = {
     for family in (
         *(Family(name, CausalLMConfig, CausalLM, None) for name in TEXT_ONLY),
         Family("Qwen2VLForConditionalGeneration", Qwen2VLConfig, Qwen2VL, Qwen2VLImageProcessor),
+        *(
+            Family(name, LlavaOnevisionConfig, LlavaOnevision, LlavaOnevisionImageProcessor)
+            for name in ("LlavaOnevisionForConditionalGeneration", "LlavaQwenForCausalLM")
+        ),
+        *(
+            Family(name, InternVL2Config, InternVL2, InternVL2ImageProcessor)
+            for name in ("InternVLChatModel", "InternVLForConditionalGeneration")
+        ),
     )
 }
 """Every family this release runs, by the architecture string of config.json."""

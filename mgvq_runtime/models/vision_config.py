@@ -103,14 +103,13 @@ def qwen2_vl_vision_from_hf(fields: Fields, text_hidden_size: int) -> VisionConf
     )
 
 
-def siglip_from_hf(fields: Fields, text_hidden_size: int) -> VisionConfig:
+def siglip_from_hf(fields: Fields, text_hidden_size: int, last_layer: int) -> VisionConfig:
     """Read LLaVA-OneVision's SigLIP; what is left out is that of so400m-patch14-384.
-
-    The tower ends before SigLIP's last block: a file that counts 27 blocks runs 26 of them.
 
     Args:
         fields: `vision_config` of config.json.
         text_hidden_size: D, the decoder's width.
+        last_layer: The last block that is run, counted from the end: -1 or -2.
 
     Raises:
         ConfigError: naming the key that is wrong or asks for what is not implemented.
@@ -119,7 +118,7 @@ def siglip_from_hf(fields: Fields, text_hidden_size: int) -> VisionConfig:
     embed_dim, num_heads = _width_and_heads(fields, 1152, 16)
     _check_channels(fields, "num_channels")
     return VisionConfig(
-        depth=fields.integer("num_hidden_layers", default=26),
+        depth=fields.integer("num_hidden_layers", default=25 - last_layer) + 1 + last_layer,
         embed_dim=embed_dim,
         num_heads=num_heads,
         intermediate_size=fields.integer("intermediate_size", default=4304),
@@ -132,18 +131,20 @@ def siglip_from_hf(fields: Fields, text_hidden_size: int) -> VisionConfig:
     )
 
 
-def intern_vit_from_hf(fields: Fields, text_hidden_size: int, merge_size: int) -> VisionConfig:
+def intern_vit_from_hf(
+    fields: Fields, text_hidden_size: int, merge_size: int, is_hub: bool
+) -> VisionConfig:
     """Read InternVL2's InternViT, in the hub's spelling or in transformers'.
 
     Args:
         fields: `vision_config` of config.json.
         text_hidden_size: D, the decoder's width.
         merge_size: Side of the square of patches that becomes one decoder row.
+        is_hub: Whether the spelling is the hub's.
 
     Raises:
         ConfigError: naming the key that is wrong or asks for what is not implemented.
     """
-    is_hub = not fields.has("attention_bias")
     embed_dim, num_heads = _width_and_heads(fields, 1024, 16)
     _check_channels(fields, "num_channels")
     if not fields.boolean("use_absolute_position_embeddings", default=True):
@@ -167,7 +168,7 @@ def intern_vit_from_hf(fields: Fields, text_hidden_size: int, merge_size: int) -
         image_size=image_size,
         has_class_token=True,
         patch_bias=True,
-        qkv_bias=fields.boolean("qkv_bias" if is_hub else "attention_bias", default=True),
+        qkv_bias=fields.boolean("qkv_bias" if is_hub else "attention_bias", default=is_hub),
         has_qk_norm=fields.boolean("qk_normalization" if is_hub else "use_qk_norm", default=False),
         has_layer_scale=True,
     )
