@@ -50,7 +50,7 @@ from mgvq_runtime.tokenizer.folder import missing_tokenizer_json
 
 _BATCH_TOKENS = 8192
 _COMPANIONS = (
-    "tokenizer*",
+    "tokenizer*.json",
     "vocab.json",
     "merges.txt",
     "added_tokens.json",
