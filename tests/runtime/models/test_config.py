@@ -69,7 +69,7 @@ def test_flat_and_nested_read_alike() -> None:
         ({"hidden_size": True}, "hidden_size must be an integer"),
         ({"hidden_size": 66}, r"hidden_size \(66\) is not divisible by num_attention_heads \(4\)"),
         ({"num_key_value_heads": 3}, r"num_attention_heads \(4\) is not divisible"),
-        ({"head_dim": 32}, "head_dim must be hidden_size / num_attention_heads"),
+        ({"head_dim": 32}, "mrope_section must be sections that sum to head_dim / 2 = 16"),
         ({"num_hidden_layers": 0}, "num_hidden_layers must be an integer of at least 1"),
         ({"rms_norm_eps": "absent"}, "rms_norm_eps is missing"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps must be a number above 0"),
