@@ -8,6 +8,7 @@ Bytes and digests are `checkpoint.reader`'s business.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -23,7 +24,10 @@ from mgvq_runtime.layers.vq_matrix import VQMatrix
 from mgvq_runtime.models.causal_lm import CausalLM
 from mgvq_runtime.models.config import ModelConfig
 from mgvq_runtime.models.registry import Family, find_family
+from mgvq_runtime.tokenizer.folder import added_token_id
 
+INTERNVL2_PLACEHOLDER = "<IMG_CONTEXT>"
+"""Stands for a row of a picture; only the tokenizer of a hub's folder knows its id."""
 _TIED_HEAD = "lm_head.weight"
 
 
@@ -64,7 +68,7 @@ def fill_model(
         ConfigError: if config.json cannot be understood or asks for what is not implemented.
     """
     family = find_family(checkpoint.config)
-    config = family.config.from_hf(checkpoint.config)
+    config = model_config(checkpoint)
     matrices = {} if checkpoint.quantization is None else checkpoint.quantization.matrices
     layouts = {name: matrix.layout for name, matrix in matrices.items()}
     if problems := _misfits(family, config, checkpoint, layouts):
@@ -87,6 +91,20 @@ def fill_model(
         layer.load(weight, device)
     _settle(model, device, dtype)
     return model.eval()
+
+
+def model_config(checkpoint: Checkpoint) -> ModelConfig:
+    """Read config.json; a placeholder that it leaves to the tokenizer is looked up there.
+
+    Raises:
+        ConfigError: if config.json cannot be understood or asks for what is not implemented.
+        TokenizerError: if the file that would name the placeholder is malformed.
+    """
+    config = find_family(checkpoint.config).config.from_hf(checkpoint.config)
+    if config.vision_config is None or config.image_token_id is not None:
+        return config
+    token = added_token_id(checkpoint.path, INTERNVL2_PLACEHOLDER)
+    return dataclasses.replace(config, image_token_id=token)
 
 
 def _misfits(

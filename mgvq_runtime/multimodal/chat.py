@@ -12,7 +12,7 @@ from typing import Any
 from PIL import Image
 
 from mgvq_runtime.checkpoint.reader import Checkpoint
-from mgvq_runtime.errors import RequestError
+from mgvq_runtime.errors import RequestError, TokenizerError
 from mgvq_runtime.models.config import ModelConfig
 from mgvq_runtime.models.registry import find_family
 from mgvq_runtime.multimodal.processors import ImageProcessor
@@ -45,13 +45,19 @@ class ChatProcessor:
             max_image_tokens: Most tokens one picture may take; None leaves it to the checkpoint.
 
         Raises:
-            TokenizerError: if there is no tokenizer that can be used.
+            TokenizerError: if there is no tokenizer that can be used, or none for pictures.
             ConfigError: if how pictures are prepared is missing or cannot be honoured.
         """
         images = find_family(checkpoint.config).image_processor
         if images is None:
             return cls(Tokenizer.from_folder(checkpoint.path, default_template=None), None, config)
         tokenizer = Tokenizer.from_folder(checkpoint.path)
+        if config.image_token_id not in tokenizer.added_tokens.values():
+            raise TokenizerError(
+                f"{checkpoint.path}: the placeholder of pictures (image_token_id "
+                f"{config.image_token_id}) is not among the tokenizer's special tokens: "
+                "tokenizer.json or added_tokens.json is of another model"
+            )
         return cls(tokenizer, images.from_folder(checkpoint.path, max_image_tokens), config)
 
     def prepare(

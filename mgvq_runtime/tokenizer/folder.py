@@ -16,6 +16,7 @@ from typing import Any
 
 from mgvq_runtime.checkpoint.files import read_bytes, read_json
 from mgvq_runtime.errors import CheckpointError, TokenizerError
+from mgvq_runtime.tokenizer.families import family_template, missing_placeholder
 from mgvq_runtime.tokenizer.sentencepiece_model import parse_model, to_definition
 
 MAX_TOKENIZER_BYTES = 64 * 1024**2
@@ -66,14 +67,34 @@ def read_tokenizer_files(folder: Path) -> TokenizerFiles:
         config |= _read_optional(folder / "tokenizer_config.json")
         definition = _read_definition(folder, config)
         added = _added_tokens(definition, config, folder)
+        model_config = _read_optional(folder / "config.json")
+        added = _with_placeholder(added, model_config)
         variables = _template_variables(config)
-        eos = {token.id for token in added if token.content == variables.get("eos_token")}
+        template, end = family_template(model_config, config, _read_template(folder, config))
+        ends = {variables.get("eos_token"), end}
+        eos = {token.id for token in added if token.content in ends}
         for name in ("config.json", "generation_config.json"):
             eos |= _eos_ids(_read_optional(folder / name), name)
-        template = _read_template(folder, config)
     except CheckpointError as error:
         raise TokenizerError(str(error)) from error
     return TokenizerFiles(definition, added, frozenset(eos), template, variables)
+
+
+def added_token_id(folder: Path, literal: str) -> int | None:
+    """Return the id of an added token without making the tokenizer; None if there is none.
+
+    Raises:
+        TokenizerError: if a file is malformed.
+    """
+    try:
+        definition = {}
+        if (folder / "tokenizer.json").is_file():
+            definition = read_json(folder / "tokenizer.json", MAX_TOKENIZER_BYTES)
+        config = _read_optional(folder / "tokenizer_config.json")
+        added = _added_tokens(definition, config, folder)
+    except CheckpointError as error:
+        raise TokenizerError(str(error)) from error
+    return next((token.id for token in added if token.content == literal), None)
 
 
 def missing_tokenizer_json(folder: Path) -> bytes | None:
@@ -175,6 +196,19 @@ def _added_tokens(
                 f"{token.id} and {other_id}, id {token.id} stands for {other!r}"
             )
     return tuple(by_id.values())
+
+
+def _with_placeholder(
+    added: tuple[AddedToken, ...], config: Mapping[str, Any]
+) -> tuple[AddedToken, ...]:
+    """Add a family's placeholder of pictures where its tokenizer has none."""
+    placeholder = missing_placeholder(config)
+    if placeholder is None or any(token.content == placeholder[1] for token in added):
+        return added
+    token_id, literal = placeholder
+    if taken := next((token.content for token in added if token.id == token_id), None):
+        raise TokenizerError(f"config.json puts {literal} at id {token_id}, which is {taken!r}")
+    return (*added, AddedToken(token_id, literal, is_special=True))
 
 
 def _named_specials(config: Mapping[str, Any]) -> set[str]:
