@@ -53,6 +53,8 @@ class TokenizerFiles:
     chat_template: str | None
     template_variables: Mapping[str, str]
     """`bos_token`, `eos_token` and their like, for the template."""
+    opening: str | None = None
+    """The literal that begins a text which no template has written, such as "<s>"."""
 
 
 def read_tokenizer_files(folder: Path) -> TokenizerFiles:
@@ -77,7 +79,8 @@ def read_tokenizer_files(folder: Path) -> TokenizerFiles:
             eos |= _eos_ids(_read_optional(folder / name), name)
     except CheckpointError as error:
         raise TokenizerError(str(error)) from error
-    return TokenizerFiles(definition, added, frozenset(eos), template, variables)
+    opening = _opening(folder, definition, config)
+    return TokenizerFiles(definition, added, frozenset(eos), template, variables, opening)
 
 
 def added_token_id(folder: Path, literal: str) -> int | None:
@@ -118,7 +121,8 @@ def missing_tokenizer_json(folder: Path) -> bytes | None:
         }
         for token in sorted(files.added_tokens, key=lambda token: token.id)
     ]
-    whole = {**files.definition, "added_tokens": added}
+    step = _opening_step(files) or files.definition.get("post_processor")
+    whole = {**files.definition, "added_tokens": added, "post_processor": step}
     return json.dumps(whole, ensure_ascii=False).encode()
 
 
@@ -239,6 +243,43 @@ def _template_variables(config: Mapping[str, Any]) -> dict[str, str]:
         if name.endswith("_token") and isinstance(text, str):
             variables[name] = text
     return variables
+
+
+def _opening(folder: Path, definition: Mapping[str, Any], config: Mapping[str, Any]) -> str | None:
+    """Return what stands before a bare text: as tokenizer.json says, else as the config does.
+
+    Folders with sentencepiece's file alone leave it out where it is as in Llama's: yes.
+    """
+    if not (folder / "tokenizer.json").is_file():
+        is_default = not (folder / "vocab.json").is_file()
+        says = config.get("add_bos_token", is_default) is True
+        return _template_variables(config).get("bos_token") if says else None
+    steps = definition.get("post_processor")
+    steps = steps.get("processors", [steps]) if isinstance(steps, dict) else []
+    for step in steps if isinstance(steps, list) else []:
+        first = step.get("single") if isinstance(step, dict) else None
+        first = first[0] if isinstance(first, list) and first else None
+        token = first.get("SpecialToken") if isinstance(first, dict) else None
+        if isinstance(token, dict) and isinstance(token.get("id"), str):
+            return str(token["id"])
+    return None
+
+
+def _opening_step(files: TokenizerFiles) -> dict[str, Any] | None:
+    """Return the post-processor that puts the opening in front; None where there is none."""
+    number = next((t.id for t in files.added_tokens if t.content == files.opening), None)
+    if number is None:
+        return None
+    special = {"SpecialToken": {"id": files.opening, "type_id": 0}}
+    first = {"Sequence": {"id": "A", "type_id": 0}}
+    return {
+        "type": "TemplateProcessing",
+        "single": [special, first],
+        "pair": [special, first, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {
+            files.opening: {"id": files.opening, "ids": [number], "tokens": [files.opening]}
+        },
+    }
 
 
 def _eos_ids(config: Mapping[str, Any], name: str) -> set[int]:

@@ -46,6 +46,9 @@ class Tokenizer:
         self.special_token_ids = frozenset(t.id for t in files.added_tokens if t.is_special)
         self.eos_token_ids = files.eos_token_ids
         """Ids that end an answer, from every file that names one."""
+        opening = self.added_tokens.get(files.opening or "")
+        self.opening_ids = () if opening is None else (opening,)
+        """Ids that begin a text which no chat template has written."""
         self._alphabet = Alphabet.of(files.definition)
         self._plain, vocab = _build_plain(files.definition, self.added_tokens)
         self._inner = self._plain

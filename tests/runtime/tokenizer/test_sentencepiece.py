@@ -162,6 +162,9 @@ def test_conversations_of_the_written_file(ours: Tokenizer, written: Path) -> No
     assert again.special_token_ids == ours.special_token_ids
     assert again.eos_token_ids == ours.eos_token_ids != frozenset()
     assert again.vocab_size == ours.vocab_size
+    bare = reference("three red circles")["input_ids"]
+    assert [*ours.opening_ids, *ours.encode("three red circles")] == bare
+    assert again.opening_ids == ours.opening_ids == (ours.special_id("<s>"),)
 
 
 def test_users_cannot_write_special_tokens(ours: Tokenizer) -> None:
