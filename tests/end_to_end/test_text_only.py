@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,10 @@ import pytest
 import torch
 
 from mgvq_quantizer.calibration import CalibrationError
+from mgvq_quantizer.evaluate import evaluate
 from mgvq_quantizer.pipeline import quantize
 from mgvq_quantizer.recipe import QuantRecipe
-from mgvq_runtime import LLM, Engine, EngineConfig, SamplingParams
+from mgvq_runtime import LLM, Engine, EngineConfig, SamplingParams, inspect
 from mgvq_runtime.checkpoint.reader import open_checkpoint
 from mgvq_runtime.errors import RequestError
 from mgvq_runtime.layers.embedding import TiedHead, VQEmbedding
@@ -137,6 +139,26 @@ def test_the_server_answers(server: RunningServer, folders: tuple[str, Any, Path
     assert reply.choices[0].message.content == expected.text == streamed
     assert in_parts.choices[0].message.content == expected.text
     assert reply.usage.completion_tokens == expected.usage.completion_tokens > 0
+
+
+def test_it_is_evaluated_and_inspected(
+    folders: tuple[str, Any, Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, _, dense, quantized = folders
+    questions = dense.parent / "questions.zip"
+    row = {"kind": "text", "images": [], "question": "How many circles?", "answer": "three"}
+    with zipfile.ZipFile(questions, "w") as archive:
+        archive.writestr("questions.jsonl", json.dumps(row))
+    scored = evaluate(quantized, dense, questions, show_progress=False)
+    assert scored.n == 1
+    assert 0 < scored.kl < 10
+    same = evaluate(dense, dense, questions, show_progress=False)
+    assert same.kl < 1e-6
+    for folder in (dense, quantized):
+        assert inspect.main([str(folder)]) == 0
+        shown = capsys.readouterr().out
+        assert "longest context           512 tokens" in shown
+        assert "not known" not in shown
 
 
 def test_a_picture_is_refused(server: RunningServer) -> None:
