@@ -144,6 +144,17 @@ def test_dialects_give_bitwise_the_same_parameters(tmp_path: Path, kind: str) ->
     assert all(torch.equal(read[name], saved[name]) for name in read)
 
 
+@pytest.mark.parametrize("kind", sorted(k for k in DECODERS if "internlm2" not in k))
+def test_transformers_own_config_reads_alike(tmp_path: Path, kind: str) -> None:
+    """transformers 5 writes other keys and leaves out defaults; the shapes are the same."""
+    reference = write_decoder_folder(tmp_path / "hub", kind)
+    reference.save_pretrained(tmp_path / "saved")
+    hub, saved = load_model(tmp_path / "hub"), load_model(tmp_path / "saved")
+    assert saved.config == hub.config
+    for ours, theirs in zip(saved.parameters(), hub.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
 def test_phi3_is_llama_with_fused_names(tmp_path: Path) -> None:
     config = decoder_config("phi3")
     tensors = hub_tensors(config, reference_decoder(config))
