@@ -27,6 +27,8 @@ from mgvq_runtime.multimodal.processors.qwen2_vl import Qwen2VLImageProcessor
 class Family:
     """The parts of one architecture."""
 
+    name: str
+    """What people call it."""
     architecture: str
     """What config.json calls it, under "architectures"."""
     config: type[ModelConfig]
@@ -49,14 +51,26 @@ TEXT_ONLY = (
 FAMILIES: Mapping[str, Family] = {
     family.architecture: family
     for family in (
-        *(Family(name, CausalLMConfig, CausalLM, None) for name in TEXT_ONLY),
-        Family("Qwen2VLForConditionalGeneration", Qwen2VLConfig, Qwen2VL, Qwen2VLImageProcessor),
+        *(Family("text alone", name, CausalLMConfig, CausalLM, None) for name in TEXT_ONLY),
+        Family(
+            "Qwen2-VL",
+            "Qwen2VLForConditionalGeneration",
+            Qwen2VLConfig,
+            Qwen2VL,
+            Qwen2VLImageProcessor,
+        ),
         *(
-            Family(name, LlavaOnevisionConfig, LlavaOnevision, LlavaOnevisionImageProcessor)
+            Family(
+                "LLaVA-OneVision",
+                name,
+                LlavaOnevisionConfig,
+                LlavaOnevision,
+                LlavaOnevisionImageProcessor,
+            )
             for name in ("LlavaOnevisionForConditionalGeneration", "LlavaQwenForCausalLM")
         ),
         *(
-            Family(name, InternVL2Config, InternVL2, InternVL2ImageProcessor)
+            Family("InternVL2", name, InternVL2Config, InternVL2, InternVL2ImageProcessor)
             for name in ("InternVLChatModel", "InternVLForConditionalGeneration")
         ),
     )
