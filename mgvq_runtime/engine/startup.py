@@ -25,6 +25,7 @@ from mgvq_runtime.models.causal_lm import CausalLM
 from mgvq_runtime.models.config import ModelConfig
 from mgvq_runtime.models.loading import fill_model
 from mgvq_runtime.multimodal.chat import ChatProcessor
+from mgvq_runtime.multimodal.processors import ImageProcessor
 
 
 def start(
@@ -51,7 +52,7 @@ def start(
     processor = ChatProcessor.from_checkpoint(checkpoint, model.config, config.max_image_tokens)
     free_bytes = None
     if device != "cpu":
-        run_worst_case(model, config, torch.device(device))
+        run_worst_case(model, processor.image_processor, config, torch.device(device))
         torch.cuda.synchronize(device)
         free_bytes = torch.cuda.mem_get_info(device)[0]
     facts = model_facts(model.config, is_quantized)
@@ -73,13 +74,20 @@ def model_facts(config: ModelConfig, is_quantized: bool) -> ModelFacts:
 
 
 @torch.inference_mode()
-def run_worst_case(model: CausalLM, config: EngineConfig, device: torch.device) -> None:
+def run_worst_case(
+    model: CausalLM,
+    image_processor: ImageProcessor | None,
+    config: EngineConfig,
+    device: torch.device,
+) -> None:
     """Encode the largest picture and run the longest chunk, without a cache.
 
     torch keeps the memory that this took, so what is free afterwards is free for good.
     """
-    if (vision := model.config.vision_config) is not None:
-        t, h, w = vision.grid_of(config.max_image_tokens or config.max_batch_tokens)
+    if image_processor is not None:
+        vision = model.config.vision_config
+        assert vision is not None, "only a model with a vision tower has an image processor"
+        t, h, w = image_processor.max_grid
         patches = torch.zeros(t * h * w, vision.patch_dim, dtype=model.dtype, device=device)
         model.encode_images(patches, [(t, h, w)])
     T = config.max_batch_tokens

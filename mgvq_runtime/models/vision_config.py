@@ -61,14 +61,6 @@ class VisionConfig:
         assert self.image_size is not None, "only tiles have one size"
         return self.image_size // self.patch_size
 
-    def grid_of(self, num_tokens: int) -> tuple[int, int, int]:
-        """Return the grid of a picture of at least so many decoder rows, to plan memory with."""
-        merge = self.spatial_merge_size
-        if self.image_size is None:
-            return 1, merge, merge * num_tokens
-        side = self.grid_size
-        return -(-num_tokens // (side // merge) ** 2), side, side
-
 
 def qwen2_vl_vision_from_hf(fields: Fields, text_hidden_size: int) -> VisionConfig:
     """Read Qwen2-VL's vision part; the hub leaves out what is the default.

@@ -41,6 +41,10 @@ class ImageProcessor(Protocol):
     def max_num_tokens(self) -> int:
         """Most tokens any picture can take (for memory planning)."""
 
+    @property
+    def max_grid(self) -> tuple[int, int, int]:
+        """Grid of the picture that has most patches (for memory planning)."""
+
     def prepare(self, images: Sequence[Image.Image]) -> tuple[ImageInput, ...]:
         """Prepare all pictures of one conversation; their number may matter.
 

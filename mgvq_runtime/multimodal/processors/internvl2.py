@@ -155,6 +155,12 @@ class InternVL2ImageProcessor:
         """Most tokens any picture can take (for memory planning)."""
         return self.tile_tokens * (self.max_tiles + (self.has_thumbnail and self.max_tiles > 1))
 
+    @property
+    def max_grid(self) -> tuple[int, int, int]:
+        """Grid of the picture that has most tiles (for memory planning)."""
+        side = self.tile_size // self.patch_size
+        return self.max_num_tokens // self.tile_tokens, side, side
+
     def prepare(self, images: Sequence[Image.Image]) -> tuple[ImageInput, ...]:
         """Prepare all pictures of one conversation, each by itself.
 

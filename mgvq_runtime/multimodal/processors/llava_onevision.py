@@ -153,6 +153,12 @@ class LlavaOnevisionImageProcessor:
         """Most tokens any picture can take (for memory planning)."""
         return max([self._most_tokens(p) for p in self.pinpoints], default=self.side**2 + 1)
 
+    @property
+    def max_grid(self) -> tuple[int, int, int]:
+        """Grid of the picture that has most tiles (for memory planning)."""
+        tiles = [height * width // self.tile_size**2 for height, width in self.pinpoints]
+        return 1 + max(tiles, default=0), self.side, self.side
+
     def layout_of(self, height: int, width: int) -> TileLayout | None:
         """Return how a single picture of this size is cut; None where it is one tile."""
         if not self.pinpoints:

@@ -148,6 +148,11 @@ class Qwen2VLImageProcessor:
         grown = least + math.sqrt(least) * (narrowest + 1 / narrowest) + 1
         return math.floor(max(most, shrunk, grown))
 
+    @property
+    def max_grid(self) -> tuple[int, int, int]:
+        """Grid of a picture with most tokens (for memory planning)."""
+        return 1, self.merge_size, self.merge_size * self.max_num_tokens
+
     def grid_of(self, height: int, width: int) -> tuple[int, int, int]:
         """Return the patches along time, height and width of a picture of this size.
 

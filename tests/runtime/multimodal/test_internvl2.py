@@ -166,6 +166,7 @@ def test_caps() -> None:
             assert image.num_tokens <= cap
     assert PUBLISHED.capped(1280).max_tiles == 4
     assert PUBLISHED.capped(10**6) == PUBLISHED
+    assert PUBLISHED.max_grid == (13, 32, 32)
     with pytest.raises(ConfigError, match="at least 256, the tokens of one tile"):
         PUBLISHED.capped(255)
 

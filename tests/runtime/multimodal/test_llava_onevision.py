@@ -181,6 +181,7 @@ def test_caps(folder: Path) -> None:
         assert max(counts) <= cap
     assert PUBLISHED.capped(1484).pinpoints == ()
     assert PUBLISHED.capped(1485).pinpoints == ((384, 384),)
+    assert PUBLISHED.max_grid == (37, 27, 27)
     with pytest.raises(ConfigError, match="at least 730, the tokens of one tile"):
         PUBLISHED.capped(729)
     assert (
