@@ -1,7 +1,8 @@
 """`mgvq-inspect DIR`: what is in a checkpoint, and what it needs to run (a command-line tool).
 
-Reads headers and JSON only, unless `--verify` asks for every digest; builds no model and loads no
-weight. Numbers are counted from the files, never taken from what the checkpoint says of itself.
+Reads headers and JSON only, unless `--verify` asks for every digest; loads no weight. Numbers are
+counted from the files, never taken from what the checkpoint says of itself. Given a config.json
+instead of a folder, it says what such a model would take at 2 bits.
 """
 
 from __future__ import annotations
@@ -17,12 +18,15 @@ from pathlib import Path
 from typing import Any
 
 from mgvq_runtime.checkpoint.bits import TOTAL, count_bits
+from mgvq_runtime.checkpoint.files import read_json
 from mgvq_runtime.checkpoint.reader import Checkpoint, open_checkpoint
 from mgvq_runtime.checkpoint.spec import FORMAT_VERSION
 from mgvq_runtime.env import debug_tracebacks
 from mgvq_runtime.errors import ConfigError, MgvqError
 
 HALF_BYTES, FLOAT_BYTES = 2, 4
+PLANNED_CONTEXT = 8192
+"""Tokens of context that memory is planned for where only config.json is known."""
 EXIT_BAD_FOLDER = 2
 
 
@@ -40,24 +44,32 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Show what is in a checkpoint: bits, bands, sizes, memory it will need.",
         allow_abbrev=False,
     )
-    parser.add_argument("checkpoint", type=Path, help="an MGVQ or an unquantized folder")
+    parser.add_argument(
+        "checkpoint",
+        type=Path,
+        help="an MGVQ or an unquantized folder, or a config.json alone",
+    )
     parser.add_argument("--verify", action="store_true", help="read every tensor, check its digest")
     parser.add_argument("--json", action="store_true", help="print one JSON line after the table")
     arguments = parser.parse_args(argv)
     shows_traceback = False
     try:
         shows_traceback = debug_tracebacks()
-        checkpoint = open_checkpoint(arguments.checkpoint)
-        if arguments.verify:
-            checkpoint.verify()
-        report = describe(checkpoint)
+        if arguments.checkpoint.suffix == ".json" and not arguments.verify:
+            report = describe_config(arguments.checkpoint)
+            lines = render_config(report)
+        else:
+            checkpoint = open_checkpoint(arguments.checkpoint)
+            if arguments.verify:
+                checkpoint.verify()
+            report = {**describe(checkpoint), "verified": arguments.verify}
+            lines = render(report)
     except MgvqError as error:
         if shows_traceback:
             traceback.print_exc()
         print(f"mgvq-inspect: {error}", file=sys.stderr)
         return EXIT_BAD_FOLDER
-    report["verified"] = arguments.verify
-    for line in render(report):
+    for line in lines:
         print(line)
     if arguments.json:
         print(json.dumps(report))
@@ -103,6 +115,59 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "tensor_bytes": sum(f.places[n].size for n, f in checkpoint.files.items()),
         "memory": _memory(checkpoint, dense_weights, counts[TOTAL].bits // 8),
     }
+
+
+def describe_config(path: Path) -> dict[str, Any]:
+    """Return what a model would take, from its config.json alone, as JSON values.
+
+    Args:
+        path: config.json.
+
+    Returns:
+        Parameters, bits by group and bytes, quantized to 2 bits and in a 16-bit type.
+
+    Raises:
+        CheckpointError: if the file is missing or no JSON.
+        ConfigError: if the architecture is not one of ours.
+    """
+    from mgvq_runtime.models.sizes import measure
+
+    config = read_json(path)
+    size = measure(config)
+    context = min(PLANNED_CONTEXT, size.config.text_config.max_position_embeddings)
+    return {
+        "path": str(path),
+        "architecture": str(config["architectures"][0]),
+        "parameters": size.parameters,
+        "unquantized_parameters": size.unquantized_parameters,
+        "bits_per_weight": {g: round(c.bits_per_weight, 4) for g, c in size.groups.items()},
+        "weights": {g: c.weights for g, c in size.groups.items()},
+        "dense_half_bytes": size.dense_bytes,
+        "mgvq_bytes": size.mgvq_bytes,
+        "kv_token_half_bytes": size.kv_token_bytes,
+        "context": context,
+        "memory_bytes": size.mgvq_bytes + context * size.kv_token_bytes,
+    }
+
+
+def render_config(report: dict[str, Any]) -> Iterator[str]:
+    """Yield the lines of the table for a config.json."""
+    yield f"config        {report['path']}"
+    yield f"architecture  {report['architecture']}"
+    unquantized = report["unquantized_parameters"]
+    yield f"parameters    {report['parameters']:,} ({unquantized:,} of them never quantized)"
+    yield ""
+    yield f"{'group':<12}{'weights':>17}{'bits/weight':>13}"
+    for group, bits in report["bits_per_weight"].items():
+        yield f"{group:<12}{report['weights'][group]:>17,}{bits:>13.3f}"
+    yield ""
+    yield f"weights, 16 bits          {_size(report['dense_half_bytes']):>12}"
+    yield f"weights, MGVQ at 2 bits   {_size(report['mgvq_bytes']):>12}"
+    yield f"KV cache, a token         {_size(report['kv_token_half_bytes']):>12}"
+    yield (
+        f"memory needed, at least   {_size(report['memory_bytes']):>12}"
+        f"  (one context of {report['context']:,} tokens)"
+    )
 
 
 def render(report: dict[str, Any]) -> Iterator[str]:
@@ -190,6 +255,9 @@ def _memory(checkpoint: Checkpoint, dense_weights: int, quantized_bytes: int) ->
     memory["kv_token_half_bytes"] = kv_numbers * HALF_BYTES
     memory["kv_token_float_bytes"] = kv_numbers * FLOAT_BYTES
     memory["max_position_embeddings"] = text.max_position_embeddings
+    memory["max_image_tokens"] = 0
+    if family.image_processor is None:
+        return memory
     memory["max_image_tokens"] = None
     try:
         processor = family.image_processor.from_folder(checkpoint.path)

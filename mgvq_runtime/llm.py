@@ -256,7 +256,8 @@ class LLM:
         return self.engine.chat_processor.prepare(cleaned, pictures)
 
     def _tokenize(self, text: str) -> Prompt:
-        return Prompt.from_token_ids(self.engine.tokenizer.encode(text))
+        tokenizer = self.engine.tokenizer
+        return Prompt.from_token_ids([*tokenizer.opening_ids, *tokenizer.encode(text)])
 
     def _add(self, prompt: Prompt, params: SamplingParams) -> str:
         request_id = f"llm-{next(self._ids)}"

@@ -21,6 +21,20 @@ MAX_STOP_STRINGS = 16
 MAX_SEED = 2**63 - 1
 
 
+@dataclass(frozen=True)
+class TileLayout:
+    """How the tiles of one picture lie side by side, and what of them is kept."""
+
+    rows: int
+    """Tiles one above the other; the tile of the whole picture, which comes first, is extra."""
+    columns: int
+    """Tiles side by side."""
+    kept: tuple[int, int]
+    """Rows and columns of patches left when the padding is cut off, around the middle."""
+    shrunk: tuple[int, int]
+    """Rows and columns of patches those are interpolated to; the same where they are few."""
+
+
 @dataclass(frozen=True, eq=False)
 class ImageInput:
     """One picture, ready for the vision tower."""
@@ -28,9 +42,11 @@ class ImageInput:
     patches: npt.NDArray[np.float32]
     """`[P, C*temporal*patch*patch]` float32, in the order the family's vision tower expects."""
     grid_thw: tuple[int, int, int]
-    """Patches along time, height and width; their product is P."""
+    """Frames or tiles, and patches along height and width of one; their product is P."""
     num_tokens: int
     """Placeholders this picture takes in the prompt."""
+    layout: TileLayout | None = None
+    """Where a family puts the tiles together again before the decoder sees them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,10 +61,10 @@ class Prompt:
     """Position of the first generated token minus the number of prompt tokens."""
 
     @classmethod
-    def from_token_ids(cls, token_ids: list[int]) -> Prompt:
-        """Return a prompt of text alone: positions count up, on all three axes alike."""
+    def from_token_ids(cls, token_ids: list[int], images: tuple[ImageInput, ...] = ()) -> Prompt:
+        """Return a prompt whose positions count up, on all three axes alike."""
         axis = np.arange(len(token_ids), dtype=np.int64)
-        return cls(list(token_ids), (), np.stack([axis, axis, axis]), 0)
+        return cls(list(token_ids), images, np.stack([axis, axis, axis]), 0)
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from mgvq_runtime.checkpoint.files import is_file_name, read_json
 from mgvq_runtime.checkpoint.hf_names import Source, map_names
+from mgvq_runtime.checkpoint.name_rules import Change
 from mgvq_runtime.checkpoint.tensor_file import Place, TensorFile, open_tensor_file
 from mgvq_runtime.errors import CheckpointError
 
@@ -21,8 +24,17 @@ SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 FLOAT_WORDS = ("F32", "F16", "BF16")
 
-Parameter = tuple[tuple[int, ...], torch.dtype, tuple[str, ...]]
-"""Shape and dtype of one of our parameters, and the tensors it is made of."""
+
+@dataclass(frozen=True)
+class Parameter:
+    """One of our parameters, and the tensors it is made of."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    parts: tuple[str, ...]
+    """Stacked along the rows, then given the shape."""
+    row_groups: tuple[int, int] | None = None
+    """Where rows lie by key/value head: how many there are, and query heads of each."""
 
 
 def open_files(folder: Path) -> dict[str, TensorFile]:
@@ -70,12 +82,15 @@ def open_files(folder: Path) -> dict[str, TensorFile]:
     return files
 
 
-def parameters(folder: Path, files: Mapping[str, TensorFile]) -> dict[str, Parameter]:
+def parameters(
+    folder: Path, files: Mapping[str, TensorFile], config: Mapping[str, Any]
+) -> dict[str, Parameter]:
     """Map the tensors of a folder to our parameters.
 
     Args:
         folder: named in errors.
         files: the file each tensor lies in.
+        config: the folder's config.json, for the number of heads.
 
     Returns:
         Shape, dtype and source tensors of every parameter, by our name.
@@ -96,7 +111,12 @@ def parameters(folder: Path, files: Mapping[str, TensorFile]) -> dict[str, Param
         except CheckpointError as error:
             problems.append(f"{' + '.join(source.parts)}: {error}")
             continue
-        result[name] = (shape, places[0].dtype, source.parts)
+        groups = None
+        if source.change is Change.HEADS_SORTED:
+            groups = _row_groups(config)
+            if shape[0] % (groups[0] * (groups[1] + 2)):
+                problems.append(f"{source.parts[0]}: {shape[0]} rows are not whole heads")
+        result[name] = Parameter(shape, places[0].dtype, source.parts, groups)
     if problems:
         raise CheckpointError(f"{folder} holds tensors that cannot be used", problems)
     return result
@@ -112,13 +132,30 @@ def _shape(source: Source, places: list[Place]) -> tuple[int, ...]:
     if any(not s.shape or s.shape[1:] != shape[1:] for s in specs) or math.prod(shape) == 0:
         found = ", ".join(str(list(s.shape)) for s in specs)
         raise CheckpointError(f"shapes {found} cannot be stacked along the rows")
-    if source.flattened:
-        if len(shape) != 5:
-            raise CheckpointError(f"expected a 3-D convolution [E, C, T, P, P], got {list(shape)}")
+    if source.change is Change.FLATTENED:
+        if len(shape) not in (4, 5):
+            raise CheckpointError(f"expected a convolution [E, C, ...], got {list(shape)}")
         return (shape[0], math.prod(shape[1:]))
+    if source.change is Change.SQUEEZED:
+        while len(shape) > 1 and shape[0] == 1:
+            shape = shape[1:]
+        return shape
     if len(shape) > 2:
         raise CheckpointError(f"expected a vector or a matrix, got {list(shape)}")
     return (sum(s.shape[0] for s in specs), *shape[1:])
+
+
+def _row_groups(config: Mapping[str, Any]) -> tuple[int, int]:
+    """Return key/value heads, and query heads of each, as config.json says them."""
+    nested = next((config[k] for k in ("llm_config", "text_config") if k in config), config)
+    heads = nested.get("num_attention_heads") if isinstance(nested, Mapping) else None
+    groups = nested.get("num_key_value_heads") or heads if isinstance(nested, Mapping) else None
+    if type(heads) is not int or type(groups) is not int or groups < 1 or heads % groups:
+        raise CheckpointError(
+            f"config.json: num_attention_heads ({heads!r}) and num_key_value_heads ({groups!r}) "
+            "must be integers, the second a divisor of the first, to take wqkv apart"
+        )
+    return groups, heads // groups
 
 
 def _read_index(folder: Path) -> dict[str, str]:
@@ -143,7 +180,16 @@ def _nothing_to_read(folder: Path) -> str:
         return f"{folder} has no {SINGLE_NAME} and no {INDEX_NAME}"
     return (
         f"{folder} holds its weights in {pickles[0]}, a pickle; pickles can run code and are not "
-        "read. If you trust the folder, convert it once and open the new one: python -c "
-        '"from transformers import AutoModelForImageTextToText as M; '
-        f"M.from_pretrained('{folder}').save_pretrained('{folder}-safetensors')\""
+        f"read. Convert it once: {conversion_command(folder)}"
+    )
+
+
+def conversion_command(folder: Path) -> str:
+    """Return the command that writes a folder's pickles as safetensors, running no code of them."""
+    return (
+        'python -c "import glob, torch; from safetensors.torch import save_file; tensors = {}; '
+        "[tensors.update(torch.load(file, weights_only=True, map_location='cpu')) "
+        f"for file in sorted(glob.glob('{folder}/*model*.bin'))]; "
+        "save_file({name: tensor.clone() for name, tensor in tensors.items()}, "
+        f"'{folder}/{SINGLE_NAME}')\""
     )

@@ -48,6 +48,8 @@ class DenseTensor:
     dtype: torch.dtype
     parts: tuple[tuple[TensorFile, str], ...]
     """Stacked along the rows; all but `shape` of a single part is kept."""
+    row_groups: tuple[int, int] | None = None
+    """Where rows lie by key/value head: how many there are, and query heads of each."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,8 @@ class Checkpoint:
         for name, dense in self.dense.items():
             parts = [self._read(part) for _, part in dense.parts]
             whole = torch.cat(parts) if len(parts) > 1 else parts[0]
+            if dense.row_groups is not None:
+                whole = sort_heads(whole, *dense.row_groups)
             yield name, whole.reshape(dense.shape)
 
     def vq_weights(self) -> Iterator[tuple[str, VQWeight]]:
@@ -243,10 +247,25 @@ def _open_mgvq(folder: Path) -> Checkpoint:
 def _open_dense(folder: Path, config: dict[str, Any]) -> Checkpoint:
     files = hf_folder.open_files(folder)
     dense = {
-        name: DenseTensor(shape, dtype, tuple((files[part], part) for part in parts))
-        for name, (shape, dtype, parts) in hf_folder.parameters(folder, files).items()
+        name: DenseTensor(p.shape, p.dtype, tuple((files[x], x) for x in p.parts), p.row_groups)
+        for name, p in hf_folder.parameters(folder, files, config).items()
     }
     return Checkpoint(folder, config, None, dense, files, None)
+
+
+def sort_heads(rows: Tensor, num_groups: int, queries: int) -> Tensor:
+    """Reorder rows that lie by key/value head, its queries, its key, its value, to q, k, v.
+
+    Args:
+        rows: `[num_groups * (queries + 2) * Dh, ...]`.
+        num_groups: Key/value heads.
+        queries: Query heads of each.
+
+    Source: OpenGVLab/InternVL2-2B, modeling_internlm2.py, InternLM2Attention.forward.
+    """
+    heads = rows.reshape(num_groups, queries + 2, -1, *rows.shape[1:])  # [Hk, g + 2, Dh, ...]
+    parts = torch.split(heads, [queries, 1, 1], dim=1)
+    return torch.cat([part.reshape(-1, *rows.shape[1:]) for part in parts])
 
 
 def _compare(expected: Mapping[str, TensorSpec], found: Mapping[str, TensorSpec]) -> list[str]:

@@ -33,8 +33,8 @@ from mgvq_runtime.engine.scheduler import Chunk, Scheduler
 from mgvq_runtime.engine.sequence import Sequence
 from mgvq_runtime.engine.startup import model_facts, start
 from mgvq_runtime.errors import ContextLengthError, EngineDeadError, RequestError
-from mgvq_runtime.models.config import Qwen2VLConfig
-from mgvq_runtime.models.qwen2_vl import Qwen2VL
+from mgvq_runtime.models.causal_lm import CausalLM
+from mgvq_runtime.models.config import ModelConfig
 from mgvq_runtime.multimodal.chat import ChatProcessor
 from mgvq_runtime.request import FinishReason, Request, RequestOutput, TokenLogprob
 from mgvq_runtime.tokenizer import IncrementalDetokenizer, Tokenizer
@@ -49,14 +49,14 @@ class Engine:
     """Continuous batching of image-and-text requests over one model."""
 
     def __init__(
-        self, model: Qwen2VL, chat_processor: ChatProcessor, config: ResolvedConfig
+        self, model: CausalLM, chat_processor: ChatProcessor, config: ResolvedConfig
     ) -> None:
         """Take a loaded model on `config.device` and allocate the key/value pool.
 
         Most callers want `Engine.from_checkpoint`.
         """
         self.config = config
-        self.model_config: Qwen2VLConfig = model.config
+        self.model_config: ModelConfig = model.config
         self.chat_processor = chat_processor
         self.tokenizer: Tokenizer = chat_processor.tokenizer
         device = torch.device(config.device)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from mgvq_kernels.layout import PackedVQ
-from mgvq_runtime.models.qwen2_vl import Qwen2VL
+from mgvq_runtime.models.causal_lm import CausalLM
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def weights_bytes(*modules: nn.Module) -> int:
     return sum(storages.values())
 
 
-def decode_bytes(model: Qwen2VL) -> int:
+def decode_bytes(model: CausalLM) -> int:
     """Return the bytes of decoder and head; an untied token table is left out, it is looked up."""
     tables = [] if model.config.tie_word_embeddings else [model.model.embed_tokens]
     return weights_bytes(model.model, model.lm_head) - weights_bytes(*tables)

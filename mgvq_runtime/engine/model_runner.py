@@ -18,7 +18,7 @@ from mgvq_runtime.config import ResolvedConfig
 from mgvq_runtime.engine.scheduler import Chunk
 from mgvq_runtime.engine.sequence import Sequence
 from mgvq_runtime.layers.forward_batch import ForwardBatch
-from mgvq_runtime.models.qwen2_vl import Qwen2VL
+from mgvq_runtime.models.causal_lm import CausalLM
 
 MAX_PATCHES_PER_ENCODE = 5120
 """Pictures are encoded together up to this many patches: one picture of 1280 tokens."""
@@ -27,7 +27,7 @@ MAX_PATCHES_PER_ENCODE = 5120
 class ModelRunner:
     """A model, its key/value pool, and the way from chunks to logits."""
 
-    def __init__(self, model: Qwen2VL, kv_cache: KVCache, config: ResolvedConfig) -> None:
+    def __init__(self, model: CausalLM, kv_cache: KVCache, config: ResolvedConfig) -> None:
         """Run `model` over `kv_cache`; both are on the device of `config`, in its type."""
         self.model = model
         self.kv_cache = kv_cache
@@ -47,7 +47,9 @@ class ModelRunner:
             images = [sequence.request.prompt.images[index] for sequence, index in group]
             patches = torch.from_numpy(np.concatenate([image.patches for image in images]))
             embeds = self.model.encode_images(
-                patches.to(self._device, self._dtype), [image.grid_thw for image in images]
+                patches.to(self._device, self._dtype),
+                [image.grid_thw for image in images],
+                [image.layout for image in images],
             )  # [N, D]
             parts = torch.split(embeds, [image.num_tokens for image in images])
             for (sequence, index), part in zip(group, parts, strict=True):

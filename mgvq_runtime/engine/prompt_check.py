@@ -7,11 +7,11 @@ against the context are checked by `Engine.add` itself.
 from __future__ import annotations
 
 from mgvq_runtime.errors import RequestError
-from mgvq_runtime.models.config import Qwen2VLConfig
+from mgvq_runtime.models.config import ModelConfig
 from mgvq_runtime.request import Request
 
 
-def check_prompt(request: Request, config: Qwen2VLConfig) -> None:
+def check_prompt(request: Request, config: ModelConfig) -> None:
     """Refuse a prompt that the graph could only fail on.
 
     Raises:
@@ -34,17 +34,21 @@ def check_prompt(request: Request, config: Qwen2VLConfig) -> None:
             f"positions must be [3, {num_tokens}], got {list(prompt.positions.shape)}",
             param="prompt",
         )
-    merge = config.vision_config.spatial_merge_size
+    if not prompt.images:
+        return
+    if config.vision_config is None or config.image_token_id is None:
+        raise RequestError("this model reads text alone; leave pictures out", param="messages")
     for index, image in enumerate(prompt.images):
         t, h, w = image.grid_thw
-        if len(image.patches) != t * h * w or t * h * w != image.num_tokens * merge**2:
+        num_tokens = config.num_image_tokens(image)
+        if len(image.patches) != t * h * w or image.num_tokens != num_tokens:
             raise RequestError(
-                f"picture {index} has {len(image.patches)} patches in a grid of {t}x{h}x{w} for "
-                f"{image.num_tokens} tokens; each token takes {merge**2} patches",
+                f"picture {index} has {len(image.patches)} patches for {image.num_tokens} tokens; "
+                f"a grid of {t}x{h}x{w} has {t * h * w} for {num_tokens}",
                 param="messages",
             )
     wanted = sum(image.num_tokens for image in prompt.images)
-    found = prompt.token_ids.count(config.image_token_id) if prompt.images else 0
+    found = prompt.token_ids.count(config.image_token_id)
     if wanted != found:
         raise RequestError(
             f"the prompt has {found} picture placeholders for pictures of {wanted} tokens",

@@ -21,17 +21,16 @@ from mgvq_runtime.config import (
     resolve_dtype,
 )
 from mgvq_runtime.layers.forward_batch import ForwardBatch
-from mgvq_runtime.models.config import Qwen2VLConfig
+from mgvq_runtime.models.causal_lm import CausalLM
+from mgvq_runtime.models.config import ModelConfig
 from mgvq_runtime.models.loading import fill_model
-from mgvq_runtime.models.qwen2_vl import Qwen2VL
-from mgvq_runtime.models.registry import find_family
 from mgvq_runtime.multimodal.chat import ChatProcessor
-from mgvq_runtime.tokenizer import Tokenizer
+from mgvq_runtime.multimodal.processors import ImageProcessor
 
 
 def start(
     path: str | Path | None, config: EngineConfig
-) -> tuple[Qwen2VL, ChatProcessor, ResolvedConfig]:
+) -> tuple[CausalLM, ChatProcessor, ResolvedConfig]:
     """Load model and processors and resolve the settings.
 
     Args:
@@ -49,23 +48,20 @@ def start(
     checkpoint = open_checkpoint(folder)
     is_quantized = checkpoint.quantization is not None
     dtype = resolve_dtype(config.dtype, device, is_quantized)
-    image_processor = find_family(checkpoint.config).image_processor
     model = fill_model(checkpoint, device, getattr(torch, dtype))
-    processor = ChatProcessor(
-        Tokenizer.from_folder(folder),
-        image_processor.from_folder(folder, config.max_image_tokens),
-        model.config,
-    )
+    processor = ChatProcessor.from_checkpoint(checkpoint, model.config, config.max_image_tokens)
     free_bytes = None
     if device != "cpu":
-        run_worst_case(model, config, torch.device(device))
+        run_worst_case(model, processor.image_processor, config, torch.device(device))
         torch.cuda.synchronize(device)
         free_bytes = torch.cuda.mem_get_info(device)[0]
     facts = model_facts(model.config, is_quantized)
-    return model, processor, resolve(config, facts, device, dtype, free_bytes)
+    resolved = resolve(config, facts, device, dtype, free_bytes)
+    model.set_context_length(resolved.max_model_len)
+    return model, processor, resolved
 
 
-def model_facts(config: Qwen2VLConfig, is_quantized: bool) -> ModelFacts:
+def model_facts(config: ModelConfig, is_quantized: bool) -> ModelFacts:
     """Return what `config.resolve` must know of a model."""
     text = config.text_config
     return ModelFacts(
@@ -78,17 +74,22 @@ def model_facts(config: Qwen2VLConfig, is_quantized: bool) -> ModelFacts:
 
 
 @torch.inference_mode()
-def run_worst_case(model: Qwen2VL, config: EngineConfig, device: torch.device) -> None:
+def run_worst_case(
+    model: CausalLM,
+    image_processor: ImageProcessor | None,
+    config: EngineConfig,
+    device: torch.device,
+) -> None:
     """Encode the largest picture and run the longest chunk, without a cache.
 
     torch keeps the memory that this took, so what is free afterwards is free for good.
     """
-    dtype = next(model.parameters()).dtype
-    vision = model.config.vision_config
-    merge = vision.spatial_merge_size
-    num_tokens = config.max_image_tokens or config.max_batch_tokens
-    patches = torch.zeros(num_tokens * merge**2, vision.patch_dim, dtype=dtype, device=device)
-    model.encode_images(patches, [(1, merge, num_tokens * merge)])
+    if image_processor is not None:
+        vision = model.config.vision_config
+        assert vision is not None, "only a model with a vision tower has an image processor"
+        t, h, w = image_processor.max_grid
+        patches = torch.zeros(t * h * w, vision.patch_dim, dtype=model.dtype, device=device)
+        model.encode_images(patches, [(t, h, w)])
     T = config.max_batch_tokens
     positions = torch.arange(T, device=device).expand(3, T)  # [3, T]
     embeds = model.embed(torch.zeros(T, dtype=torch.int64, device=device))  # [T, D]

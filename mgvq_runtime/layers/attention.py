@@ -22,28 +22,30 @@ class Attention(nn.Module):
         hidden_size: int,
         num_heads: int,
         num_key_value_heads: int,
-        qkv_bias: bool,
+        head_dim: int,
+        biases: tuple[bool, bool],
         factory: LayerFactory,
     ) -> None:
         """Make the layer that the checkpoint calls `name`.
 
         Args:
             name: Prefix of the matrices' names.
-            hidden_size: D, a multiple of `num_heads`.
+            hidden_size: D.
             num_heads: H.
             num_key_value_heads: Hk, a divisor of H.
-            qkv_bias: Whether q, k and v have a bias.
+            head_dim: Dh; H * Dh need not be D.
+            biases: Whether q, k and v have a bias, and whether the output projection has one.
             factory: Makes each matrix dense or quantized.
         """
         super().__init__()
         D, H, Hk = hidden_size, num_heads, num_key_value_heads
-        self.head_dim = D // H
+        self.head_dim = head_dim
         self.num_qkv_heads = H + 2 * Hk
         self.split = (H, Hk, Hk)
         self.scale = self.head_dim**-0.5
-        width = self.num_qkv_heads * self.head_dim
-        self.qkv_proj = factory.linear(f"{name}.qkv_proj", D, width, bias=qkv_bias)
-        self.o_proj = factory.linear(f"{name}.o_proj", H * self.head_dim, D)
+        width = self.num_qkv_heads * head_dim
+        self.qkv_proj = factory.linear(f"{name}.qkv_proj", D, width, bias=biases[0])
+        self.o_proj = factory.linear(f"{name}.o_proj", H * head_dim, D, bias=biases[1])
 
     def forward(
         self,

@@ -12,12 +12,12 @@ class GatedMLP(nn.Module):
     """`down(silu(gate(x)) * up(x))`, gate and up in one matrix."""
 
     def __init__(
-        self, name: str, hidden_size: int, intermediate_size: int, factory: LayerFactory
+        self, name: str, hidden_size: int, intermediate_size: int, bias: bool, factory: LayerFactory
     ) -> None:
         super().__init__()
         D, F = hidden_size, intermediate_size
-        self.gate_up_proj = factory.linear(f"{name}.gate_up_proj", D, 2 * F)
-        self.down_proj = factory.linear(f"{name}.down_proj", F, D)
+        self.gate_up_proj = factory.linear(f"{name}.gate_up_proj", D, 2 * F, bias)
+        self.down_proj = factory.linear(f"{name}.down_proj", F, D, bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return `[T, D]` for `[T, D]`."""

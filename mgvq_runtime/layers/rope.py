@@ -6,6 +6,7 @@ Computed once a forward in float32 and shared by all layers; the rotation itself
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -18,35 +19,59 @@ def inverse_frequencies(width: int, theta: float) -> Tensor:
     return 1.0 / (theta ** (steps / width))
 
 
+def llama3_frequencies(
+    inv_freq: Tensor, factor: float, low: float, high: float, original_length: int
+) -> Tensor:
+    """Divide low frequencies by `factor`, keep high ones, and blend those in between.
+
+    Args:
+        inv_freq: `[width/2]` float32.
+        factor: How much longer the context became.
+        low: Turns within the original length below which a pair is divided.
+        high: Turns above which it is kept.
+        original_length: The context the frequencies were made for.
+
+    Source: Llama 3.1; transformers 5.24 `modeling_rope_utils._compute_llama3_parameters`.
+    """
+    turns = original_length * inv_freq / (2 * math.pi)  # [width/2]
+    kept = ((turns - low) / (high - low)).clamp(0.0, 1.0)
+    return (1 - kept) * inv_freq / factor + kept * inv_freq
+
+
 class MRope(nn.Module):
     """Three position axes share the frequency pairs of one head, in contiguous sections.
 
     Source: Qwen2-VL, arXiv 2409.12191, section 2.1.
     """
 
-    def __init__(self, head_dim: int, theta: float, sections: Sequence[int]) -> None:
-        """Precompute which axis and which frequency each pair uses.
+    def __init__(self, inv_freq: Tensor, sections: Sequence[int], magnitude: float = 1.0) -> None:
+        """Note which axis and which frequency each pair uses.
 
         Args:
-            head_dim: Dh, even.
-            theta: Base of the frequencies.
+            inv_freq: `[Dh/2]` float32 angle of each pair at position 1.
             sections: Pairs of the time, height and width axis; they sum to Dh / 2.
+            magnitude: What cosines and sines are multiplied by.
         """
         super().__init__()
+        self.magnitude = magnitude
         axis = torch.arange(len(sections), device="cpu")
         axis = axis.repeat_interleave(torch.tensor(sections, device="cpu"))  # [Dh/2] int64
         self.register_buffer("axis", axis, persistent=False)
-        inv_freq = inverse_frequencies(head_dim, theta).unsqueeze(1)  # [Dh/2, 1]
-        self.register_buffer("inv_freq", inv_freq, persistent=False)
+        self.register_buffer("inv_freq", inv_freq.unsqueeze(1), persistent=False)  # [Dh/2, 1]
         self.axis: Tensor
         self.inv_freq: Tensor
+
+    def set_frequencies(self, inv_freq: Tensor) -> None:
+        """Turn by other angles `[Dh/2]` from now on."""
+        self.inv_freq = inv_freq.unsqueeze(1).to(self.inv_freq.device)
 
     @torch.no_grad()
     def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Return cosines and sines `[T, Dh]` float32 for positions `[3, T]` int64."""
         angles = positions.index_select(0, self.axis).float() * self.inv_freq  # [Dh/2, T]
         angles = torch.cat((angles, angles)).t()  # [T, Dh]
-        return angles.cos(), angles.sin()
+        cos, sin = angles.cos(), angles.sin()
+        return (cos, sin) if self.magnitude == 1.0 else (cos * self.magnitude, sin * self.magnitude)
 
 
 class VisionRope(nn.Module):

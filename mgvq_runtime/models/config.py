@@ -1,95 +1,45 @@
-"""Shapes of the graph, read from a Hugging Face config.json (called by `models.loading`).
+"""Shapes of whole models, read from a Hugging Face config.json (called by `models.loading`).
 
-One frozen dataclass a part; only `from_hf` knows the file's spellings, the hub's flat one and the
-nested one of transformers 5. What would change an answer and is not implemented is refused by name.
+One frozen dataclass a family; only its `from_hf` knows the file's spellings, the hub's and those of
+transformers 5. What would change an answer and is not implemented is refused by name. The parts are
+in `decoder_config` and `vision_config`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Self
 
 from mgvq_runtime.errors import ConfigError
-from mgvq_runtime.models.config_fields import Fields
-
-VISION_ACTIVATIONS = ("quick_gelu", "gelu", "gelu_pytorch_tanh")
-"""Activations of the vision tower that `models.vision` implements."""
-
-_ROPE_TYPES = ("default", "mrope")
-_VISION_ROPE_TYPES = ("default", "axial")
-
-
-@dataclass(frozen=True)
-class RopeConfig:
-    """Rotary embedding of the decoder."""
-
-    theta: float
-    """Base of the frequencies."""
-    mrope_section: tuple[int, int, int]
-    """Frequency pairs of the time, height and width axis; they sum to head_dim / 2."""
+from mgvq_runtime.models.config_fields import REQUIRED, Fields
+from mgvq_runtime.models.decoder_config import DecoderConfig, decoder_from_hf
+from mgvq_runtime.models.vision_config import (
+    VisionConfig,
+    intern_vit_from_hf,
+    qwen2_vl_vision_from_hf,
+    siglip_from_hf,
+)
+from mgvq_runtime.request import ImageInput
 
 
 @dataclass(frozen=True)
-class DecoderConfig:
-    """Shape of the language model."""
-
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    max_position_embeddings: int
-    rms_norm_eps: float
-    rope: RopeConfig
-    qkv_bias: bool = True
-
-    @property
-    def head_dim(self) -> int:
-        """Width of one head."""
-        return self.hidden_size // self.num_attention_heads
-
-
-@dataclass(frozen=True)
-class VisionConfig:
-    """Shape of the vision tower and of its merger."""
-
-    depth: int
-    embed_dim: int
-    num_heads: int
-    intermediate_size: int
-    hidden_size: int
-    """Width of the merger's output: the decoder's hidden size."""
-    hidden_act: str
-    in_channels: int
-    patch_size: int
-    temporal_patch_size: int
-    spatial_merge_size: int
-    layer_norm_eps: float = 1e-6
-    rope_theta: float = 10000.0
-
-    @property
-    def patch_dim(self) -> int:
-        """Numbers in one flattened patch."""
-        return self.in_channels * self.temporal_patch_size * self.patch_size**2
-
-
-@dataclass(frozen=True)
-class Qwen2VLConfig:
-    """A whole Qwen2-VL model."""
+class ModelConfig:
+    """A whole model: a decoder, and a vision tower where it takes pictures."""
 
     text_config: DecoderConfig
-    vision_config: VisionConfig
-    image_token_id: int
-    video_token_id: int
-    vision_start_token_id: int
-    vision_end_token_id: int
+    vision_config: VisionConfig | None
+    """None for a model that reads text alone."""
+    image_token_id: int | None
+    """The placeholder that pictures are put in place of; None without a vision tower."""
     tie_word_embeddings: bool
 
+    has_grid_positions: ClassVar[bool] = False
+    """Whether a picture's tokens have a row and a column position, instead of counting up."""
+
     @classmethod
-    def from_hf(cls, config: Mapping[str, Any]) -> Qwen2VLConfig:
-        """Read a config.json, flat as on the hub or nested as transformers 5 writes it.
+    def from_hf(cls, config: Mapping[str, Any]) -> Self:
+        """Read a config.json.
 
         Args:
             config: The parsed file. Keys that do not touch the arithmetic are ignored.
@@ -98,109 +48,145 @@ class Qwen2VLConfig:
             ConfigError: if a key is missing, of the wrong type or inconsistent with another, or
                 asks for something that is not implemented; the message names the key.
         """
+        raise NotImplementedError
+
+    def num_image_tokens(self, image: ImageInput) -> int:
+        """Return how many placeholders a picture's patches make."""
+        assert self.vision_config is not None, "this model takes no pictures"
+        t, h, w = image.grid_thw
+        return t * h * w // self.vision_config.spatial_merge_size**2
+
+
+@dataclass(frozen=True)
+class Qwen2VLConfig(ModelConfig):
+    """A whole Qwen2-VL model."""
+
+    vision_config: VisionConfig
+
+    has_grid_positions: ClassVar[bool] = True
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any]) -> Self:
+        """Read a config.json, flat as on the hub or nested as transformers 5 writes it."""
         top = Fields(config, "")
         nested = top.mapping("text_config", default={})
         text_fields = Fields(nested, "text_config.") if nested else top
-        text = _decoder_from_hf(text_fields)
-        vision = _vision_from_hf(Fields(top.mapping("vision_config"), "vision_config."), text)
-        ids = {
-            "image_token_id": top.integer("image_token_id", default=151655, low=0),
-            "video_token_id": top.integer("video_token_id", default=151656, low=0),
-            "vision_start_token_id": top.integer("vision_start_token_id", default=151652, low=0),
-            "vision_end_token_id": top.integer("vision_end_token_id", default=151653, low=0),
-        }
-        if ids["image_token_id"] >= text.vocab_size:
-            raise ConfigError(
-                f"config.json: image_token_id {ids['image_token_id']} is outside the vocabulary "
-                f"of {text.vocab_size}"
-            )
-        tied = top.boolean("tie_word_embeddings", default=False)
-        tied = tied or text_fields.boolean("tie_word_embeddings", default=False)
-        return cls(text, vision, tie_word_embeddings=tied, **ids)
+        text = decoder_from_hf(text_fields, "qwen2_vl")
+        vision_fields = Fields(top.mapping("vision_config"), "vision_config.")
+        vision = qwen2_vl_vision_from_hf(vision_fields, text.hidden_size)
+        token = image_token(top, "image_token_id", 151655, text)
+        return cls(text, vision, token, _is_tied(top, text_fields))
 
 
-def _decoder_from_hf(fields: Fields) -> DecoderConfig:
-    """Read the language model's part."""
-    hidden_size = fields.integer("hidden_size")
-    num_heads = fields.integer("num_attention_heads")
-    num_kv_heads = fields.integer("num_key_value_heads", default=num_heads)
-    fields.divides("num_attention_heads", num_heads, "hidden_size", hidden_size)
-    fields.divides("num_key_value_heads", num_kv_heads, "num_attention_heads", num_heads)
-    head_dim = fields.integer("head_dim", default=hidden_size // num_heads)
-    if head_dim * num_heads != hidden_size:
-        fields.refuse("head_dim", head_dim, f"hidden_size / num_attention_heads ({hidden_size})")
-    fields.one_of("hidden_act", ("silu",), default="silu")
-    _refuse_sliding_window(fields)
-    return DecoderConfig(
-        vocab_size=fields.integer("vocab_size"),
-        hidden_size=hidden_size,
-        intermediate_size=fields.integer("intermediate_size"),
-        num_hidden_layers=fields.integer("num_hidden_layers"),
-        num_attention_heads=num_heads,
-        num_key_value_heads=num_kv_heads,
-        max_position_embeddings=fields.integer("max_position_embeddings"),
-        rms_norm_eps=fields.number("rms_norm_eps"),
-        rope=_rope_from_hf(fields, head_dim),
+@dataclass(frozen=True)
+class LlavaOnevisionConfig(ModelConfig):
+    """A whole LLaVA-OneVision model."""
+
+    vision_config: VisionConfig
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any]) -> Self:
+        """Read a config.json, nested as transformers writes it or flat as lmms-lab's."""
+        top = Fields(config, "")
+        if top.has("text_config"):
+            text_fields = Fields(top.mapping("text_config"), "text_config.")
+            top.one_of("projector_hidden_act", ("gelu",), default="gelu")
+            top.one_of("vision_feature_select_strategy", ("full",), default="full")
+            if not top.boolean("multimodal_projector_bias", default=True):
+                top.refuse("multimodal_projector_bias", False, "true")
+        else:
+            text_fields = top
+            _check_lmms_lab(top)
+        # transformers 5 writes a decoder's own model_type; "qwen2" is what older files leave out.
+        text = decoder_from_hf(text_fields, "qwen2")
+        vision_fields = Fields(top.mapping("vision_config", default={}), "vision_config.")
+        last = top.values.get("vision_feature_layer", -1)
+        if last not in (-1, -2):
+            top.refuse("vision_feature_layer", last, "-1 or -2: one of the last two layers")
+        vision = siglip_from_hf(vision_fields, text.hidden_size, last)
+        key = "image_token_id" if top.has("image_token_id") else "image_token_index"
+        return cls(text, vision, image_token(top, key, 151646, text), _is_tied(top, text_fields))
+
+    def num_image_tokens(self, image: ImageInput) -> int:
+        """Return how many placeholders a picture's patches make."""
+        t, h, w = image.grid_thw
+        if image.layout is None:
+            return t * h * w + 1
+        height, width = image.layout.shrunk
+        return h * w + height * (width + 1)
+
+
+@dataclass(frozen=True)
+class InternVL2Config(ModelConfig):
+    """A whole InternVL2 model; the hub's config.json leaves its placeholder to the tokenizer."""
+
+    vision_config: VisionConfig
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any]) -> Self:
+        """Read a config.json, the hub's (`llm_config`) or transformers' (`text_config`)."""
+        top = Fields(config, "")
+        is_hub = top.has("llm_config")
+        key = "llm_config" if is_hub else "text_config"
+        text_fields = Fields(top.mapping(key), f"{key}.")
+        text = decoder_from_hf(text_fields)
+        ratio = top.number("downsample_ratio", default=0.5)
+        if 1 / ratio not in (1.0, 2.0, 4.0):
+            top.refuse("downsample_ratio", ratio, "1, 0.5 or 0.25")
+        vision_fields = Fields(top.mapping("vision_config"), "vision_config.")
+        vision = intern_vit_from_hf(vision_fields, text.hidden_size, round(1 / ratio), is_hub)
+        layer_key = "select_layer" if is_hub else "vision_feature_layer"
+        if top.values.get(layer_key, -1) != -1:
+            top.refuse(layer_key, top.values[layer_key], "-1: the last layer")
+        if is_hub:
+            top.one_of("ps_version", ("v2",), default="v1")
+            # The hub's own code ignores what llm_config says of it: heads are never tied.
+            tied = top.boolean("tie_word_embeddings", default=False)
+            token = image_token(top, "image_token_id", None, text)
+        else:
+            top.one_of("vision_feature_select_strategy", ("default",), default="default")
+            top.one_of("projector_hidden_act", ("gelu",), default="gelu")
+            tied = top.boolean("tie_word_embeddings", default=True)
+            token = image_token(top, "image_token_id", 151667, text)
+        return cls(text, vision, token, tied)
+
+
+def image_token(fields: Fields, key: str, default: int | None, text: DecoderConfig) -> int | None:
+    """Read the placeholder of pictures; None where neither file nor default has one.
+
+    Raises:
+        ConfigError: if it is no token of the decoder.
+    """
+    if default is None and not fields.has(key):
+        return None
+    token = fields.integer(key, default=REQUIRED if default is None else default, low=0)
+    if token >= text.vocab_size:
+        raise ConfigError(
+            f"config.json: {key} {token} is outside the vocabulary of {text.vocab_size}"
+        )
+    return token
+
+
+def _is_tied(top: Fields, text: Fields) -> bool:
+    """Return whether the head is the token table; transformers 5 says so beside the decoder."""
+    return top.boolean("tie_word_embeddings", default=False) or text.boolean(
+        "tie_word_embeddings", default=False
     )
 
 
-def _rope_from_hf(fields: Fields, head_dim: int) -> RopeConfig:
-    """Read rope_theta and rope_scaling (hub), or rope_parameters (transformers 5)."""
-    key = "rope_parameters" if fields.has("rope_parameters") else "rope_scaling"
-    rope = Fields(fields.mapping(key), f"{fields.prefix}{key}.")
-    for name in ("type", "rope_type"):
-        rope.one_of(name, _ROPE_TYPES, default="default")
-    theta = rope.number("rope_theta") if rope.has("rope_theta") else fields.number("rope_theta")
-    sections = rope.integers("mrope_section", 3)
-    if 2 * sum(sections) != head_dim:
-        rope.refuse(
-            "mrope_section", list(sections), f"sections that sum to head_dim / 2 = {head_dim / 2:g}"
-        )
-    return RopeConfig(theta, (sections[0], sections[1], sections[2]))
+_LMMS_LAB = {
+    "mm_projector_type": ("mlp2x_gelu",),
+    "mm_patch_merge_type": ("spatial_unpad",),
+    "mm_vision_select_feature": ("patch",),
+    "mm_newline_position": ("grid",),
+}
+"""What lmms-lab's files may say of LLaVA-OneVision; the first is what a missing key stands for."""
 
 
-def _refuse_sliding_window(fields: Fields) -> None:
-    """Refuse a window that would hide tokens from a layer; one that never bites is fine."""
-    window = fields.integer("sliding_window", default=0, low=0)
-    layers = fields.integer("num_hidden_layers")
-    kinds = fields.strings("layer_types", default=[])
-    first_windowed = fields.integer("max_window_layers", default=layers, low=0)
-    is_on = fields.boolean("use_sliding_window", default=False)
-    has_windowed_layer = "sliding_attention" in kinds if kinds else first_windowed < layers
-    is_shorter = 0 < window < fields.integer("max_position_embeddings")
-    if is_on and has_windowed_layer and is_shorter:
-        fields.refuse(
-            "use_sliding_window", True, f"false: sliding windows ({window}) are not implemented"
-        )
-    unknown = set(kinds) - {"full_attention", "sliding_attention"}
-    if unknown:
-        fields.refuse("layer_types", sorted(unknown), "full_attention in every layer")
-
-
-def _vision_from_hf(fields: Fields, text: DecoderConfig) -> VisionConfig:
-    """Read the vision part; the hub leaves out what is Qwen2-VL's default."""
-    embed_dim = fields.integer("embed_dim", default=1280)
-    num_heads = fields.integer("num_heads", default=16)
-    fields.divides("4 * num_heads", 4 * num_heads, "embed_dim", embed_dim)
-    hidden_size = fields.integer("hidden_size", default=text.hidden_size)
-    if hidden_size != text.hidden_size:
-        fields.refuse("hidden_size", hidden_size, f"the decoder's {text.hidden_size}")
-    channels_key = "in_channels" if fields.has("in_channels") else "in_chans"
-    in_channels = fields.integer(channels_key, default=3)
-    if in_channels != 3:
-        fields.refuse(channels_key, in_channels, "3: pictures are RGB")
-    rope = Fields(fields.mapping("rope_parameters", default={}), f"{fields.prefix}rope_parameters.")
-    rope.one_of("rope_type", _VISION_ROPE_TYPES, default="axial")
-    return VisionConfig(
-        depth=fields.integer("depth", default=32),
-        embed_dim=embed_dim,
-        num_heads=num_heads,
-        intermediate_size=int(embed_dim * fields.number("mlp_ratio", default=4)),
-        hidden_size=hidden_size,
-        hidden_act=fields.one_of("hidden_act", VISION_ACTIVATIONS, default="quick_gelu"),
-        in_channels=in_channels,
-        patch_size=fields.square("patch_size", default=14),
-        temporal_patch_size=fields.square("temporal_patch_size", default=2),
-        spatial_merge_size=fields.integer("spatial_merge_size", default=2),
-        rope_theta=rope.number("rope_theta", default=10000.0),
-    )
+def _check_lmms_lab(top: Fields) -> None:
+    """Refuse a folder in lmms-lab's format that is another model than LLaVA-OneVision."""
+    tower = top.values.get("mm_vision_tower") or "google/siglip-so400m-patch14-384"
+    if "siglip-so400m-patch14-384" not in str(tower):
+        top.refuse("mm_vision_tower", tower, "google/siglip-so400m-patch14-384")
+    for key, known in _LMMS_LAB.items():
+        top.one_of(key, known, default=known[0])

@@ -8,6 +8,7 @@ Bytes and digests are `checkpoint.reader`'s business.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -20,16 +21,19 @@ from mgvq_runtime.errors import CheckpointError
 from mgvq_runtime.layers.embedding import VQEmbedding
 from mgvq_runtime.layers.linear import LayerFactory
 from mgvq_runtime.layers.vq_matrix import VQMatrix
-from mgvq_runtime.models.config import Qwen2VLConfig
-from mgvq_runtime.models.qwen2_vl import Qwen2VL
+from mgvq_runtime.models.causal_lm import CausalLM
+from mgvq_runtime.models.config import ModelConfig
 from mgvq_runtime.models.registry import Family, find_family
+from mgvq_runtime.tokenizer.folder import added_token_id
 
+INTERNVL2_PLACEHOLDER = "<IMG_CONTEXT>"
+"""Stands for a row of a picture; only the tokenizer of a hub's folder knows its id."""
 _TIED_HEAD = "lm_head.weight"
 
 
 def load_model(
     path: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
-) -> Qwen2VL:
+) -> CausalLM:
     """Load a dense or quantized checkpoint folder.
 
     Args:
@@ -51,7 +55,7 @@ def fill_model(
     checkpoint: Checkpoint,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
-) -> Qwen2VL:
+) -> CausalLM:
     """Make the graph of an open checkpoint and fill it.
 
     Args:
@@ -64,7 +68,7 @@ def fill_model(
         ConfigError: if config.json cannot be understood or asks for what is not implemented.
     """
     family = find_family(checkpoint.config)
-    config = family.config.from_hf(checkpoint.config)
+    config = model_config(checkpoint)
     matrices = {} if checkpoint.quantization is None else checkpoint.quantization.matrices
     layouts = {name: matrix.layout for name, matrix in matrices.items()}
     if problems := _misfits(family, config, checkpoint, layouts):
@@ -89,9 +93,23 @@ def fill_model(
     return model.eval()
 
 
+def model_config(checkpoint: Checkpoint) -> ModelConfig:
+    """Read config.json; a placeholder that it leaves to the tokenizer is looked up there.
+
+    Raises:
+        ConfigError: if config.json cannot be understood or asks for what is not implemented.
+        TokenizerError: if the file that would name the placeholder is malformed.
+    """
+    config = find_family(checkpoint.config).config.from_hf(checkpoint.config)
+    if config.vision_config is None or config.image_token_id is not None:
+        return config
+    token = added_token_id(checkpoint.path, INTERNVL2_PLACEHOLDER)
+    return dataclasses.replace(config, image_token_id=token)
+
+
 def _misfits(
     family: Family,
-    config: Qwen2VLConfig,
+    config: ModelConfig,
     checkpoint: Checkpoint,
     layouts: Mapping[str, VQLayout],
 ) -> list[str]:
@@ -133,7 +151,7 @@ def _fill_parameter(
     return []
 
 
-def _differs_from_table(model: Qwen2VL, head: Tensor) -> bool:
+def _differs_from_table(model: CausalLM, head: Tensor) -> bool:
     """Return whether a head stored beside the table it is tied to repeats it; some files do."""
     table = model.model.embed_tokens
     if not isinstance(table, nn.Embedding):

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from mgvq_runtime.errors import ConfigError
-from mgvq_runtime.models.config import Qwen2VLConfig
+from mgvq_runtime.models.causal_lm import CausalLM, CausalLMConfig
+from mgvq_runtime.models.config import (
+    InternVL2Config,
+    LlavaOnevisionConfig,
+    ModelConfig,
+    Qwen2VLConfig,
+)
+from mgvq_runtime.models.internvl2 import InternVL2
+from mgvq_runtime.models.llava_onevision import LlavaOnevision
 from mgvq_runtime.models.qwen2_vl import Qwen2VL
+from mgvq_runtime.multimodal.processors import ImageProcessor
+from mgvq_runtime.multimodal.processors.internvl2 import InternVL2ImageProcessor
+from mgvq_runtime.multimodal.processors.llava_onevision import LlavaOnevisionImageProcessor
 from mgvq_runtime.multimodal.processors.qwen2_vl import Qwen2VLImageProcessor
 
 
@@ -16,20 +27,52 @@ from mgvq_runtime.multimodal.processors.qwen2_vl import Qwen2VLImageProcessor
 class Family:
     """The parts of one architecture."""
 
+    name: str
+    """What people call it."""
     architecture: str
     """What config.json calls it, under "architectures"."""
-    config: type[Qwen2VLConfig]
+    config: type[ModelConfig]
     """Read with `.from_hf(config.json)`."""
-    model: type[Qwen2VL]
+    model: Callable[..., CausalLM]
     """Made with `(config, factory)`."""
-    image_processor: type[Qwen2VLImageProcessor]
-    """Read with `.from_folder(path)`."""
+    image_processor: type[ImageProcessor] | None
+    """Read with `.from_folder(path)`; None for a model that reads text alone."""
 
+
+TEXT_ONLY = (
+    "Qwen2ForCausalLM",
+    "LlamaForCausalLM",
+    "MistralForCausalLM",
+    "InternLM2ForCausalLM",
+    "Phi3ForCausalLM",
+)
+"""Decoders without a vision tower; their model_type says which is which."""
 
 FAMILIES: Mapping[str, Family] = {
     family.architecture: family
     for family in (
-        Family("Qwen2VLForConditionalGeneration", Qwen2VLConfig, Qwen2VL, Qwen2VLImageProcessor),
+        *(Family("text alone", name, CausalLMConfig, CausalLM, None) for name in TEXT_ONLY),
+        Family(
+            "Qwen2-VL",
+            "Qwen2VLForConditionalGeneration",
+            Qwen2VLConfig,
+            Qwen2VL,
+            Qwen2VLImageProcessor,
+        ),
+        *(
+            Family(
+                "LLaVA-OneVision",
+                name,
+                LlavaOnevisionConfig,
+                LlavaOnevision,
+                LlavaOnevisionImageProcessor,
+            )
+            for name in ("LlavaOnevisionForConditionalGeneration", "LlavaQwenForCausalLM")
+        ),
+        *(
+            Family("InternVL2", name, InternVL2Config, InternVL2, InternVL2ImageProcessor)
+            for name in ("InternVLChatModel", "InternVLForConditionalGeneration")
+        ),
     )
 }
 """Every family this release runs, by the architecture string of config.json."""

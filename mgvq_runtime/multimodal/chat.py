@@ -11,11 +11,13 @@ from typing import Any
 
 from PIL import Image
 
-from mgvq_runtime.errors import RequestError
-from mgvq_runtime.models.config import Qwen2VLConfig
-from mgvq_runtime.multimodal.processors.qwen2_vl import Qwen2VLImageProcessor
-from mgvq_runtime.multimodal.prompt import expand_image_tokens, mrope_positions
-from mgvq_runtime.request import Prompt
+from mgvq_runtime.checkpoint.reader import Checkpoint
+from mgvq_runtime.errors import RequestError, TokenizerError
+from mgvq_runtime.models.config import ModelConfig
+from mgvq_runtime.models.registry import find_family
+from mgvq_runtime.multimodal.processors import ImageProcessor
+from mgvq_runtime.multimodal.prompt import build_prompt
+from mgvq_runtime.request import ImageInput, Prompt
 from mgvq_runtime.tokenizer import Tokenizer
 
 PART_TYPES = ("text", "image")
@@ -26,10 +28,37 @@ class ChatProcessor:
     """Turns conversations into prompts of one model."""
 
     def __init__(
-        self, tokenizer: Tokenizer, image_processor: Qwen2VLImageProcessor, config: Qwen2VLConfig
+        self, tokenizer: Tokenizer, image_processor: ImageProcessor | None, config: ModelConfig
     ) -> None:
-        """Put a model's tokenizer, image processor and config together."""
+        """Put a model's tokenizer, image processor (None for text alone) and config together."""
         self.tokenizer, self.image_processor, self.config = tokenizer, image_processor, config
+
+    @classmethod
+    def from_checkpoint(
+        cls, checkpoint: Checkpoint, config: ModelConfig, max_image_tokens: int | None = None
+    ) -> ChatProcessor:
+        """Read tokenizer, template and image processor from a checkpoint's folder.
+
+        Args:
+            checkpoint: An opened folder.
+            config: Of its model.
+            max_image_tokens: Most tokens one picture may take; None leaves it to the checkpoint.
+
+        Raises:
+            TokenizerError: if there is no tokenizer that can be used, or none for pictures.
+            ConfigError: if how pictures are prepared is missing or cannot be honoured.
+        """
+        images = find_family(checkpoint.config).image_processor
+        if images is None:
+            return cls(Tokenizer.from_folder(checkpoint.path, default_template=None), None, config)
+        tokenizer = Tokenizer.from_folder(checkpoint.path)
+        if config.image_token_id not in tokenizer.added_tokens.values():
+            raise TokenizerError(
+                f"{checkpoint.path}: the placeholder of pictures (image_token_id "
+                f"{config.image_token_id}) is not among the tokenizer's special tokens: "
+                "tokenizer.json or added_tokens.json is of another model"
+            )
+        return cls(tokenizer, images.from_folder(checkpoint.path, max_image_tokens), config)
 
     def prepare(
         self,
@@ -49,7 +78,8 @@ class ChatProcessor:
             Token ids with placeholders expanded, patches, and positions.
 
         Raises:
-            RequestError: if a message is malformed, or parts and pictures differ in number.
+            RequestError: if a message is malformed, parts and pictures differ in number, or the
+                model takes no pictures.
             ImageError: if a picture is narrower than the model takes.
         """
         num_parts = check_messages(messages)
@@ -58,14 +88,32 @@ class ChatProcessor:
                 f"the messages have {num_parts} image parts, {len(images)} images came with them",
                 param="messages",
             )
+        inputs = self.process(images)
+        if self.image_processor is None:
+            messages = [_as_text(message) for message in messages]
         ids = self.tokenizer.encode_chat(messages, add_generation_prompt)
-        inputs = tuple(self.image_processor(image) for image in images)
-        image_token_id = self.config.image_token_id
-        token_ids = expand_image_tokens(ids, [i.num_tokens for i in inputs], image_token_id)
-        grids = [image.grid_thw for image in inputs]
-        merge_size = self.config.vision_config.spatial_merge_size
-        positions, delta = mrope_positions(token_ids, grids, image_token_id, merge_size)
-        return Prompt(token_ids, inputs, positions, delta)
+        return build_prompt(ids, inputs, self.config)
+
+    def process(self, images: Sequence[Image.Image]) -> tuple[ImageInput, ...]:
+        """Prepare all pictures of one conversation.
+
+        Raises:
+            RequestError: if the model takes no pictures.
+            ImageError: if a picture is narrower than the model takes.
+        """
+        if not images:
+            return ()
+        if self.image_processor is None:
+            raise RequestError("this model reads text alone; leave pictures out", param="messages")
+        return self.image_processor.prepare(images)
+
+
+def _as_text(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Join the text parts of a message: the templates of text-only models know no parts."""
+    content = message["content"]
+    if isinstance(content, str):
+        return message
+    return {**message, "content": "\n".join(part["text"] for part in content)}
 
 
 def check_messages(messages: Sequence[Mapping[str, Any]]) -> int:

@@ -11,6 +11,32 @@ import numpy as np
 import numpy.typing as npt
 
 from mgvq_runtime.errors import RequestError
+from mgvq_runtime.models.config import ModelConfig
+from mgvq_runtime.request import ImageInput, Prompt
+
+
+def build_prompt(ids: Sequence[int], images: Sequence[ImageInput], config: ModelConfig) -> Prompt:
+    """Put pictures behind the placeholders of a conversation.
+
+    Args:
+        ids: Token ids with one placeholder an image.
+        images: What the family's image processor made of the pictures, in order.
+        config: Of the model the prompt is for.
+
+    Raises:
+        RequestError: if placeholders and pictures differ in number.
+    """
+    if config.vision_config is None or config.image_token_id is None:
+        assert not images, "a model without a vision tower takes no pictures"
+        return Prompt.from_token_ids(list(ids))
+    counts = [image.num_tokens for image in images]
+    token_ids = expand_image_tokens(ids, counts, config.image_token_id)
+    if not config.has_grid_positions:
+        return Prompt.from_token_ids(token_ids, tuple(images))
+    grids = [image.grid_thw for image in images]
+    merge_size = config.vision_config.spatial_merge_size
+    positions, delta = mrope_positions(token_ids, grids, config.image_token_id, merge_size)
+    return Prompt(token_ids, tuple(images), positions, delta)
 
 
 def expand_image_tokens(

@@ -60,6 +60,8 @@ class ChatTemplate:
             self._template = self._sandbox.compile_bounded(source)
         except (TemplateSyntaxError, RecursionError, SyntaxError) as error:
             raise TokenizerError(f"the chat template is not valid Jinja: {error}") from error
+        self._reads_texts = self._shows("probe")
+        self._reads_parts = self._shows([{"type": "text", "text": "probe"}])
 
     def render(
         self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True
@@ -79,12 +81,8 @@ class ChatTemplate:
             TokenizerError: if the template itself fails, or does what the sandbox forbids.
         """
         check_size(messages)
-        variables = self._variables | {
-            "messages": messages,
-            "add_generation_prompt": add_generation_prompt,
-        }
         try:
-            return self._sandbox.render_bounded(self._template, variables)
+            return self._render([self._shaped(m) for m in messages], add_generation_prompt)
         except RaisedByTemplate as error:
             raise RequestError(
                 f"the model's chat template refuses the conversation: {error}", param="messages"
@@ -93,6 +91,33 @@ class ChatTemplate:
             raise TokenizerError(
                 f"the checkpoint's chat template failed: {type(error).__name__}: {error}"
             ) from error
+
+    def _render(
+        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True
+    ) -> str:
+        variables = self._variables | {
+            "messages": messages,
+            "add_generation_prompt": add_generation_prompt,
+        }
+        return self._sandbox.render_bounded(self._template, variables)
+
+    def _shows(self, content: Any) -> bool:
+        """Return whether the template writes the text of a message whose content is like this."""
+        try:
+            text = self._render([{"role": "user", "content": content}])
+        except Exception:  # noqa: BLE001 - whatever it cannot read, it cannot read
+            return False
+        return "probe" in text and "{'type'" not in text
+
+    def _shaped(self, message: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Write a message's content in the one form, text or parts, that the template reads."""
+        content = message.get("content")
+        if isinstance(content, str) and self._reads_parts and not self._reads_texts:
+            return {**message, "content": [{"type": "text", "text": content}]}
+        if isinstance(content, list | tuple) and self._reads_texts and not self._reads_parts:
+            if all(part.get("type") == "text" for part in content):
+                return {**message, "content": "".join(part["text"] for part in content)}
+        return message
 
 
 def check_size(messages: Sequence[Mapping[str, Any]]) -> None:

@@ -26,15 +26,20 @@ class IncrementalDetokenizer:
         self._tokenizer = tokenizer
         self._skipped = tokenizer.special_token_ids if skip_special_tokens else frozenset()
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._dropped = tokenizer.leading_space
 
     def push(self, token_id: int) -> str:
         """Add one token and return the text that is now certain; "" inside a character."""
         if token_id in self._skipped:
             return ""
-        return self._decoder.decode(self._tokenizer.token_bytes(token_id))
+        data = self._tokenizer.token_bytes(token_id)
+        if self._dropped and data:
+            data, self._dropped = data.removeprefix(self._dropped), b""
+        return self._decoder.decode(data)
 
     def flush(self) -> str:
         """Return what was held back, as U+FFFD where it is no character, and start afresh."""
         rest = self._decoder.decode(b"", final=True)
         self._decoder.reset()
+        self._dropped = self._tokenizer.leading_space
         return rest

@@ -1,18 +1,23 @@
 """The tokenizer files of a checkpoint folder (called by `tokenizer.Tokenizer.from_folder`).
 
-Reads `tokenizer.json`, or builds Qwen2's tokenizer from `vocab.json` and `merges.txt`; collects
-added tokens, end-of-sequence ids and the chat template from the files beside it. Executes nothing.
+Reads `tokenizer.json`, or makes one of `vocab.json` and `merges.txt` (Qwen2) or `tokenizer.model`
+(sentencepiece); collects added tokens, end-of-sequence ids and the chat template from the files
+beside it. Executes nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+import json
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mgvq_runtime.checkpoint.files import read_bytes, read_json
 from mgvq_runtime.errors import CheckpointError, TokenizerError
+from mgvq_runtime.tokenizer.families import family_template, missing_placeholder
+from mgvq_runtime.tokenizer.sentencepiece_model import parse_model, to_definition
 
 MAX_TOKENIZER_BYTES = 64 * 1024**2
 """tokenizer.json of a 150,000-token vocabulary is 7 to 12 MB."""
@@ -48,6 +53,8 @@ class TokenizerFiles:
     chat_template: str | None
     template_variables: Mapping[str, str]
     """`bos_token`, `eos_token` and their like, for the template."""
+    opening: str | None = None
+    """The literal that begins a text which no template has written, such as "<s>"."""
 
 
 def read_tokenizer_files(folder: Path) -> TokenizerFiles:
@@ -58,30 +65,82 @@ def read_tokenizer_files(folder: Path) -> TokenizerFiles:
             contradict each other.
     """
     try:
-        definition = _read_definition(folder)
-        config = _read_optional(folder / "tokenizer_config.json")
+        config = _read_optional(folder / "special_tokens_map.json")
+        config |= _read_optional(folder / "tokenizer_config.json")
+        definition = _read_definition(folder, config)
         added = _added_tokens(definition, config, folder)
+        model_config = _read_optional(folder / "config.json")
+        added = _with_placeholder(added, model_config)
         variables = _template_variables(config)
-        eos = {token.id for token in added if token.content == variables.get("eos_token")}
+        template, end = family_template(model_config, config, _read_template(folder, config))
+        ends = {variables.get("eos_token"), end}
+        eos = {token.id for token in added if token.content in ends}
         for name in ("config.json", "generation_config.json"):
             eos |= _eos_ids(_read_optional(folder / name), name)
-        template = _read_template(folder, config)
     except CheckpointError as error:
         raise TokenizerError(str(error)) from error
-    return TokenizerFiles(definition, added, frozenset(eos), template, variables)
+    opening = _opening(folder, definition, config)
+    return TokenizerFiles(definition, added, frozenset(eos), template, variables, opening)
 
 
-def _read_definition(folder: Path) -> dict[str, Any]:
+def added_token_id(folder: Path, literal: str) -> int | None:
+    """Return the id of an added token without making the tokenizer; None if there is none.
+
+    Raises:
+        TokenizerError: if a file is malformed.
+    """
+    try:
+        definition = {}
+        if (folder / "tokenizer.json").is_file():
+            definition = read_json(folder / "tokenizer.json", MAX_TOKENIZER_BYTES)
+        config = _read_optional(folder / "tokenizer_config.json")
+        added = _added_tokens(definition, config, folder)
+    except CheckpointError as error:
+        raise TokenizerError(str(error)) from error
+    return next((token.id for token in added if token.content == literal), None)
+
+
+def missing_tokenizer_json(folder: Path) -> bytes | None:
+    """Return the tokenizer.json that stands for a folder's older files; None if it has one.
+
+    Raises:
+        TokenizerError: as `read_tokenizer_files`.
+    """
+    if (folder / "tokenizer.json").is_file():
+        return None
+    files = read_tokenizer_files(folder)
+    added = [
+        {
+            "id": token.id,
+            "content": token.content,
+            "single_word": token.single_word,
+            "lstrip": token.lstrip,
+            "rstrip": token.rstrip,
+            "normalized": False,
+            "special": token.is_special,
+        }
+        for token in sorted(files.added_tokens, key=lambda token: token.id)
+    ]
+    step = _opening_step(files) or files.definition.get("post_processor")
+    whole = {**files.definition, "added_tokens": added, "post_processor": step}
+    return json.dumps(whole, ensure_ascii=False).encode()
+
+
+def _read_definition(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     if (folder / "tokenizer.json").is_file():
         return read_json(folder / "tokenizer.json", MAX_TOKENIZER_BYTES)
     if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
         return _qwen2_definition(folder)
-    hint = (
-        "vocab.json and merges.txt"
-        if not (folder / "tokenizer.model").is_file()
-        else ("a conversion of its tokenizer.model; sentencepiece files are not read")
+    if (folder / "tokenizer.model").is_file():
+        model = parse_model(read_bytes(folder / "tokenizer.model", MAX_TOKENIZER_BYTES))
+        if config.get("add_prefix_space") is False:
+            model = dataclasses.replace(model, adds_dummy_prefix=False)
+        renamed = {token.id: token.content for token in _added_tokens({}, config, folder)}
+        return to_definition(model, renamed, is_legacy=config.get("legacy") is not False)
+    raise TokenizerError(
+        f"{folder} has no tokenizer: expected tokenizer.json, vocab.json and merges.txt, or "
+        "tokenizer.model"
     )
-    raise TokenizerError(f"{folder} has no tokenizer: expected tokenizer.json, or {hint}")
 
 
 def _qwen2_definition(folder: Path) -> dict[str, Any]:
@@ -126,7 +185,8 @@ def _added_tokens(
     try:
         entries += [{**entry, "id": int(number)} for number, entry in decoder.items()]
         entries += [{"content": text, "id": number} for text, number in older.items()]
-        tokens = [_added_token(entry) for entry in entries]
+        named = _named_specials(config)
+        tokens = [_added_token(entry, named) for entry in entries]
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise TokenizerError(f"an added token is malformed: {error}") from error
     by_id: dict[int, AddedToken] = {}
@@ -142,14 +202,38 @@ def _added_tokens(
     return tuple(by_id.values())
 
 
-def _added_token(entry: Mapping[str, Any]) -> AddedToken:
+def _with_placeholder(
+    added: tuple[AddedToken, ...], config: Mapping[str, Any]
+) -> tuple[AddedToken, ...]:
+    """Add a family's placeholder of pictures where its tokenizer has none."""
+    placeholder = missing_placeholder(config)
+    if placeholder is None or any(token.content == placeholder[1] for token in added):
+        return added
+    token_id, literal = placeholder
+    if taken := next((token.content for token in added if token.id == token_id), None):
+        raise TokenizerError(f"config.json puts {literal} at id {token_id}, which is {taken!r}")
+    return (*added, AddedToken(token_id, literal, is_special=True))
+
+
+def _named_specials(config: Mapping[str, Any]) -> set[str]:
+    """Return the literals that the tokenizer's config calls special."""
+    listed = config.get("additional_special_tokens") or []
+    listed = listed if isinstance(listed, list) else []
+    texts = [entry.get("content") if isinstance(entry, dict) else entry for entry in listed]
+    return {text for text in texts if isinstance(text, str)} | set(
+        _template_variables(config).values()
+    )
+
+
+def _added_token(entry: Mapping[str, Any], named: Collection[str]) -> AddedToken:
     number, content = entry["id"], entry["content"]
     if type(number) is not int or not 0 <= number < 2**31:
         raise ValueError(f"id {number!r} is not a token id")
     if not isinstance(content, str) or not content:
         raise ValueError(f"content {content!r} is not a text")
     flags = {name: bool(entry.get(name, False)) for name in ("lstrip", "rstrip", "single_word")}
-    return AddedToken(number, content, bool(entry.get("special", False)), **flags)
+    is_special = bool(entry.get("special", False)) or content in named
+    return AddedToken(number, content, is_special, **flags)
 
 
 def _template_variables(config: Mapping[str, Any]) -> dict[str, str]:
@@ -159,6 +243,43 @@ def _template_variables(config: Mapping[str, Any]) -> dict[str, str]:
         if name.endswith("_token") and isinstance(text, str):
             variables[name] = text
     return variables
+
+
+def _opening(folder: Path, definition: Mapping[str, Any], config: Mapping[str, Any]) -> str | None:
+    """Return what stands before a bare text: as tokenizer.json says, else as the config does.
+
+    Folders with sentencepiece's file alone leave it out where it is as in Llama's: yes.
+    """
+    if not (folder / "tokenizer.json").is_file():
+        is_default = not (folder / "vocab.json").is_file()
+        says = config.get("add_bos_token", is_default) is True
+        return _template_variables(config).get("bos_token") if says else None
+    steps = definition.get("post_processor")
+    steps = steps.get("processors", [steps]) if isinstance(steps, dict) else []
+    for step in steps if isinstance(steps, list) else []:
+        first = step.get("single") if isinstance(step, dict) else None
+        first = first[0] if isinstance(first, list) and first else None
+        token = first.get("SpecialToken") if isinstance(first, dict) else None
+        if isinstance(token, dict) and isinstance(token.get("id"), str):
+            return str(token["id"])
+    return None
+
+
+def _opening_step(files: TokenizerFiles) -> dict[str, Any] | None:
+    """Return the post-processor that puts the opening in front; None where there is none."""
+    number = next((t.id for t in files.added_tokens if t.content == files.opening), None)
+    if number is None:
+        return None
+    special = {"SpecialToken": {"id": files.opening, "type_id": 0}}
+    first = {"Sequence": {"id": "A", "type_id": 0}}
+    return {
+        "type": "TemplateProcessing",
+        "single": [special, first],
+        "pair": [special, first, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {
+            files.opening: {"id": files.opening, "ids": [number], "tokens": [files.opening]}
+        },
+    }
 
 
 def _eos_ids(config: Mapping[str, Any], name: str) -> set[int]:

@@ -1,9 +1,10 @@
 """Text and conversations to token ids, and ids to bytes (called by multimodal, engine and llm).
 
-Byte-level BPE tokenizers (Qwen2, Llama 3 and their kin). What a user writes can never become a
-special token: the model's merges run in a `tokenizers.Tokenizer` that has no added tokens at all,
-and a literal counts as special only where the chat template itself wrote it. For ordinary text the
-ids are those of transformers' `apply_chat_template`.
+Byte-pair tokenizers, byte-level (Qwen2, Llama 3) or of sentencepiece (Llama 2, Phi-3, InternLM2).
+What a user writes can never become a special token: the model's merges run in a
+`tokenizers.Tokenizer` that has no added tokens at all, and a literal counts as special only where
+the chat template itself wrote it. For ordinary text the ids are those of transformers'
+`apply_chat_template`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import tokenizers
 from mgvq_runtime.errors import RequestError, TokenizerError
 from mgvq_runtime.tokenizer.chat_template import QWEN2_VL_TEMPLATE, ChatTemplate, check_size
 from mgvq_runtime.tokenizer.folder import AddedToken, TokenizerFiles, read_tokenizer_files
+from mgvq_runtime.tokenizer.pieces import Alphabet
 
 PRIVATE_USE = range(0xF0000, 0xFFFFE)
 """Code points without a meaning: stand-ins for the ends of special tokens in users' text."""
@@ -27,41 +29,57 @@ PRIVATE_USE = range(0xF0000, 0xFFFFE)
 class Tokenizer:
     """The tokenizer of one checkpoint."""
 
-    def __init__(self, files: TokenizerFiles) -> None:
+    def __init__(
+        self, files: TokenizerFiles, default_template: str | None = QWEN2_VL_TEMPLATE
+    ) -> None:
         """Make a tokenizer from its files' contents; `from_folder` reads them.
 
+        Args:
+            files: what the folder says.
+            default_template: as `from_folder`.
+
         Raises:
-            TokenizerError: if it is not byte-level BPE, or cannot be built.
+            TokenizerError: if it is of a kind that is not supported, or cannot be built.
         """
         self.added_tokens: Mapping[str, int] = {t.content: t.id for t in files.added_tokens}
         """Ids of all special and added tokens by their literal text."""
         self.special_token_ids = frozenset(t.id for t in files.added_tokens if t.is_special)
         self.eos_token_ids = files.eos_token_ids
         """Ids that end an answer, from every file that names one."""
-        _check_byte_level(files.definition)
+        opening = self.added_tokens.get(files.opening or "")
+        self.opening_ids = () if opening is None else (opening,)
+        """Ids that begin a text which no chat template has written."""
+        self._alphabet = Alphabet.of(files.definition)
         self._plain, vocab = _build_plain(files.definition, self.added_tokens)
+        self._inner = self._plain
+        """For text behind a special token, where no space is put in front."""
+        if (without_prefix := _without_first_prefix(files.definition)) is not None:
+            self._inner, _ = _build_plain(without_prefix, self.added_tokens)
         self._words = {number: word for word, number in vocab.items()}
         self._added_bytes = {t.id: t.content.encode() for t in files.added_tokens}
         self._literals = _literal_pattern(files.added_tokens)
         self._literal_ids = [t.id for t in _longest_first(files.added_tokens)]
-        self._template = ChatTemplate(
-            files.chat_template or QWEN2_VL_TEMPLATE, files.template_variables
-        )
+        source = files.chat_template or default_template
+        self._template = None if source is None else ChatTemplate(source, files.template_variables)
         self.vocab_size = 1 + max([*self._words, *self._added_bytes], default=-1)
         """One more than the largest id."""
 
     @classmethod
-    def from_folder(cls, path: str | Path) -> Tokenizer:
-        """Read a checkpoint's tokenizer: `tokenizer.json`, or `vocab.json` with `merges.txt`.
+    def from_folder(
+        cls, path: str | Path, default_template: str | None = QWEN2_VL_TEMPLATE
+    ) -> Tokenizer:
+        """Read a checkpoint's tokenizer: `tokenizer.json`, or the older files it replaces.
 
         Args:
             path: a checkpoint folder, quantized or not.
+            default_template: the chat template where the folder has none; None leaves the model
+                without one, and conversations are refused.
 
         Raises:
             TokenizerError: if the files are missing, malformed, or of a kind that is not supported.
         """
         try:
-            return cls(read_tokenizer_files(Path(path).expanduser()))
+            return cls(read_tokenizer_files(Path(path).expanduser()), default_template)
         except TokenizerError as error:
             raise TokenizerError(f"{path}: {error}") from error
 
@@ -76,23 +94,13 @@ class Tokenizer:
         Raises:
             RequestError: if the text has lone surrogates, which no encoding can write.
         """
-        ids: list[int] = []
-        if not allow_special:
-            self._append_plain(ids, text)
-            return ids
-        start = 0
-        for match in self._literals.finditer(text):
-            self._append_plain(ids, text[start : match.start()])
-            ids.append(self._literal_ids[(match.lastindex or 1) - 1])
-            start = match.end()
-        self._append_plain(ids, text[start:])
-        return ids
+        return self._encode(text, {}) if allow_special else self._plain_ids(text)
 
     def render(
         self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True
     ) -> str:
         """Write a conversation as the text the model was trained on; see `ChatTemplate.render`."""
-        return self._template.render(messages, add_generation_prompt)
+        return self._chat_template().render(messages, add_generation_prompt)
 
     def encode_chat(
         self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True
@@ -108,35 +116,30 @@ class Tokenizer:
             RequestError: if the template refuses the conversation, or text has lone surrogates.
             TokenizerError: if the template fails.
         """
+        template = self._chat_template()
         check_size(messages)
-        mask, unmask = self._stand_ins(messages)
-        rendered = self._template.render(
+        mask, unmask = self._stand_ins(messages, template)
+        rendered = template.render(
             [_mask_message(message, mask) for message in messages], add_generation_prompt
         )
-        ids: list[int] = []
-        start = 0
-        for match in self._literals.finditer(rendered):
-            self._append_plain(ids, rendered[start : match.start()].translate(unmask))
-            ids.append(self._literal_ids[(match.lastindex or 1) - 1])
-            start = match.end()
-        self._append_plain(ids, rendered[start:].translate(unmask))
-        return ids
+        return self._encode(rendered, unmask)
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """Turn ids into text; bytes that are no character become U+FFFD, unknown ids nothing."""
         skipped = self.special_token_ids if skip_special_tokens else frozenset()
         data = b"".join(self.token_bytes(number) for number in ids if number not in skipped)
-        return data.decode("utf-8", "replace")
+        return data.removeprefix(self.leading_space).decode("utf-8", "replace")
+
+    @property
+    def leading_space(self) -> bytes:
+        """What a text loses in front when it is decoded, b"" for most tokenizers."""
+        return b" " if self._alphabet.strips_space else b""
 
     def token_bytes(self, token_id: int) -> bytes:
         """Return the bytes a token stands for; b"" for an id that has none (padded vocabulary)."""
         if (added := self._added_bytes.get(token_id)) is not None:
             return added
-        word = self._words.get(token_id, "")
-        try:
-            return bytes(_BYTE_OF[letter] for letter in word)
-        except KeyError:
-            return word.encode()
+        return self._alphabet.bytes_of(self._words.get(token_id, ""))
 
     def special_id(self, name: str) -> int:
         """Return the id of a special token by its literal, or by the word inside: "image_pad".
@@ -150,15 +153,37 @@ class Tokenizer:
         known = ", ".join(self.added_tokens) or "none"
         raise TokenizerError(f"there is no special token {name!r}; there are: {known}")
 
-    def _append_plain(self, ids: list[int], text: str) -> None:
-        if text:
-            try:
-                ids += self._plain.encode(text, add_special_tokens=False).ids
-            except (UnicodeEncodeError, TypeError) as error:
-                raise RequestError("the text has a lone surrogate; send valid Unicode") from error
+    def _encode(self, text: str, unmask: Mapping[int, int]) -> list[int]:
+        """Encode text whose literals are special tokens; `unmask` undoes the stand-ins between."""
+        ids: list[int] = []
+        start = 0
+        for match in self._literals.finditer(text):
+            plain = text[start : match.start()].translate(unmask)
+            ids += self._plain_ids(plain, is_first=not start)
+            ids.append(self._literal_ids[(match.lastindex or 1) - 1])
+            start = match.end()
+        return ids + self._plain_ids(text[start:].translate(unmask), is_first=not start)
+
+    def _plain_ids(self, text: str, is_first: bool = True) -> list[int]:
+        """Encode text without special tokens; `is_first` where none comes before it."""
+        if not text:
+            return []
+        tokenizer = self._plain if is_first else self._inner
+        try:
+            return list(tokenizer.encode(text, add_special_tokens=False).ids)
+        except (UnicodeEncodeError, TypeError) as error:
+            raise RequestError("the text has a lone surrogate; send valid Unicode") from error
+
+    def _chat_template(self) -> ChatTemplate:
+        if self._template is None:
+            raise RequestError(
+                "this model has no chat template, so it continues texts but holds no conversation",
+                param="messages",
+            )
+        return self._template
 
     def _stand_ins(
-        self, messages: Sequence[Mapping[str, Any]]
+        self, messages: Sequence[Mapping[str, Any]], template: ChatTemplate
     ) -> tuple[dict[int, int], dict[int, int]]:
         """Map the first and last characters of special tokens to characters nobody wrote.
 
@@ -167,7 +192,7 @@ class Tokenizer:
         """
         ends = {c for literal in self.added_tokens for c in (literal[0], literal[-1])}
         ends = {c for c in ends if not c.isspace()}
-        written = set(self._template.source).union(*_texts(messages))
+        written = set(template.source).union(*_texts(messages))
         free = (point for point in PRIVATE_USE if chr(point) not in written)
         mask = {ord(c): point for c, point in zip(sorted(ends), free, strict=False)}
         return mask, {point: c for c, point in mask.items()}
@@ -210,17 +235,12 @@ def _texts(messages: Sequence[Mapping[str, Any]]) -> Iterator[str]:
                 yield part["text"]
 
 
-def _check_byte_level(definition: Mapping[str, Any]) -> None:
-    """Refuse tokenizers whose tokens are not bytes."""
-    model, decoder = definition.get("model"), definition.get("decoder")
-    kinds = [part.get("type") if isinstance(part, dict) else None for part in (model, decoder)]
-    if isinstance(decoder, dict) and kinds[1] == "Sequence":
-        kinds[1:] = [part.get("type") for part in decoder.get("decoders", [])]
-    if kinds != ["BPE", "ByteLevel"]:
-        raise TokenizerError(
-            f"its tokenizer is {kinds[0]} with decoder {kinds[1:]}; only byte-level BPE (BPE with "
-            "decoder ByteLevel, as Qwen2 and Llama 3 have) is supported"
-        )
+def _without_first_prefix(definition: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the definition for text that is not the first; None where it is the same."""
+    step = definition.get("pre_tokenizer")
+    if isinstance(step, dict) and step.get("prepend_scheme") == "first":
+        return {**definition, "pre_tokenizer": {**step, "prepend_scheme": "never"}}
+    return None
 
 
 def _build_plain(
@@ -231,8 +251,11 @@ def _build_plain(
     vocab = model.get("vocab")
     if not isinstance(vocab, dict) or not all(type(n) is int and n >= 0 for n in vocab.values()):
         raise TokenizerError("its vocabulary must be an object of tokens and ids")
+    unknown = model.get("unk_token")  # no text spells it: only what has no token becomes it
     model["vocab"] = vocab = {
-        word: n for word, n in vocab.items() if word not in added or word.isspace()
+        word: n
+        for word, n in vocab.items()
+        if word not in added or word.isspace() or word == unknown
     }
     plain = {**definition, "model": model, "added_tokens": [], "truncation": None, "padding": None}
     plain["post_processor"] = None
@@ -256,17 +279,3 @@ def _literal_pattern(tokens: Sequence[AddedToken]) -> re.Pattern[str]:
         before, after = r"\s*" if token.lstrip else "", r"\s*" if token.rstrip else ""
         alternatives.append(before + literal + after)
     return re.compile("|".join(alternatives) or r"(?!)")
-
-
-def _byte_letters() -> dict[str, int]:
-    """Return GPT-2's letters for the 256 bytes: printable Latin-1 as itself, the rest from U+0100.
-
-    Source: openai/gpt-2, src/encoder.py, bytes_to_unicode.
-    """
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    letters = {chr(byte): byte for byte in printable}
-    return letters | {chr(256 + i): byte for i, byte in enumerate(others)}
-
-
-_BYTE_OF = _byte_letters()

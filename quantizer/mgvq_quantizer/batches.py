@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mgvq_quantizer.calibration import Sample
 from mgvq_runtime.layers.forward_batch import ForwardBatch
-from mgvq_runtime.models.qwen2_vl import Qwen2VL
+from mgvq_runtime.models.causal_lm import CausalLM
 from mgvq_runtime.request import ImageInput
 
 _MAX_PATCHES = 4096
@@ -92,25 +92,33 @@ def patches_of(pictures: Sequence[ImageInput], device: torch.device | str) -> Te
     return torch.from_numpy(np.concatenate([p.patches for p in pictures])).float().to(device)
 
 
+def encode_batch(
+    model: CausalLM, pictures: Sequence[ImageInput], device: torch.device | str
+) -> Tensor:
+    """Return the decoder rows `[N, D]` of pictures, end to end, in one forward."""
+    grids = [picture.grid_thw for picture in pictures]
+    layouts = [picture.layout for picture in pictures]
+    return model.encode_images(patches_of(pictures, device), grids, layouts)
+
+
 @torch.no_grad()
 def encode_pictures(
-    model: Qwen2VL, pictures: Sequence[ImageInput], device: torch.device | str
+    model: CausalLM, pictures: Sequence[ImageInput], device: torch.device | str
 ) -> Features:
     """Run every picture through the vision tower once."""
     features: Features = {}
     for batch in picture_batches(pictures):
-        grids = [picture.grid_thw for picture in batch]
-        rows = model.encode_images(patches_of(batch, device), grids)  # [N, D]
+        rows = encode_batch(model, batch, device)  # [N, D]
         split = torch.split(rows, [picture.num_tokens for picture in batch])
         features.update({id(p): part for p, part in zip(batch, split, strict=True)})
     return features
 
 
-def embed(model: Qwen2VL, batch: TokenBatch, features: Features) -> Tensor:
+def embed(model: CausalLM, batch: TokenBatch, features: Features) -> Tensor:
     """Return the decoder's input `[T, D]`: token rows, with picture rows in their places."""
     rows = model.embed(batch.token_ids)  # [T, D]
     pictures = [features[id(image)] for sample in batch.samples for image in sample.images]
-    if not pictures:
+    if not pictures or model.config.image_token_id is None:
         return rows
     places = (batch.token_ids == model.config.image_token_id).nonzero()  # [N, 1]
     values = torch.cat(pictures).to(rows.dtype)  # [N, D]

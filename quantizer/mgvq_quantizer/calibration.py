@@ -72,13 +72,16 @@ class Sample:
     images: tuple[ImageInput, ...]
 
 
-def load_conversations(path: Path | None, model: Path) -> tuple[str, list[Conversation]]:
+def load_conversations(
+    path: Path | None, model: Path, takes_pictures: bool = True
+) -> tuple[str, list[Conversation]]:
     """Read calibration conversations.
 
     Args:
         path: a `.jsonl`, `.json` or `.zip` file or a folder; None takes `calibration.zip` of the
             model's folder, else generic questions on the bundled pictures.
         model: the folder of the model.
+        takes_pictures: whether the model can be asked about pictures; else data must be given.
 
     Returns:
         A name for the data, and the conversations in the file's order.
@@ -88,6 +91,11 @@ def load_conversations(path: Path | None, model: Path) -> tuple[str, list[Conver
     """
     if path is None:
         own = model / "calibration.zip"
+        if not own.is_file() and not takes_pictures:
+            raise CalibrationError(
+                "a model that reads text alone has no data to be calibrated on here: give "
+                "--calibration a .jsonl file of conversations"
+            )
         if not own.is_file():
             return "bundled pictures", _generic(list(demo_picture_paths()))
         path = own
@@ -132,7 +140,7 @@ def prepare(
             conversation the chat template refuses.
     """
     end = end_of_turn(tokenizer)
-    known: dict[bytes, ImageInput] = {}
+    known: dict[Any, ImageInput] = {}
     samples = []
     for conversation in conversations:
         try:
@@ -142,7 +150,8 @@ def prepare(
         except MgvqError as error:
             raise CalibrationError(f"{conversation.where}: {error}") from error
         pairs = zip(conversation.pictures, sample.images, strict=True)
-        images = tuple(known.setdefault(_digest(data), image) for data, image in pairs)
+        # With several pictures in a conversation a family may cut each into fewer tiles.
+        images = tuple(known.setdefault((_digest(d), i.num_tokens), i) for d, i in pairs)
         samples.append(dataclasses.replace(sample, images=images))
     return samples
 
@@ -162,12 +171,12 @@ def show_other_pictures(samples: Sequence[Sample], copies: int, seed: int) -> li
         The new samples.
     """
     rng = np.random.default_rng(seed)
-    sizes: dict[tuple[int, int, int], list[ImageInput]] = {}
+    sizes: dict[Any, list[ImageInput]] = {}
     for image in {id(i): i for sample in samples for i in sample.images}.values():
-        sizes.setdefault(image.grid_thw, []).append(image)
+        sizes.setdefault((image.grid_thw, image.layout), []).append(image)
 
     def other(image: ImageInput) -> ImageInput:
-        same = sizes[image.grid_thw]
+        same = sizes[image.grid_thw, image.layout]
         return same[int(rng.integers(len(same)))]
 
     return [

@@ -33,13 +33,12 @@ from mgvq_runtime.checkpoint.reader import Checkpoint, open_checkpoint
 from mgvq_runtime.errors import MgvqError
 from mgvq_runtime.layers.embedding import TiedHead, VQEmbedding
 from mgvq_runtime.layers.vq_matrix import VQMatrix
-from mgvq_runtime.models.config import Qwen2VLConfig
+from mgvq_runtime.models.causal_lm import CausalLM
+from mgvq_runtime.models.config import ModelConfig
 from mgvq_runtime.models.loading import fill_model
-from mgvq_runtime.models.qwen2_vl import Qwen2VL
-from mgvq_runtime.models.registry import find_family
 from mgvq_runtime.multimodal.chat import ChatProcessor
 from mgvq_runtime.multimodal.image import decode_image
-from mgvq_runtime.multimodal.prompt import expand_image_tokens, mrope_positions
+from mgvq_runtime.multimodal.prompt import build_prompt
 from mgvq_runtime.request import ImageInput, Prompt
 from mgvq_runtime.tokenizer import Tokenizer
 
@@ -118,25 +117,23 @@ def evaluate(
     rows = load_questions(archive, limit, seed)
     opened = open_checkpoint(checkpoint)
     models = (to_dense(fill_model(opened, device)), to_dense(load(reference, device)))
-    tokenizer = Tokenizer.from_folder(reference)
-    images = find_family(opened.config).image_processor.from_folder(reference, None)
-    processor = ChatProcessor(tokenizer, images, models[0].config)
+    processor = ChatProcessor.from_checkpoint(open_checkpoint(reference), models[1].config)
     sums = _Sums()
     with tqdm(total=len(rows), unit="question", disable=not show_progress) as bar:
         for chunk in _chunks(rows):
-            asked = _prepare(archive, chunk, processor, tokenizer)
+            asked = _prepare(archive, chunk, processor)
             exam = make_exam(asked, processor.config.image_token_id, device)
             _mark(exam, models, sums)
             bar.update(len(chunk))
     return _finish(sums, opened, time.monotonic() - started)
 
 
-def load(path: Path, device: str) -> Qwen2VL:
+def load(path: Path, device: str) -> CausalLM:
     """Open and fill a checkpoint folder."""
     return fill_model(open_checkpoint(path), device)
 
 
-def to_dense(model: Qwen2VL) -> Qwen2VL:
+def to_dense(model: CausalLM) -> CausalLM:
     """Replace every quantized layer by a dense one of the same values; returns the model."""
     for name, module in list(model.named_modules()):
         if not isinstance(module, VQMatrix):
@@ -173,16 +170,17 @@ def _chunks(questions: Sequence[Question]) -> Iterator[list[Question]]:
 
 
 def _prepare(
-    archive: Archive, questions: Sequence[Question], processor: ChatProcessor, tokenizer: Tokenizer
+    archive: Archive, questions: Sequence[Question], processor: ChatProcessor
 ) -> list[Asked]:
     """Turn questions into prompts and answers in tokens; a picture is processed once a chunk."""
+    tokenizer = processor.tokenizer
     end = end_of_turn(tokenizer)
     asked = []
     for _, group in groupby(questions, key=lambda question: question.images):
         same = list(group)
         try:
             pictures = [decode_image(archive.read_picture(name)) for name in same[0].images]
-            inputs = tuple(processor.image_processor(picture) for picture in pictures)
+            inputs = processor.process(pictures)
             for question in same:
                 prompt = _prompt(question, inputs, tokenizer, processor.config)
                 answer = [*tokenizer.encode(question.answer), end]
@@ -193,17 +191,13 @@ def _prepare(
 
 
 def _prompt(
-    question: Question, images: tuple[ImageInput, ...], tokenizer: Tokenizer, config: Qwen2VLConfig
+    question: Question, images: tuple[ImageInput, ...], tokenizer: Tokenizer, config: ModelConfig
 ) -> Prompt:
     """As `ChatProcessor.prepare`, with pictures that are processed already."""
-    ids = tokenizer.encode_chat(question.messages)
-    ids = expand_image_tokens(ids, [image.num_tokens for image in images], config.image_token_id)
-    grids = [image.grid_thw for image in images]
-    merge_size = config.vision_config.spatial_merge_size
-    return Prompt(ids, images, *mrope_positions(ids, grids, config.image_token_id, merge_size))
+    return build_prompt(tokenizer.encode_chat(question.messages), images, config)
 
 
-def _mark(exam: Exam, models: tuple[Qwen2VL, Qwen2VL], sums: _Sums) -> None:
+def _mark(exam: Exam, models: tuple[CausalLM, CausalLM], sums: _Sums) -> None:
     """Run both models over some questions and add up what they say."""
     ours, theirs = (answer_states(model, exam) for model in models)  # [A, D] each
     targets = exam.targets.to(ours.device)  # [A]

@@ -43,15 +43,14 @@ from mgvq_runtime.checkpoint.reader import Checkpoint, open_checkpoint
 from mgvq_runtime.checkpoint.spec import QuantizationSpec
 from mgvq_runtime.checkpoint.writer import write_checkpoint
 from mgvq_runtime.errors import CheckpointError
+from mgvq_runtime.models.causal_lm import CausalLM
 from mgvq_runtime.models.loading import fill_model
-from mgvq_runtime.models.qwen2_vl import Qwen2VL
-from mgvq_runtime.models.registry import find_family
 from mgvq_runtime.multimodal.chat import ChatProcessor
-from mgvq_runtime.tokenizer import Tokenizer
+from mgvq_runtime.tokenizer.folder import missing_tokenizer_json
 
 _BATCH_TOKENS = 8192
 _COMPANIONS = (
-    "tokenizer*",
+    "tokenizer*.json",
     "vocab.json",
     "merges.txt",
     "added_tokens.json",
@@ -151,19 +150,17 @@ def _open_source(model: Path, output: Path) -> Checkpoint:
     return source
 
 
-def _read_data(folder: Path, graph: Qwen2VL, recipe: QuantRecipe, path: Path | None) -> _Data:
+def _read_data(folder: Path, graph: CausalLM, recipe: QuantRecipe, path: Path | None) -> _Data:
     """Load, thin out, tokenize and split the calibration conversations."""
-    name, conversations = calibration.load_conversations(path, folder)
+    name, conversations = calibration.load_conversations(path, folder, graph.visual is not None)
     step = max(1.0, len(conversations) / recipe.max_samples)
     chosen = [
         conversations[int(i * step)] for i in range(min(len(conversations), recipe.max_samples))
     ]
-    tokenizer = Tokenizer.from_folder(folder)
-    family = find_family(open_checkpoint(folder).config)
-    processor = ChatProcessor(
-        tokenizer, family.image_processor.from_folder(folder, recipe.max_image_tokens), graph.config
+    processor = ChatProcessor.from_checkpoint(
+        open_checkpoint(folder), graph.config, recipe.max_image_tokens
     )
-    samples = calibration.prepare(chosen, processor, tokenizer)
+    samples = calibration.prepare(chosen, processor, processor.tokenizer)
     if len(samples) < 2:
         raise CalibrationError(f"{name} holds {len(samples)} conversation; at least 2 are needed")
     held = max(1, round(len(samples) * recipe.heldout_share))
@@ -181,7 +178,7 @@ def _read_data(folder: Path, graph: Qwen2VL, recipe: QuantRecipe, path: Path | N
 
 
 def _round(
-    graph: Qwen2VL,
+    graph: CausalLM,
     plans: dict[str, MatrixPlan],
     recipe: QuantRecipe,
     work: WorkFolder,
@@ -197,7 +194,7 @@ def _round(
     device = next(graph.parameters()).device
     bar.set_description("asking the unquantized model")
     pictures = unique_pictures(data.train)
-    if not pictures:
+    if graph.visual is not None and not pictures:
         raise CalibrationError(
             f"{data.name} holds no picture: the vision tower cannot be calibrated on text alone"
         )
@@ -216,7 +213,8 @@ def _round(
     for name, parameter in graph.named_parameters():
         if name.rpartition(".")[0] not in plans or not name.endswith(".weight"):
             parameter.copy_(parameter.half())
-    stream.vision(list(picture_batches(shown)), device)
+    if graph.visual is not None:
+        stream.vision(list(picture_batches(shown)), device)
     features = encode_pictures(graph, unique_pictures(data.all), device)
     stream.embedding(head_moment)
     stream.decoder(_batches(data.train, device), features)
@@ -224,7 +222,7 @@ def _round(
 
 
 def _reference(
-    graph: Qwen2VL, batches: Sequence[TokenBatch], features: Features
+    graph: CausalLM, batches: Sequence[TokenBatch], features: Features
 ) -> tuple[tuning.Reference, Tensor]:
     """Return what the dense model says about every sample, and the moment of its final states."""
     hidden: dict[int, Tensor] = {}
@@ -247,7 +245,7 @@ def _reference(
     return tuning.Reference(hidden, head.clone()), moment
 
 
-def _forward(graph: Qwen2VL, batch: TokenBatch, features: Features) -> Tensor:
+def _forward(graph: CausalLM, batch: TokenBatch, features: Features) -> Tensor:
     return graph(embed(graph, batch, features), batch.forward)
 
 
@@ -268,7 +266,7 @@ def _facts(data: _Data) -> dict[str, Any]:
 def _write(
     output: Path,
     source: Checkpoint,
-    graph: Qwen2VL,
+    graph: CausalLM,
     plans: dict[str, MatrixPlan],
     solutions: dict[str, Solution],
     tuned: tuning.Tuned,
@@ -290,6 +288,9 @@ def _write(
         if name not in matrices
     )
     weights = ((n, tuned.weights.get(n, solutions[n].weight).to("cpu")) for n in plans)
+    extra_files = {"quantization_report.json": report.to_bytes()}
+    if (tokenizer := missing_tokenizer_json(source.path)) is not None:
+        extra_files["tokenizer.json"] = tokenizer
     files = sorted({file for pattern in _COMPANIONS for file in source.path.glob(pattern)})
     write_checkpoint(
         output,
@@ -298,5 +299,5 @@ def _write(
         dense=dense,
         weights=weights,
         copy_files=[file for file in files if file.is_file()],
-        extra_files={"quantization_report.json": report.to_bytes()},
+        extra_files=extra_files,
     )

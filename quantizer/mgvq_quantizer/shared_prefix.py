@@ -20,7 +20,7 @@ from torch import Tensor
 
 from mgvq_quantizer.batches import encode_pictures
 from mgvq_runtime.layers.forward_batch import ForwardBatch
-from mgvq_runtime.models.qwen2_vl import Qwen2VL
+from mgvq_runtime.models.causal_lm import CausalLM
 from mgvq_runtime.request import ImageInput, Prompt
 
 _BLOCK = 16
@@ -84,13 +84,13 @@ class _Request:
 
 
 def make_exam(
-    asked: Sequence[Asked], image_token_id: int, device: torch.device | str = "cpu"
+    asked: Sequence[Asked], image_token_id: int | None, device: torch.device | str = "cpu"
 ) -> Exam:
     """Lay questions out so that each group's common prompt runs once.
 
     Args:
         asked: questions; those with the same pictures form a group.
-        image_token_id: the placeholder; answers never hold it.
+        image_token_id: the placeholder; answers never hold it. None for text alone.
         device: where the index tensors go.
     """
     groups: dict[tuple[int, ...], list[Asked]] = {}
@@ -138,7 +138,7 @@ def make_exam(
 
 
 @torch.no_grad()
-def answer_states(model: Qwen2VL, exam: Exam) -> Tensor:
+def answer_states(model: CausalLM, exam: Exam) -> Tensor:
     """Return the final hidden states `[A, D]` of the rows that predict the answers."""
     parameter = next(model.parameters())
     features = encode_pictures(model, exam.pictures, parameter.device)
@@ -156,7 +156,7 @@ def answer_states(model: Qwen2VL, exam: Exam) -> Tensor:
 
 
 def _forward(
-    model: Qwen2VL, half: _Half, pictures: Tensor, cache: list[tuple[Tensor, Tensor]]
+    model: CausalLM, half: _Half, pictures: Tensor, cache: list[tuple[Tensor, Tensor]]
 ) -> Tensor:
     embeds = model.embed(half.token_ids)  # [T, D]
     places = (half.picture_rows >= 0).nonzero()[:, 0]
@@ -217,7 +217,7 @@ def _whole(question: Asked) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64
 
 
 def _picture_rows(
-    ids: npt.NDArray[np.int64], image_token_id: int, first: int
+    ids: npt.NDArray[np.int64], image_token_id: int | None, first: int
 ) -> npt.NDArray[np.int64]:
     """Return which row of all pictures each placeholder takes, -1 for text: `[T]`."""
     is_picture = ids == image_token_id

@@ -18,14 +18,14 @@ from torch import Tensor, nn
 
 from mgvq_kernels import ops
 from mgvq_quantizer.allocation import MatrixPlan, sharing_groups
-from mgvq_quantizer.batches import Features, TokenBatch, embed, patches_of
+from mgvq_quantizer.batches import Features, TokenBatch, embed, encode_batch
 from mgvq_quantizer.codebook import Codebook
 from mgvq_quantizer.recipe import QuantRecipe
 from mgvq_quantizer.solver import Problem, Solution, books_of, channel_order, solve
 from mgvq_quantizer.statistics import Run, input_moment, input_moments, record_calls
 from mgvq_quantizer.work_folder import WorkFolder
 from mgvq_runtime.errors import CheckpointError
-from mgvq_runtime.models.qwen2_vl import Qwen2VL
+from mgvq_runtime.models.causal_lm import CausalLM
 from mgvq_runtime.request import ImageInput
 
 Calls = list[tuple[Any, ...]]
@@ -36,7 +36,7 @@ class Stream:
 
     def __init__(
         self,
-        model: Qwen2VL,
+        model: CausalLM,
         plans: Mapping[str, MatrixPlan],
         recipe: QuantRecipe,
         work: WorkFolder,
@@ -78,12 +78,8 @@ class Stream:
     def vision(self, batches: Sequence[Sequence[ImageInput]], device: torch.device) -> None:
         """Quantize the vision tower and the merger on batches of pictures."""
         tower = self.model.visual
-        runs: list[Run] = [
-            partial(
-                self.model.encode_images, patches_of(batch, device), [p.grid_thw for p in batch]
-            )
-            for batch in batches
-        ]
+        assert tower is not None, "a model without a vision tower has no pictures to run"
+        runs: list[Run] = [partial(encode_batch, self.model, batch, device) for batch in batches]
         self._matrix("visual.patch_embed.proj", runs)
         calls = self._blocks("visual.blocks", tower.blocks, record_calls(tower.blocks[0], runs))
         ends: list[Run] = [partial(tower.merger, call[0]) for call in calls]

@@ -25,7 +25,7 @@ from mgvq_quantizer.batches import Features, TokenBatch, embed, make_batch, spli
 from mgvq_quantizer.calibration import Sample
 from mgvq_quantizer.codebook import decode, snap
 from mgvq_quantizer.recipe import QuantRecipe
-from mgvq_runtime.models.qwen2_vl import Qwen2VL
+from mgvq_runtime.models.causal_lm import CausalLM
 
 _CHECKS = 20
 """How often the held-out samples are looked at during tuning."""
@@ -84,7 +84,7 @@ class _Knob:
 class _Student(nn.Module):
     """The model as one call from tokens to the logits of the answer rows."""
 
-    def __init__(self, model: Qwen2VL) -> None:
+    def __init__(self, model: CausalLM) -> None:
         super().__init__()
         self.model = model
 
@@ -98,7 +98,7 @@ class _Knobs:
     """All trainable tensors of a model, and the parameters they stand for."""
 
     def __init__(
-        self, model: Qwen2VL, plans: Mapping[str, MatrixPlan], weights: Mapping[str, VQWeight]
+        self, model: CausalLM, plans: Mapping[str, MatrixPlan], weights: Mapping[str, VQWeight]
     ) -> None:
         self.plans = {n: p for n, p in plans.items() if not n.startswith("visual.")}
         self.weights = {name: weights[name] for name in self.plans}
@@ -184,7 +184,7 @@ class _Knobs:
 
 
 def tune(
-    model: Qwen2VL,
+    model: CausalLM,
     plans: Mapping[str, MatrixPlan],
     weights: Mapping[str, VQWeight],
     reference: Reference,

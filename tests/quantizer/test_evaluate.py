@@ -44,7 +44,7 @@ def asked(dense: Path, model: Qwen2VL) -> list[Asked]:
     processor = ChatProcessor(
         tokenizer, Qwen2VLImageProcessor.from_folder(dense, None), model.config
     )
-    return _prepare(archive, load_questions(archive, None, 0), processor, tokenizer)
+    return _prepare(archive, load_questions(archive, None, 0), processor)
 
 
 def plain_states(model: Qwen2VL, question: Asked, extra: list[int]) -> torch.Tensor:

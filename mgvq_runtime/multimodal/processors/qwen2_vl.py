@@ -8,12 +8,10 @@ Source: transformers 5.23 `models/qwen2_vl/image_processing_pil_qwen2_vl.py`.
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +20,13 @@ from PIL import Image
 from mgvq_runtime.errors import ConfigError, ImageError
 from mgvq_runtime.models.config_fields import Fields
 from mgvq_runtime.multimodal.image import to_rgb
+from mgvq_runtime.multimodal.processors.base import (
+    check_steps,
+    pixel_table,
+    read_normalisation,
+    read_resample,
+    required_fields,
+)
 from mgvq_runtime.request import ImageInput
 
 MAX_ASPECT_RATIO = 200
@@ -99,30 +104,20 @@ class Qwen2VLImageProcessor:
         Raises:
             ConfigError: if neither file is there, or a value in it cannot be honoured.
         """
-        values, file = _read_config(Path(path))
-        fields = Fields(values, "", file)
-        for name in ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"):
-            if not fields.boolean(name, default=True):
-                fields.refuse(name, False, "true: nothing else is implemented")
-        size = Fields(fields.mapping("size", default={}), "size.", file)
+        fields = required_fields(Path(path))
+        check_steps(fields, ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"))
+        size = Fields(fields.mapping("size", default={}), "size.", fields.file)
         shortest = size.integer("shortest_edge", default=DEFAULT_MIN_PIXELS)
         longest = size.integer("longest_edge", default=DEFAULT_MAX_PIXELS)
-        resample = fields.integer("resample", default=int(Image.Resampling.BICUBIC), low=0)
-        if resample not in list(Image.Resampling):
-            fields.refuse("resample", resample, "a resampling filter of PIL, 0 to 5")
         processor = cls(
             min_pixels=fields.integer("min_pixels", default=shortest),
             max_pixels=fields.integer("max_pixels", default=longest),
             patch_size=fields.square("patch_size", default=14),
             temporal_patch_size=fields.square("temporal_patch_size", default=2),
             merge_size=fields.integer("merge_size", default=2),
-            image_mean=fields.numbers("image_mean", 3, default=CLIP_MEAN),
-            image_std=fields.numbers("image_std", 3, default=CLIP_STD),
-            rescale_factor=fields.number("rescale_factor", default=1 / 255),
-            resample=resample,
+            resample=read_resample(fields),
+            **read_normalisation(fields, CLIP_MEAN, CLIP_STD),
         )
-        if min(processor.image_std) <= 0:
-            fields.refuse("image_std", list(processor.image_std), "three numbers above 0")
         return processor if max_image_tokens is None else processor.capped(max_image_tokens)
 
     def capped(self, max_image_tokens: int) -> Qwen2VLImageProcessor:
@@ -153,6 +148,11 @@ class Qwen2VLImageProcessor:
         grown = least + math.sqrt(least) * (narrowest + 1 / narrowest) + 1
         return math.floor(max(most, shrunk, grown))
 
+    @property
+    def max_grid(self) -> tuple[int, int, int]:
+        """Grid of a picture with most tokens (for memory planning)."""
+        return 1, self.merge_size, self.merge_size * self.max_num_tokens
+
     def grid_of(self, height: int, width: int) -> tuple[int, int, int]:
         """Return the patches along time, height and width of a picture of this size.
 
@@ -161,6 +161,10 @@ class Qwen2VLImageProcessor:
         """
         size = smart_resize(height, width, self.factor, self.min_pixels, self.max_pixels)
         return 1, size[0] // self.patch_size, size[1] // self.patch_size
+
+    def prepare(self, images: Sequence[Image.Image]) -> tuple[ImageInput, ...]:
+        """Prepare all pictures of one conversation, each by itself; see `__call__`."""
+        return tuple(self(image) for image in images)
 
     def __call__(self, image: Image.Image) -> ImageInput:
         """Resize, normalise and cut a picture.
@@ -192,39 +196,8 @@ class Qwen2VLImageProcessor:
         blocks = pixels.reshape(rows // m, m, p, columns // m, m, p, 3)
         blocks = blocks.transpose(0, 3, 1, 4, 6, 2, 5)  # [rows/m, columns/m, m, m, 3, p, p]
         codes = blocks.reshape(rows * columns, 3, 1, p * p)  # [P, 3, 1, p * p] uint8
-        table = self._normalised()
+        table = pixel_table(self.image_mean, self.image_std, self.rescale_factor)
         patches = np.empty((rows * columns, 3, self.temporal_patch_size, p * p), np.float32)
         for channel in range(3):  # a still picture fills every frame of its temporal patch
             patches[:, channel] = table[channel][codes[:, channel]]
         return patches.reshape(rows * columns, -1)
-
-    def _normalised(self) -> npt.NDArray[np.float32]:
-        """Return `[3, 256]` float32: what each pixel value becomes, in transformers' rounding."""
-        scaled = (np.arange(256, dtype=np.float64) * self.rescale_factor).astype(np.float32)
-        mean = np.array(self.image_mean, dtype=np.float32)[:, None]
-        std = np.array(self.image_std, dtype=np.float32)[:, None]
-        return (scaled - mean) / std
-
-
-def _read_config(folder: Path) -> tuple[Mapping[str, Any], str]:
-    """Return the image processor's values and the name of the file they are in."""
-    for name, key in (
-        ("preprocessor_config.json", None),
-        ("processor_config.json", "image_processor"),
-    ):
-        file = folder / name
-        if not file.is_file():
-            continue
-        try:
-            values = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError:
-            raise ConfigError(f"{file} is not valid JSON") from None
-        if key is not None and isinstance(values, dict):
-            values = values.get(key)
-        if isinstance(values, dict):
-            return values, name
-        raise ConfigError(f"{file} does not describe an image processor")
-    raise ConfigError(
-        f"{folder} has neither preprocessor_config.json nor processor_config.json: "
-        "how pictures are prepared is part of a checkpoint"
-    )

@@ -65,9 +65,12 @@ def test_the_worst_case_runs_as_large_as_it_says(
     monkeypatch.setattr(
         type(model), "forward", lambda self, x, b: seen.append(len(x)) or forward(self, x, b)
     )
-    config = EngineConfig(max_image_tokens=12, max_batch_tokens=33)
-    run_worst_case(model, config, torch.device("cpu"))
-    assert seen == [48, 33]
+    images = loaded_tiny_model[1].image_processor.capped(12)
+    run_worst_case(model, images, EngineConfig(max_batch_tokens=33), torch.device("cpu"))
+    assert images.max_num_tokens >= 12
+    assert seen == [4 * images.max_num_tokens, 33]
+    run_worst_case(model, None, EngineConfig(max_batch_tokens=9), torch.device("cpu"))
+    assert seen[2:] == [9]
 
 
 @pytest.mark.gpu

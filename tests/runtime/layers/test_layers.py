@@ -12,7 +12,7 @@ from mgvq_runtime.layers.embedding import TiedHead, VQEmbedding
 from mgvq_runtime.layers.forward_batch import ForwardBatch
 from mgvq_runtime.layers.linear import LayerFactory, VQLinear
 from mgvq_runtime.layers.norm import RMSNorm
-from mgvq_runtime.layers.rope import MRope, VisionRope, patch_positions
+from mgvq_runtime.layers.rope import MRope, VisionRope, inverse_frequencies, patch_positions
 from tests.runtime.layers.random_weight import random_weight
 
 LAYOUT = VQLayout(
@@ -98,7 +98,7 @@ def test_norm_adds_first() -> None:
 
 def test_mrope_sections() -> None:
     """Each pair turns with its own axis, and both halves of a head alike."""
-    rope = MRope(16, 10000.0, (2, 3, 3))
+    rope = MRope(inverse_frequencies(16, 10000.0), (2, 3, 3))
     positions = torch.tensor([[5, 0], [0, 7], [0, 0]])
     cos, sin = rope(positions)
     assert cos.shape == sin.shape == (2, 16)
@@ -113,7 +113,7 @@ def test_mrope_sections() -> None:
 
 def test_ropes_exist_under_a_meta_device() -> None:
     with torch.device("meta"):
-        ropes = MRope(16, 10000.0, (2, 3, 3)), VisionRope(16, 10000.0, 2)
+        ropes = MRope(inverse_frequencies(16, 10000.0), (2, 3, 3)), VisionRope(16, 10000.0, 2)
     assert all(b.device.type == "cpu" for rope in ropes for b in rope.buffers())
     assert not any(rope.state_dict() for rope in ropes)
 

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from mgvq_runtime.layers.forward_batch import ForwardBatch
-from mgvq_runtime.models.qwen2_vl import Qwen2VL
+from mgvq_runtime.models.causal_lm import CausalLM
 from mgvq_runtime.multimodal.prompt import mrope_positions
+from mgvq_runtime.request import ImageInput
 
 Grid = tuple[int, int, int]
 
@@ -26,7 +27,7 @@ class Running:
     blocks: list[int] = field(default_factory=list)
     num_done: int = 0
 
-    def append(self, model: Qwen2VL, token: int) -> None:
+    def append(self, model: CausalLM, token: int) -> None:
         position = len(self.ids) + self.delta
         self.ids.append(token)
         self.embeds = torch.cat((self.embeds, model.embed(torch.tensor([token]))))
@@ -34,7 +35,7 @@ class Running:
         self.positions = torch.cat((self.positions, new), dim=1)
 
 
-def start(model: Qwen2VL, ids: Sequence[int], patches: Tensor, grids: Sequence[Grid]) -> Running:
+def start(model: CausalLM, ids: Sequence[int], patches: Tensor, grids: Sequence[Grid]) -> Running:
     """Embed a prompt, its images included."""
     config = model.config
     merge = config.vision_config.spatial_merge_size
@@ -46,10 +47,22 @@ def start(model: Qwen2VL, ids: Sequence[int], patches: Tensor, grids: Sequence[G
     return Running(list(ids), embeds, torch.from_numpy(positions), delta)
 
 
+def start_with_images(model: CausalLM, ids: Sequence[int], images: Sequence[ImageInput]) -> Running:
+    """Embed a prompt of a family whose positions count up."""
+    token_ids = torch.tensor(ids)
+    embeds = model.embed(token_ids).clone()
+    if images:
+        patches = torch.cat([torch.from_numpy(image.patches) for image in images])
+        grids = [image.grid_thw for image in images]
+        rows = model.encode_images(patches, grids, [image.layout for image in images])
+        embeds[token_ids == model.config.image_token_id] = rows
+    return Running(list(ids), embeds, torch.arange(len(ids)).expand(3, -1), 0)
+
+
 class PagedRunner:
     """Owns caches and free blocks; blocks are given out in a shuffled order."""
 
-    def __init__(self, model: Qwen2VL, num_blocks: int = 96, block_size: int = 4) -> None:
+    def __init__(self, model: CausalLM, num_blocks: int = 96, block_size: int = 4) -> None:
         text = model.config.text_config
         shape = (num_blocks, block_size, text.num_key_value_heads, text.head_dim)
         self.model, self.block_size = model, block_size

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -137,3 +138,40 @@ def test_special_ids_by_name(ours: Tokenizer) -> None:
         ours.special_id("IMG")
     assert ours.token_bytes(ours.vocab_size + 5) == b""
     assert ours.token_bytes(ours.special_id("im_end")) == b"<|im_end|>"
+
+
+@pytest.mark.parametrize("said_by", ["tokenizer.json", "sequence", "nobody"])
+def test_what_begins_a_bare_text(tokenizer_folder: Path, tmp_path: Path, said_by: str) -> None:
+    """As transformers puts the first token in front, wherever the folder says so."""
+    from transformers import AutoTokenizer
+
+    folder = tmp_path / "model"
+    shutil.copytree(tokenizer_folder, folder)
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text()) | {"bos_token": "<|im_start|>"}
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    config["add_bos_token"] = True  # not heard where there is a tokenizer.json
+    path.write_text(json.dumps(config))
+    definition = json.loads((folder / "tokenizer.json").read_text())
+    number = Tokenizer.from_folder(folder).special_id("im_start")
+    step = {
+        "type": "TemplateProcessing",
+        "single": [
+            {"SpecialToken": {"id": "<|im_start|>", "type_id": 0}},
+            {"Sequence": {"id": "A", "type_id": 0}},
+        ],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {
+            "<|im_start|>": {"id": "<|im_start|>", "ids": [number], "tokens": ["<|im_start|>"]}
+        },
+    }
+    if said_by == "tokenizer.json":
+        definition["post_processor"] = step
+    elif said_by == "sequence":
+        byte_level = definition["post_processor"]
+        definition["post_processor"] = {"type": "Sequence", "processors": [byte_level, step]}
+    (folder / "tokenizer.json").write_text(json.dumps(definition))
+    theirs, ours = AutoTokenizer.from_pretrained(folder), Tokenizer.from_folder(folder)
+    expected = theirs("What is in the picture?")["input_ids"]
+    assert [*ours.opening_ids, *ours.encode("What is in the picture?")] == expected
+    assert bool(ours.opening_ids) == (said_by != "nobody")

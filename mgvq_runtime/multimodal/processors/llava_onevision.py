@@ -1,0 +1,278 @@
+"""LLaVA-OneVision's pictures: anyres tiles of one picture, whole pictures of several (for `chat`).
+
+The result is bit for bit that of transformers' `LlavaOnevisionImageProcessorPil`, and the number of
+tokens that of its processor. Not here: decoding, videos.
+
+Source: transformers 5.24 `models/llava_onevision/`: `image_processing_pil_llava_onevision.py` and
+`processing_llava_onevision.py`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from mgvq_runtime.checkpoint.files import read_json
+from mgvq_runtime.errors import ConfigError
+from mgvq_runtime.models.config_fields import Fields
+from mgvq_runtime.multimodal.image import to_rgb
+from mgvq_runtime.multimodal.processors.base import (
+    check_steps,
+    cut_tiles,
+    pixel_table,
+    read_fields,
+    read_normalisation,
+    read_resample,
+)
+from mgvq_runtime.request import ImageInput, TileLayout
+
+HALF = (0.5, 0.5, 0.5)
+MAX_TILES_A_SIDE = 64
+SHRINK_ABOVE = 1.1
+"""Features are interpolated where their side is more than this times the largest allowed."""
+
+Size = tuple[int, int]
+"""Height and width."""
+
+
+def default_pinpoints(tile_size: int) -> tuple[Size, ...]:
+    """Return the 36 canvases of up to 6 x 6 tiles."""
+    sides = [tile_size * n for n in range(1, 7)]
+    return tuple((height, width) for height in sides for width in sides)
+
+
+def select_best_resolution(size: Size, pinpoints: Sequence[Size]) -> Size:
+    """Choose the canvas that keeps most of a picture's pixels, then the one that wastes least."""
+    height, width = size
+    best, most_kept, least_wasted = pinpoints[0], 0, math.inf
+    for canvas_height, canvas_width in pinpoints:
+        scale = min(canvas_width / width, canvas_height / height)
+        kept = min(int(width * scale) * int(height * scale), width * height)
+        wasted = canvas_height * canvas_width - kept
+        if kept > most_kept or (kept == most_kept and wasted < least_wasted):
+            best, most_kept, least_wasted = (canvas_height, canvas_width), kept, wasted
+    return best
+
+
+def unpadded(size: Size, grid: Size) -> Size:
+    """Return the rows and columns of a canvas that hold the picture, not its padding.
+
+    Args:
+        size: Of the picture, in pixels.
+        grid: Rows and columns of patches on the canvas.
+    """
+    height, width = size
+    rows, columns = grid
+    if width / height > columns / rows:
+        used = int(round(height * (columns / width), 7))
+        return rows - 2 * ((rows - used) // 2), columns
+    used = int(round(width * (rows / height), 7))
+    return rows, columns - 2 * ((columns - used) // 2)
+
+
+@dataclass(frozen=True)
+class LlavaOnevisionImageProcessor:
+    """Cuts pictures into tiles; call `prepare` with all of a conversation."""
+
+    pinpoints: tuple[Size, ...]
+    """Canvases a picture may be fitted into; none, where each picture is one tile."""
+    tile_size: int = 384
+    """Side of a tile in pixels."""
+    patch_size: int = 14
+    max_tiles: int | None = 9
+    """Features of more tiles than this are interpolated down; None never does."""
+    image_mean: tuple[float, ...] = HALF
+    image_std: tuple[float, ...] = HALF
+    rescale_factor: float = 1 / 255
+    resample: int = int(Image.Resampling.BICUBIC)
+
+    @classmethod
+    def from_folder(
+        cls, path: str | Path, max_image_tokens: int | None = None
+    ) -> LlavaOnevisionImageProcessor:
+        """Read config.json, and preprocessor_config.json or processor_config.json over it.
+
+        lmms-lab's folders have config.json alone.
+
+        Args:
+            path: A checkpoint folder.
+            max_image_tokens: Leaves out the canvases that can take more tokens than this.
+
+        Raises:
+            ConfigError: if a value cannot be honoured, or a picture cannot be that small.
+        """
+        top = Fields(read_json(Path(path) / "config.json"), "")
+        vision = Fields(top.mapping("vision_config", default={}), "vision_config.")
+        tile_size = vision.square("image_size", default=384)
+        fields = read_fields(Path(path)) or Fields({}, "", "preprocessor_config.json")
+        check_steps(fields, ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb", "do_pad"))
+        size = Fields(fields.mapping("size", default={}), "size.", fields.file)
+        for key in ("height", "width", "shortest_edge"):
+            if size.integer(key, default=tile_size) != tile_size:
+                size.refuse(key, size.values[key], f"{tile_size}, the vision tower's image_size")
+        holder = fields if fields.has("image_grid_pinpoints") else top
+        processor = cls(
+            pinpoints=_pinpoints(holder, tile_size),
+            tile_size=tile_size,
+            patch_size=vision.square("patch_size", default=14),
+            max_tiles=_max_tiles(top),
+            resample=read_resample(fields),
+            **read_normalisation(fields, HALF, HALF),
+        )
+        return processor if max_image_tokens is None else processor.capped(max_image_tokens)
+
+    def capped(self, max_image_tokens: int) -> LlavaOnevisionImageProcessor:
+        """Return a processor whose pictures take at most so many tokens.
+
+        Raises:
+            ConfigError: if not even a single tile fits.
+        """
+        least = self.side**2 + 1
+        if max_image_tokens < least:
+            raise ConfigError(
+                f"max_image_tokens must be at least {least}, the tokens of one tile of "
+                f"LLaVA-OneVision, got {max_image_tokens}"
+            )
+        kept = [p for p in self.pinpoints if self._most_tokens(p) <= max_image_tokens]
+        return replace(self, pinpoints=tuple(kept))
+
+    @property
+    def side(self) -> int:
+        """Patches along one side of a tile."""
+        return self.tile_size // self.patch_size
+
+    @property
+    def max_num_tokens(self) -> int:
+        """Most tokens any picture can take (for memory planning)."""
+        return max([self._most_tokens(p) for p in self.pinpoints], default=self.side**2 + 1)
+
+    @property
+    def max_grid(self) -> tuple[int, int, int]:
+        """Grid of the picture that has most tiles (for memory planning)."""
+        tiles = [height * width // self.tile_size**2 for height, width in self.pinpoints]
+        return 1 + max(tiles, default=0), self.side, self.side
+
+    def layout_of(self, height: int, width: int) -> TileLayout | None:
+        """Return how a single picture of this size is cut; None where it is one tile."""
+        if not self.pinpoints:
+            return None
+        canvas = select_best_resolution((height, width), self.pinpoints)
+        rows, columns = (length // self.tile_size for length in canvas)
+        kept = unpadded((height, width), (rows * self.side, columns * self.side))
+        return TileLayout(rows, columns, kept, self._shrunk(kept))
+
+    def prepare(self, images: Sequence[Image.Image]) -> tuple[ImageInput, ...]:
+        """Prepare all pictures of one conversation: a single one is cut into tiles, several not.
+
+        Args:
+            images: Of any mode; converted to RGB as `multimodal.image` does.
+        """
+        pictures = [to_rgb(image) for image in images]
+        if len(pictures) == 1:
+            layout = self.layout_of(pictures[0].height, pictures[0].width)
+            if layout is not None:
+                return (self._tiled(pictures[0], layout),)
+        return tuple(self._whole(picture) for picture in pictures)
+
+    def _tiled(self, picture: Image.Image, layout: TileLayout) -> ImageInput:
+        """Cut one picture into the whole and its tiles."""
+        canvas = (layout.rows * self.tile_size, layout.columns * self.tile_size)
+        scale_height, scale_width = canvas[0] / picture.height, canvas[1] / picture.width
+        height, width = canvas
+        if scale_width < scale_height:
+            height = min(math.ceil(picture.height * scale_width), canvas[0])
+        else:
+            width = min(math.ceil(picture.width * scale_height), canvas[1])
+        pixels = np.zeros((*canvas, 3), np.uint8)
+        top, left = (canvas[0] - height) // 2, (canvas[1] - width) // 2
+        pixels[top : top + height, left : left + width] = self._resized(picture, height, width)
+        s = self.tile_size
+        tiles = pixels.reshape(layout.rows, s, layout.columns, s, 3).transpose(0, 2, 1, 3, 4)
+        whole = self._resized(picture, s, s)[None]  # [1, s, s, 3]
+        tiles = np.concatenate((whole, tiles.reshape(-1, s, s, 3)))
+        height, width = layout.shrunk
+        return self._input(tiles, self.side**2 + height * (width + 1), layout)
+
+    def _whole(self, picture: Image.Image) -> ImageInput:
+        """Pad one of several pictures to a square and make it one tile."""
+        longest = max(picture.size)
+        colour = tuple(int(mean * 255) for mean in self.image_mean)
+        square = Image.new("RGB", (longest, longest), colour)
+        place = ((longest - picture.width) // 2, (longest - picture.height) // 2)
+        square.paste(picture, place)
+        tile = self._resized(square, self.tile_size, self.tile_size)
+        return self._input(tile[None], self.side**2 + 1, None)
+
+    def _input(
+        self, tiles: npt.NDArray[np.uint8], num_tokens: int, layout: TileLayout | None
+    ) -> ImageInput:
+        table = pixel_table(self.image_mean, self.image_std, self.rescale_factor)
+        patches = cut_tiles(tiles, self.patch_size, table)
+        return ImageInput(patches, (len(tiles), self.side, self.side), num_tokens, layout)
+
+    def _resized(self, picture: Image.Image, height: int, width: int) -> npt.NDArray[np.uint8]:
+        if picture.size != (width, height):
+            picture = picture.resize((width, height), Image.Resampling(self.resample))
+        return np.asarray(picture)
+
+    def _shrunk(self, kept: Size) -> Size:
+        """Return the size features are interpolated to, the same where they are few enough."""
+        if self.max_tiles is None:
+            return kept
+        height, width = kept
+        ratio = math.sqrt(height * width / (self.max_tiles * self.side**2))
+        return kept if ratio <= SHRINK_ABOVE else (int(height // ratio), int(width // ratio))
+
+    def _most_tokens(self, pinpoint: Size) -> int:
+        """Return the most tokens a picture on this canvas can take."""
+        rows, columns = (length // self.tile_size * self.side for length in pinpoint)
+        most = rows * (columns + 1)
+        if self.max_tiles is not None:
+            # Below the ratio nothing shrinks: up to 1.1**2 times the area, in as many lines as fit.
+            area = self.max_tiles * self.side**2 * SHRINK_ABOVE**2
+            most = min(most, math.floor(area) + rows)
+        return self.side**2 + most
+
+
+def _pinpoints(fields: Fields, tile_size: int) -> tuple[Size, ...]:
+    """Read canvases: a list of sizes, or lmms-lab's "(1x1),...,(6x6)": first and last, in tiles."""
+    key = "image_grid_pinpoints"
+    value = fields.values.get(key)
+    if value is None:
+        return default_pinpoints(tile_size)
+    if isinstance(value, str):
+        pairs = [[int(n) for n in pair] for pair in re.findall(r"\((\d+)x(\d+)\)", value)]
+        if len(pairs) < 2 or max(pairs[-1]) > MAX_TILES_A_SIDE:
+            fields.refuse(key, value, 'a list of sizes, or "(1x1),...,(6x6)"')
+        (low, left), (high, right) = pairs[0], pairs[-1]
+        value = [
+            [rows * tile_size, columns * tile_size]
+            for rows in range(low, high + 1)
+            for columns in range(left, right + 1)
+        ]
+    is_list = isinstance(value, list) and bool(value)
+    if not is_list or not all(
+        isinstance(p, list)
+        and len(p) == 2
+        and all(type(n) is int and n > 0 and n % tile_size == 0 for n in p)
+        for p in value
+    ):
+        fields.refuse(key, value, f"sizes [height, width] in multiples of {tile_size}")
+    return tuple((height, width) for height, width in value)
+
+
+def _max_tiles(top: Fields) -> int | None:
+    """Read how many tiles' features are kept: the number of "anyres_max_9"."""
+    key = "vision_aspect_ratio" if top.has("vision_aspect_ratio") else "image_aspect_ratio"
+    value = top.values.get(key) or "anyres_max_9"
+    match = re.fullmatch(r"anyres(?:_max_([1-9]\d{0,3}))?", str(value))
+    if match is None:
+        top.refuse(key, value, "'anyres' or 'anyres_max_9'")
+    return int(match[1]) if match[1] else None

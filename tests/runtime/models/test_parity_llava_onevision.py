@@ -1,0 +1,226 @@
+"""LLaVA-OneVision against transformers: the same pictures, weights and ids, the same logits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mgvq_runtime.layers.forward_batch import ForwardBatch
+from mgvq_runtime.models.llava_onevision import LlavaOnevision
+from mgvq_runtime.models.loading import load_model
+from mgvq_runtime.multimodal.processors.llava_onevision import LlavaOnevisionImageProcessor
+from mgvq_runtime.request import ImageInput
+from tests.runtime.models.families import (
+    IMAGE,
+    PINPOINTS,
+    llava_4_tensors,
+    llava_config,
+    lmms_lab_config,
+    lmms_lab_tensors,
+    reference_model,
+    tensors_of,
+    write_folder,
+)
+from tests.runtime.models.paged import PagedRunner, Running, start_with_images
+
+TOLERANCE = 2e-4
+VARIANTS: dict[str, dict[str, Any]] = {
+    "gqa": {},
+    "tied-mha": {"tie_word_embeddings": True, "num_key_value_heads": 4, "num_hidden_layers": 3},
+}
+PROCESSOR = LlavaOnevisionImageProcessor(
+    tuple((height, width) for height, width in PINPOINTS), tile_size=60
+)
+PARTS: dict[str, list[int | tuple[int, int]]] = {
+    "text": [19],
+    "one-image-first": [(50, 40), 7],
+    "image-between-texts": [9, (130, 75), 5],
+    "shrunk-image": [3, (360, 352), 4],
+    "narrow-image": [2, (3, 300), 4],
+    "two-images": [3, (80, 61), 4, (60, 60), 6],
+    "three-images": [(200, 61), (12, 90), 4, (61, 30), 6],
+}
+"""Numbers are runs of text, pairs are the sizes (width, height) of pictures."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A prompt with its pictures."""
+
+    ids: list[int]
+    images: tuple[ImageInput, ...]
+    pictures: list[Image.Image]
+
+
+def make_case(parts: list[int | tuple[int, int]], seed: int) -> Case:
+    rng = np.random.default_rng(seed)
+    sizes = [part for part in parts if isinstance(part, tuple)]
+    pictures = [
+        Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
+        for width, height in sizes
+    ]
+    images = PROCESSOR.prepare(pictures)
+    counts = iter([image.num_tokens for image in images])
+    ids: list[int] = []
+    for part in parts:
+        ids += (
+            rng.integers(0, 460, part).tolist()
+            if isinstance(part, int)
+            else ([IMAGE] * next(counts))
+        )
+    return Case(ids, images, pictures)
+
+
+CASES = {name: make_case(parts, seed) for seed, (name, parts) in enumerate(PARTS.items())}
+
+
+@pytest.fixture(scope="module", params=sorted(VARIANTS))
+def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """(transformers' model, ours) of one variant."""
+    reference = reference_model(llava_config(**VARIANTS[request.param]), seed=11)
+    folder = tmp_path_factory.mktemp(request.param)
+    reference.save_pretrained(folder)
+    return reference, load_model(folder)
+
+
+@pytest.fixture
+def pair(loaded: tuple[Any, LlavaOnevision]) -> Iterator[tuple[Any, LlavaOnevision]]:
+    with torch.inference_mode():
+        yield loaded
+
+
+def reference_logits(reference: Any, case: Case, new_ids: tuple[int, ...] = ()) -> torch.Tensor:
+    """Logits `[T, V]` of transformers, its own image processor included."""
+    from transformers import LlavaOnevisionImageProcessorPil
+
+    images: dict[str, Any] = {}
+    if case.pictures:
+        processor = LlavaOnevisionImageProcessorPil(
+            image_mean=[0.5] * 3,
+            image_std=[0.5] * 3,
+            size={"height": 60, "width": 60},
+            image_grid_pinpoints=PINPOINTS,
+        )
+        images = dict(processor([case.pictures], return_tensors="pt"))
+    ids = torch.tensor([[*case.ids, *new_ids]])
+    return reference(input_ids=ids, use_cache=False, **images).logits[0]
+
+
+def start(model: LlavaOnevision, case: Case) -> Running:
+    return start_with_images(model, case.ids, case.images)
+
+
+def difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    assert ours.shape == theirs.shape
+    assert theirs.abs().max() > 1.0  # not a comparison of zeros
+    worst = float((ours - theirs).abs().max())
+    print(f"max |difference| {worst:.2e}")
+    return worst
+
+
+def test_cases_are_what_they_say() -> None:
+    """One large picture is interpolated, one keeps a rest of its padding, several are not cut."""
+    layout = CASES["shrunk-image"].images[0].layout
+    assert layout is not None
+    assert layout.shrunk != layout.kept
+    layout = CASES["narrow-image"].images[0].layout
+    assert layout is not None
+    assert layout.kept[1] < layout.columns * 4
+    assert [image.num_tokens for image in CASES["three-images"].images] == [17, 17, 17]
+
+
+@pytest.mark.parametrize("name", sorted(CASES))
+def test_prefill_without_cache(pair: tuple[Any, LlavaOnevision], name: str) -> None:
+    reference, model = pair
+    sequence = start(model, CASES[name])
+    hidden = model(sequence.embeds, ForwardBatch.of_sequence(sequence.positions))
+    theirs = reference_logits(reference, CASES[name])
+    assert difference(model.logits(hidden), theirs) <= TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["image-between-texts", "two-images"])
+def test_paged_prefill_and_decode(pair: tuple[Any, LlavaOnevision], name: str) -> None:
+    """Prompt in chunks (some end inside a picture), then token by token."""
+    reference, model = pair
+    case, new_ids = CASES[name], (17, 401, 3, 99)
+    sequence, runner = start(model, case), PagedRunner(model)
+    parts = []
+    while sequence.num_done < len(case.ids):
+        parts += runner.step([(sequence, min(11, len(case.ids) - sequence.num_done))])
+    for token in new_ids:
+        sequence.append(model, token)
+        parts += runner.step([(sequence, 1)])
+    theirs = reference_logits(reference, case, new_ids)
+    assert difference(torch.cat(parts), theirs) <= TOLERANCE
+
+
+def test_mixed_batch(pair: tuple[Any, LlavaOnevision]) -> None:
+    """Decoding, a whole prompt and a chunk that ends inside a picture, in one forward."""
+    reference, model = pair
+    runner = PagedRunner(model)
+    decoding, whole, chunked = (
+        start(model, CASES[n]) for n in ("one-image-first", "text", "two-images")
+    )
+    runner.step([(decoding, len(decoding.ids)), (chunked, 5)])
+    decoding.append(model, 42)
+    logits = runner.step([(decoding, 1), (whole, len(whole.ids)), (chunked, 6)])
+    assert CASES["two-images"].ids[10] == CASES["two-images"].ids[11] == IMAGE
+    expected = [
+        reference_logits(reference, CASES["one-image-first"], (42,))[-1:],
+        reference_logits(reference, CASES["text"]),
+        reference_logits(reference, CASES["two-images"])[5:11],
+    ]
+    for ours, theirs in zip(logits, expected, strict=True):
+        assert difference(ours, theirs) <= TOLERANCE
+
+
+def test_pictures_matter_and_are_encoded_alone_or_together(
+    pair: tuple[Any, LlavaOnevision],
+) -> None:
+    _, model = pair
+    names = ("one-image-first", "image-between-texts")
+    images = [CASES[name].images[0] for name in names]
+    patches = torch.cat([torch.from_numpy(image.patches) for image in images])
+    grids, layouts = [i.grid_thw for i in images], [i.layout for i in images]
+    together = model.encode_images(patches, grids, layouts)
+    alone = [
+        model.encode_images(torch.from_numpy(i.patches), [i.grid_thw], [i.layout]) for i in images
+    ]
+    assert [len(part) for part in alone] == [image.num_tokens for image in images]
+    assert difference(torch.cat(alone), together) <= 1e-5
+    assert (model.encode_images(patches.flip(0), grids, layouts) - together).abs().max() > 1e-2
+
+
+def test_dialects_load_to_the_same_parameters(tmp_path: Path) -> None:
+    config = llava_config()
+    reference = reference_model(config, seed=3)
+    tensors = tensors_of(reference)
+    reference.save_pretrained(tmp_path / "saved")
+    reference.save_pretrained(tmp_path / "saved-5", save_original_format=False)
+    old = {
+        n.replace("model.vision_tower.", "model.vision_tower.vision_model."): t
+        for n, t in tensors.items()
+    }
+    folders = [
+        write_folder(tmp_path / "transformers-5", config, tensors),
+        tmp_path / "saved",
+        tmp_path / "saved-5",
+        write_folder(tmp_path / "old-siglip", config, old),
+        write_folder(tmp_path / "transformers-4", config, llava_4_tensors(tensors)),
+        write_folder(tmp_path / "lmms-lab", lmms_lab_config(config), lmms_lab_tensors(tensors)),
+    ]
+    models = [load_model(folder) for folder in folders]
+    for other in models[1:]:
+        assert other.config == models[0].config
+        for (name, ours), (other_name, theirs) in zip(
+            models[0].named_parameters(), other.named_parameters(), strict=True
+        ):
+            assert name == other_name
+            assert torch.equal(ours, theirs), name
