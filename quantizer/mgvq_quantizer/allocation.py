@@ -26,13 +26,13 @@ class MatrixPlan:
     name: str
     """The module's name, as in the checkpoint."""
     layout: VQLayout
-    shared: tuple[str, ...] | None
-    """Names of the tables it shares with its kind, one a stage; None gives it its own."""
+    shared: tuple[tuple[str, ...], ...] | None
+    """[band][stage]: names of the tables it shares with its kind; None gives it its own."""
 
     @property
     def spec(self) -> MatrixSpec:
         """The matrix as the checkpoint describes it."""
-        return MatrixSpec(self.layout, () if self.shared is None else (self.shared,))
+        return MatrixSpec(self.layout, self.shared or ())
 
 
 def plan(model: nn.Module, recipe: QuantRecipe) -> dict[str, MatrixPlan]:
@@ -62,7 +62,7 @@ def plan(model: nn.Module, recipe: QuantRecipe) -> dict[str, MatrixPlan]:
         shared = None
         if overhead > recipe.max_codebook_overhead and siblings[kind_of(name), (rows, columns)] > 1:
             label = f"{kind_of(name)}-{rows}x{columns}-{rate}bit"
-            shared = tuple(f"{label}-{s}" for s in range(len(layout.bands[0].stages)))
+            shared = (tuple(f"{label}-{s}" for s in range(len(layout.bands[0].stages))),)
         plans[name] = MatrixPlan(name, layout, shared)
     return plans
 
@@ -72,7 +72,7 @@ def sharing_groups(plans: Mapping[str, MatrixPlan]) -> dict[str, Sequence[Matrix
     groups: dict[str, list[MatrixPlan]] = {}
     for matrix in plans.values():
         if matrix.shared is not None:
-            groups.setdefault(matrix.shared[0], []).append(matrix)
+            groups.setdefault(matrix.shared[0][0], []).append(matrix)
     return dict(groups)
 
 

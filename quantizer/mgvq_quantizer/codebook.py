@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 
 CODEBOOK_SIZE = 256
+Tables = Sequence[Sequence[Tensor]]
+"""[band][stage]: `[256, d]` float32."""
 _INT8_MAX = 127
 _SEARCH_ELEMENTS = 1 << 22
 """Distances held at once while searching: 16 MiB of float32."""
@@ -132,23 +134,27 @@ def assign(
     return codes, value
 
 
-def decode(codes: Sequence[Tensor], tables: Sequence[Tensor]) -> Tensor:
-    """Sum the stages of a whole matrix.
+def decode(codes: Sequence[Sequence[Tensor]], tables: Tables) -> Tensor:
+    """Sum the stages of every band of a whole matrix.
 
     Args:
-        codes: one `[O, I/d]` integer tensor a stage.
-        tables: one `[256, d]` float32 a stage.
+        codes: [band][stage] `[O, width/d]` integer.
+        tables: [band][stage] `[256, d]` float32.
 
     Returns:
         `[O, I]` float32, without row scales.
     """
-    O = codes[0].shape[0]  # noqa: E741
-    return torch.stack(
-        [
-            table.index_select(0, code.reshape(-1).long()).view(O, -1)
-            for code, table in zip(codes, tables, strict=True)
-        ]
-    ).sum(0)
+    O = codes[0][0].shape[0]  # noqa: E741
+    bands = [
+        torch.stack(
+            [
+                table.index_select(0, code.reshape(-1).long()).view(O, -1)
+                for code, table in zip(band_codes, band_tables, strict=True)
+            ]
+        ).sum(0)
+        for band_codes, band_tables in zip(codes, tables, strict=True)
+    ]
+    return bands[0] if len(bands) == 1 else torch.cat(bands, dim=1)
 
 
 def train_codebook(
@@ -178,10 +184,10 @@ def train_codebook(
 def refit_codebooks(
     weights: Sequence[Tensor],
     hessians: Sequence[Tensor],
-    codes: Sequence[Sequence[Tensor]],
-    tables: Sequence[Tensor],
+    codes: Sequence[Sequence[Sequence[Tensor]]],
+    tables: Tables,
     iterations: int = 25,
-) -> list[Tensor]:
+) -> list[list[Tensor]]:
     """Minimise `sum tr((W - Dec(C)) A (W - Dec(C))^T)` over the tables, codes fixed.
 
     Least squares, as `Dec` is linear: conjugate gradients with a diagonal preconditioner. Entries
@@ -190,8 +196,8 @@ def refit_codebooks(
     Args:
         weights: one normalised `[O, I]` float32 a matrix that shares the tables.
         hessians: one `[I, I]` float32 a matrix.
-        codes: for each matrix, one `[O, I/d]` integer tensor a stage.
-        tables: one `[256, d]` float32 a stage: the starting point.
+        codes: for each matrix, [band][stage] `[O, width/d]` integer.
+        tables: [band][stage] `[256, d]` float32: the starting point.
         iterations: conjugate gradient steps.
 
     Returns:
@@ -203,7 +209,8 @@ def refit_codebooks(
     scatter = functools.partial(_scatter, codes, tables)
 
     def normal(direction: Sequence[Tensor]) -> list[Tensor]:
-        return scatter([decode(c, direction) @ A for c, A in zip(codes, hessians, strict=True)])
+        nested = _like(tables, direction)
+        return scatter([decode(c, nested) @ A for c, A in zip(codes, hessians, strict=True)])
 
     diagonal = scatter(
         [A.diagonal().expand_as(W).contiguous() for W, A in zip(weights, hessians, strict=True)]
@@ -211,7 +218,7 @@ def refit_codebooks(
     inverse = [torch.where(part > 0, 1 / part, torch.zeros_like(part)) for part in diagonal]
     errors = [W - decode(c, tables) for W, c in zip(weights, codes, strict=True)]
     residual = scatter([E @ A for E, A in zip(errors, hessians, strict=True)])
-    solution = [table.clone() for table in tables]
+    solution = [table.clone() for band in tables for table in band]
     scaled = [i * r for i, r in zip(inverse, residual, strict=True)]
     direction = [s.clone() for s in scaled]
     energy = start = _dot(residual, scaled)
@@ -229,18 +236,29 @@ def refit_codebooks(
         scaled = [i * r for i, r in zip(inverse, residual, strict=True)]
         energy, previous = _dot(residual, scaled), energy
         direction = [s + (energy / previous) * p for s, p in zip(scaled, direction, strict=True)]
-    return solution
+    return _like(tables, solution)
+
+
+def _like(tables: Tables, flat: Sequence[Tensor]) -> list[list[Tensor]]:
+    """Group one tensor a table as the tables are grouped."""
+    rest = iter(flat)
+    return [[next(rest) for _ in band] for band in tables]
 
 
 def _scatter(
-    codes: Sequence[Sequence[Tensor]], tables: Sequence[Tensor], products: Sequence[Tensor]
+    codes: Sequence[Sequence[Sequence[Tensor]]], tables: Tables, products: Sequence[Tensor]
 ) -> list[Tensor]:
     """Add every vector of `[O, I]` matrices to the entry its code names: the transpose of `Dec`."""
-    sums = [torch.zeros_like(table) for table in tables]
-    for product, stages in zip(products, codes, strict=True):
-        for total, code in zip(sums, stages, strict=True):
-            total.index_add_(0, code.reshape(-1).long(), product.reshape(-1, total.shape[1]))
-    return sums
+    sums = [[torch.zeros_like(table) for table in band] for band in tables]
+    for product, bands in zip(products, codes, strict=True):
+        start = 0
+        for totals, stages in zip(sums, bands, strict=True):
+            width = stages[0].shape[1] * totals[0].shape[1]
+            columns = product[:, start : start + width]
+            start += width
+            for total, code in zip(totals, stages, strict=True):
+                total.index_add_(0, code.reshape(-1).long(), columns.reshape(-1, total.shape[1]))
+    return [total for totals in sums for total in totals]
 
 
 def _cell_means(vectors: Tensor, metrics: Tensor, codes: Tensor, table: Tensor) -> Tensor:

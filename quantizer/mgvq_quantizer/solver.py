@@ -1,8 +1,9 @@
 """One weight matrix in, codes, codebooks and row scales out (called by `pipeline`).
 
-Rows are divided by their scales (root mean square at first) and the inputs are permuted; then
-rounding, coordinate descent, least-squares refit of the tables and of the scales take turns and
-the best state is kept. All matrices given together share their tables. The objective is
+The inputs are permuted and cut into bands, each with stages and tables of its own; the feedback of
+rounding runs through all of them. Rows are divided by their scales (root mean square at first);
+then rounding, coordinate descent, least-squares refit of the tables and of the scales take turns
+and the best state is kept. All matrices given together share their tables. The objective is
 `tr(E A E^T)` over the divided rows: equal relative error for every output.
 Not here: where the second moment `A` comes from, files, models.
 
@@ -21,6 +22,7 @@ from torch import Tensor
 from mgvq_kernels.layout import VQLayout, VQWeight
 from mgvq_quantizer.codebook import (
     Codebook,
+    Tables,
     assign,
     decode,
     nearest,
@@ -28,7 +30,7 @@ from mgvq_quantizer.codebook import (
     snap,
     train_codebook,
 )
-from mgvq_quantizer.ldl import factorize
+from mgvq_quantizer.ldl import Run, factorize
 from mgvq_quantizer.recipe import QuantRecipe
 from mgvq_quantizer.rounding import (
     Feedback,
@@ -44,6 +46,9 @@ _SMALLEST_SCALE = 2.0**-14
 """The smallest normal float16: rows below it are stored as codes of (almost) zero."""
 _IDENTITY_TOLERANCE = 1e-3
 _TRIAL_ITERATIONS = 4
+
+Books = Sequence[Sequence[Codebook]]
+"""[band][stage]."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,16 +97,16 @@ def solve(
     layout: VQLayout,
     recipe: QuantRecipe,
     generator: torch.Generator,
-    books: Sequence[Codebook] | None = None,
+    books: Books | None = None,
 ) -> list[Solution]:
     """Quantize matrices of one shape that share their codebooks.
 
     Args:
         problems: at least one; several share one set of tables.
-        layout: a layout with one band, the same for all.
+        layout: the same for all.
         recipe: rounds, sweeps and damping.
         generator: seeds the tables.
-        books: tables that are already fixed, one a stage; codes and row scales adapt to them.
+        books: tables that are already fixed; codes and row scales adapt to them.
 
     Returns:
         One solution a problem, in order.
@@ -109,16 +114,16 @@ def solve(
     Raises:
         ValueError: if a second moment cannot be factored.
     """
-    dims = [stage.vector_dim for stage in layout.bands[0].stages]
-    members = [_member(problem, max(dims), recipe) for problem in problems]
+    members = [_member(problem, layout, recipe) for problem in problems]
     fixed = books is not None
-    books = list(books) if books is not None else _first_books(members, dims, recipe, generator)
-    nearest_errors = [_error(m, decode(_plain(m.target(), books), _values(books))) for m in members]
+    if books is None:
+        books = _first_books(members, layout, recipe, generator)
+    nearest_errors = [_error(m, _plain(m.target(), books, layout)) for m in members]
     best_loss = float("inf")
-    best: tuple[list[Codebook], list[Tensor], list[Rounded]] | None = None
+    best: tuple[Books, list[Tensor], list[Rounded]] | None = None
     for _ in range(recipe.refit_rounds):
         for member in members:
-            _assign(member, books, recipe.descent_sweeps)
+            _assign(member, books, layout, recipe.descent_sweeps)
         if not fixed:
             books = _refit_books(members, books)
         for member in members:
@@ -148,8 +153,9 @@ def channel_order(
     """Choose the order of the input channels that rounds better, by trying.
 
     Channels sorted by their second moment, the largest last: it is rounded first and compensated by
-    all others. Or the same order dealt out, so that every vector has one channel of each quantile:
-    the metric then spends a vector's bits where they matter. On a 5-layer Qwen2-VL at 2 bits the
+    all others, and it falls into the last band. Or, within every band, the same order dealt out, so
+    that every vector has one channel of each quantile: the metric then spends a vector's bits where
+    they matter. On a 5-layer Qwen2-VL at 2 bits the
     errors of random, sorted and dealt channels were .0078, .0071, .0076 (gate_up_proj, mild
     moments) and .0013, .0011, .0010 (down_proj, where few channels carry almost everything; up to
     .0032 against .0021 later in its training).
@@ -157,7 +163,7 @@ def channel_order(
     Args:
         weight: `[O, I]` float32.
         hessian: `[I, I]` float64.
-        layout: the matrix's layout, one band.
+        layout: the matrix's layout.
         recipe: damping.
         generator: seeds the trial tables.
 
@@ -167,31 +173,40 @@ def channel_order(
     quick = dataclasses.replace(
         recipe, refit_rounds=1, descent_sweeps=0, codebook_iterations=_TRIAL_ITERATIONS
     )
-    block = max(stage.vector_dim for stage in layout.bands[0].stages)
+    runs = _runs(layout)
     ascending = hessian.diagonal().argsort(stable=True)
-    candidates = [ascending, ascending.view(block, -1).T.reshape(-1)]
+    bands = ascending.split([run.width for run in runs])
+    dealt = [b.view(run.block, -1).T.reshape(-1) for b, run in zip(bands, runs, strict=True)]
+    candidates = [ascending, torch.cat(dealt)]
     state = generator.get_state()
     errors = []
-    for order in candidates if block > 1 else candidates[:1]:
+    for order in candidates if max(run.block for run in runs) > 1 else candidates[:1]:
         trial = solve([Problem(weight, hessian, order)], layout, quick, generator.set_state(state))
         errors.append(trial[0].error)
     return candidates[errors.index(min(errors))]
 
 
-def books_of(weight: VQWeight) -> list[Codebook]:
-    """Return the tables of a one-band weight, to be reused by its siblings."""
+def books_of(weight: VQWeight) -> list[list[Codebook]]:
+    """Return the tables of a weight, to be reused by its siblings."""
     return [
-        Codebook(entries, float(scale))
-        for entries, scale in zip(weight.codebooks[0], weight.codebook_scales[0], strict=True)
+        [Codebook(e, float(s)) for e, s in zip(entries, scales, strict=True)]
+        for entries, scales in zip(weight.codebooks, weight.codebook_scales, strict=True)
     ]
 
 
-def _member(problem: Problem, block: int, recipe: QuantRecipe) -> _Member:
+def _runs(layout: VQLayout) -> list[Run]:
+    """Cut every band into blocks as wide as its longest vector."""
+    return [
+        Run(band.width, max(stage.vector_dim for stage in band.stages)) for band in layout.bands
+    ]
+
+
+def _member(problem: Problem, layout: VQLayout, recipe: QuantRecipe) -> _Member:
     weight, hessian = problem.weight.float(), problem.hessian.double()
     if problem.permutation is not None:
         weight = weight[:, problem.permutation]
         hessian = hessian[problem.permutation][:, problem.permutation]
-    factors = factorize(hessian, block, recipe.damping)
+    factors = factorize(hessian, _runs(layout), recipe.damping)
     scales = weight.square().mean(1).sqrt().clamp_min(_SMALLEST_SCALE).half().float()  # [O]
     normal = weight / scales[:, None]
     energy = float(((normal @ factors.matrix.float()) * normal).double().sum())
@@ -202,25 +217,40 @@ def _member(problem: Problem, block: int, recipe: QuantRecipe) -> _Member:
         rounding=ldl_feedback(factors),
         descent=descent_feedback(factors),
         scales=scales,
-        rounded=empty(weight, []),
+        rounded=empty(weight, [], []),
     )
 
 
 def _first_books(
-    members: Sequence[_Member], dims: Sequence[int], recipe: QuantRecipe, generator: torch.Generator
+    members: Sequence[_Member], layout: VQLayout, recipe: QuantRecipe, generator: torch.Generator
+) -> list[list[Codebook]]:
+    """Train the tables of every band."""
+    return [_band_books(members, layout, b, recipe, generator) for b in range(len(layout.bands))]
+
+
+def _band_books(
+    members: Sequence[_Member],
+    layout: VQLayout,
+    band: int,
+    recipe: QuantRecipe,
+    generator: torch.Generator,
 ) -> list[Codebook]:
     """Train one table a stage on a sample of rows; later stages on what the earlier ones left."""
-    O, I = members[0].weight.shape  # noqa: E741
-    vectors_a_row = len(members) * I // min(dims)
+    O = members[0].weight.shape[0]  # noqa: E741
+    start, width = layout.bands[band].start, layout.bands[band].width
+    dims = [stage.vector_dim for stage in layout.bands[band].stages]
+    vectors_a_row = len(members) * width // min(dims)
     rows = torch.randperm(O, generator=generator)[: max(1, _MAX_TRAINING_VECTORS // vectors_a_row)]
-    left = [member.target()[rows.to(member.weight.device)] for member in members]
+    left = [
+        member.target()[rows.to(member.weight.device), start : start + width] for member in members
+    ]
     books: list[Codebook] = []
     for d in dims:
-        metrics = torch.cat([_metrics(m, d) * (m.to_energy * O) for m in members])
+        metrics = torch.cat([_metrics(m, band, d) * (m.to_energy * O) for m in members])
         vectors = torch.cat([_vectors(part, d) for part in left])
         book = train_codebook(vectors, metrics, recipe.codebook_iterations, generator)
         codes = nearest(vectors, book.values, metrics)
-        values = torch.split(book.values[codes], I // d)  # [I/d, rows, d] a member
+        values = torch.split(book.values[codes], width // d)  # [width/d, rows, d] a member
         left = [
             part - v.transpose(0, 1).reshape(part.shape)
             for part, v in zip(left, values, strict=True)
@@ -229,10 +259,10 @@ def _first_books(
     return books
 
 
-def _assign(member: _Member, books: Sequence[Codebook], descent_sweeps: int) -> None:
+def _assign(member: _Member, books: Books, layout: VQLayout, descent_sweeps: int) -> None:
     """Round from scratch, check the loss identity, then descend."""
     target, tables = member.target(), _values(books)
-    rounded = empty(target, tables)
+    rounded = empty(target, tables, [band.width for band in layout.bands])
     residual = sweep(target, rounded, tables, member.rounding)
     member.rounded = rounded
     loss = _loss(member) / member.to_energy
@@ -246,14 +276,14 @@ def _assign(member: _Member, books: Sequence[Codebook], descent_sweeps: int) -> 
         sweep(target, rounded, tables, member.descent, keep_better=True)
 
 
-def _refit_books(members: Sequence[_Member], books: Sequence[Codebook]) -> list[Codebook]:
+def _refit_books(members: Sequence[_Member], books: Books) -> list[list[Codebook]]:
     refitted = refit_codebooks(
         [member.target() for member in members],
         [member.hessian * member.to_energy for member in members],
         [member.rounded.codes for member in members],
         _values(books),
     )
-    new = [snap(table) for table in refitted]
+    new = [[snap(table) for table in band] for band in refitted]
     for member in members:
         member.rounded.value = decode(member.rounded.codes, _values(new))
     return new
@@ -281,19 +311,23 @@ def _error(member: _Member, value: Tensor) -> float:
     return float(((error @ member.hessian) * error).double().sum()) / max(energy, 1e-30)
 
 
-def _plain(target: Tensor, books: Sequence[Codebook]) -> list[Tensor]:
-    """Codes of the nearest codewords, block by block, without any metric or feedback."""
-    O, I = target.shape  # noqa: E741
-    b = max(book.vector_dim for book in books)
-    eye = torch.eye(b, device=target.device)
-    codes, _ = assign(target.reshape(-1, b), eye, _values(books))
-    return [code.view(O, -1) for code in codes]
+def _plain(target: Tensor, books: Books, layout: VQLayout) -> Tensor:
+    """The nearest codewords `[O, I]`, block by block, without any metric or feedback."""
+    O = target.shape[0]  # noqa: E741
+    values = []
+    for tables, run, band in zip(_values(books), _runs(layout), layout.bands, strict=True):
+        columns = target[:, band.start : band.start + band.width]
+        eye = torch.eye(run.block, device=target.device)
+        _, value = assign(columns.reshape(-1, run.block), eye, tables)
+        values.append(value.view(O, -1))
+    return torch.cat(values, dim=1)
 
 
-def _metrics(member: _Member, d: int) -> Tensor:
-    """`[I/d, d, d]`: the diagonal blocks of the rounding metrics."""
-    nb, b, _ = member.rounding.metrics.shape
-    blocks = member.rounding.metrics.view(nb, b // d, d, b // d, d)
+def _metrics(member: _Member, band: int, d: int) -> Tensor:
+    """`[width/d, d, d]`: the diagonal blocks of a band's rounding metrics."""
+    metrics = member.rounding.metrics[band]
+    nb, b, _ = metrics.shape
+    blocks = metrics.view(nb, b // d, d, b // d, d)
     return blocks.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2).reshape(-1, d, d)
 
 
@@ -302,23 +336,25 @@ def _vectors(matrix: Tensor, d: int) -> Tensor:
     return matrix.view(matrix.shape[0], -1, d).transpose(0, 1).contiguous()
 
 
-def _values(books: Sequence[Codebook]) -> list[Tensor]:
-    return [book.values for book in books]
+def _values(books: Books) -> Tables:
+    return [[book.values for book in band] for band in books]
 
 
 def _to_weight(
     layout: VQLayout,
     rounded: Rounded,
-    books: Sequence[Codebook],
+    books: Books,
     scales: Tensor,
     permutation: Tensor | None,
 ) -> VQWeight:
     device = scales.device
     return VQWeight(
         layout=layout,
-        codes=(tuple(code.to(torch.uint8) for code in rounded.codes),),
-        codebooks=(tuple(book.entries for book in books),),
-        codebook_scales=(tuple(torch.tensor(book.scale, device=device) for book in books),),
+        codes=tuple(tuple(code.to(torch.uint8) for code in band) for band in rounded.codes),
+        codebooks=tuple(tuple(book.entries for book in band) for band in books),
+        codebook_scales=tuple(
+            tuple(torch.tensor(book.scale, device=device) for book in band) for band in books
+        ),
         scales=scales.half(),
         permutation=None if permutation is None else permutation.to(torch.int32),
     )

@@ -19,9 +19,8 @@ from torch import Tensor, nn
 from mgvq_kernels import ops
 from mgvq_quantizer.allocation import MatrixPlan, sharing_groups
 from mgvq_quantizer.batches import Features, TokenBatch, embed, encode_batch
-from mgvq_quantizer.codebook import Codebook
 from mgvq_quantizer.recipe import QuantRecipe
-from mgvq_quantizer.solver import Problem, Solution, books_of, channel_order, solve
+from mgvq_quantizer.solver import Books, Problem, Solution, books_of, channel_order, solve
 from mgvq_quantizer.statistics import Run, input_moment, input_moments, record_calls
 from mgvq_quantizer.work_folder import WorkFolder
 from mgvq_runtime.errors import CheckpointError
@@ -59,7 +58,7 @@ class Stream:
                 raise CheckpointError(f"{name} holds values that are not finite")
         self.model, self.plans, self.recipe = model, plans, recipe
         self.work, self.progress = work, progress
-        self.books: dict[str, list[Codebook]] = {}
+        self.books: dict[str, Books] = {}
         self.solutions: dict[str, Solution] = {}
 
     def share_books(self, runs: Sequence[Run]) -> None:
@@ -134,7 +133,7 @@ class Stream:
             if moment is None:
                 moment = input_moment(name, self._module(name), runs)
             problem = self._problem(plan, moment)
-            books = None if plan.shared is None else self.books[plan.shared[0]]
+            books = None if plan.shared is None else self.books[plan.shared[0][0]]
             generator = seeded(self.recipe.seed, name)
             solution = solve([problem], plan.layout, self.recipe, generator, books)[0]
             self.work.save(name, solution)

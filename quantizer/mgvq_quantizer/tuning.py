@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -34,6 +35,7 @@ _SMALLER = 0.4
 _EVALUATION_TOKENS = 8192
 
 Values = dict[str, Tensor]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,19 +107,19 @@ class _Knobs:
         self.tables: dict[str, _Knob] = {}
         self.scales: dict[str, _Knob] = {}
         self.others: dict[str, _Knob] = {}
-        self._codes: dict[str, list[Tensor]] = {}
+        self._codes: dict[str, list[list[Tensor]]] = {}
         self._inverse: dict[str, Tensor] = {}
         for name, weight in self.weights.items():
-            for s, (book, scale) in enumerate(
-                zip(weight.codebooks[0], weight.codebook_scales[0], strict=True)
+            for b, (books, units) in enumerate(
+                zip(weight.codebooks, weight.codebook_scales, strict=True)
             ):
-                table = book.float() * scale
-                self.tables[self._table(name, s)] = _Knob.around(
-                    table, table.square().mean().sqrt()
-                )
+                for s, (book, unit) in enumerate(zip(books, units, strict=True)):
+                    table = book.float() * unit
+                    knob = _Knob.around(table, table.square().mean().sqrt())
+                    self.tables[self._table(name, b, s)] = knob
             scales = weight.scales.float()
             self.scales[name] = _Knob.around(scales, scales)
-            self._codes[name] = [codes.long() for codes in weight.codes[0]]
+            self._codes[name] = [[codes.long() for codes in band] for band in weight.codes]
             if weight.permutation is not None:
                 self._inverse[name] = weight.permutation.long().argsort()
         matrices = {f"{name}.weight" for name in plans}
@@ -151,7 +153,7 @@ class _Knobs:
         """Return the model's parameters as functions of the knobs, by name, for gradients."""
         values = {f"model.{name}": knob.value for name, knob in self.others.items()}
         for name, codes in self._codes.items():
-            tables = [self.tables[self._table(name, s)].value for s in range(len(codes))]
+            tables = self._of_each_table(name, lambda key: self.tables[key].value)
             matrix = self.scales[name].value[:, None] * decode(codes, tables)  # [O, I]
             if name in self._inverse:
                 matrix = matrix.index_select(1, self._inverse[name])
@@ -164,12 +166,13 @@ class _Knobs:
         books = {key: snap(knob.value) for key, knob in self.tables.items()}
         weights = {}
         for name, weight in self.weights.items():
-            mine = [books[self._table(name, s)] for s in range(len(weight.codes[0]))]
+            mine = self._of_each_table(name, books.__getitem__)
+            device = weight.scales.device
             weights[name] = VQWeight(
                 weight.layout,
                 weight.codes,
-                (tuple(book.entries for book in mine),),
-                (tuple(torch.tensor(b.scale, device=weight.scales.device) for b in mine),),
+                tuple(tuple(book.entries for book in band) for band in mine),
+                tuple(tuple(torch.tensor(b.scale, device=device) for b in band) for band in mine),
                 self.scales[name].value.half(),
                 weight.permutation,
             )
@@ -178,9 +181,16 @@ class _Knobs:
     def _all(self) -> list[_Knob]:
         return [*self.tables.values(), *self.scales.values(), *self.others.values()]
 
-    def _table(self, name: str, stage: int) -> str:
+    def _table(self, name: str, band: int, stage: int) -> str:
         shared = self.plans[name].shared
-        return f"{name}.{stage}" if shared is None else shared[stage]
+        return f"{name}.{band}.{stage}" if shared is None else shared[band][stage]
+
+    def _of_each_table(self, name: str, get: Callable[[str], T]) -> list[list[T]]:
+        """Return [band][stage] what `get` gives for the names of a matrix's tables."""
+        return [
+            [get(self._table(name, b, s)) for s in range(len(band))]
+            for b, band in enumerate(self.weights[name].codes)
+        ]
 
 
 def tune(

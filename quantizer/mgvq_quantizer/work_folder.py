@@ -55,14 +55,20 @@ class WorkFolder:
         file = self._file(name)
         if not file.exists():
             return None
-        stages = range(len(layout.bands[0].stages))
         try:
             with safe_open(file, "pt") as tensors:
                 weight = VQWeight(
                     layout,
-                    (tuple(tensors.get_tensor(f"codes.{s}") for s in stages),),
-                    (tuple(tensors.get_tensor(f"codebook.{s}") for s in stages),),
-                    (tuple(tensors.get_tensor(f"codebook_scale.{s}") for s in stages),),
+                    *(
+                        tuple(
+                            tuple(
+                                tensors.get_tensor(f"{part}.{b}.{s}")
+                                for s in range(len(band.stages))
+                            )
+                            for b, band in enumerate(layout.bands)
+                        )
+                        for part in ("codes", "codebook", "codebook_scale")
+                    ),
                     tensors.get_tensor("scales"),
                     tensors.get_tensor("permutation") if layout.has_permutation else None,
                 )
@@ -77,10 +83,11 @@ class WorkFolder:
         """Write a finished matrix, whole or not at all."""
         weight = solution.weight
         tensors = {"scales": weight.scales}
-        for s, codes in enumerate(weight.codes[0]):
-            tensors[f"codes.{s}"] = codes
-            tensors[f"codebook.{s}"] = weight.codebooks[0][s]
-            tensors[f"codebook_scale.{s}"] = weight.codebook_scales[0][s]
+        for b, band in enumerate(weight.codes):
+            for s, codes in enumerate(band):
+                tensors[f"codes.{b}.{s}"] = codes
+                tensors[f"codebook.{b}.{s}"] = weight.codebooks[b][s]
+                tensors[f"codebook_scale.{b}.{s}"] = weight.codebook_scales[b][s]
         if weight.permutation is not None:
             tensors["permutation"] = weight.permutation
         errors = {"error_nearest": repr(solution.error_nearest), "error": repr(solution.error)}

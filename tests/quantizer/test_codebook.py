@@ -49,7 +49,7 @@ def test_two_stages_beat_one_and_decode_to_their_value() -> None:
 
     codes, value = assign(targets, metric, tables)
     assert [c.shape for c in codes] == [(200, 2), (200, 1)]
-    assert torch.allclose(decode(codes, tables), value, atol=1e-6)
+    assert torch.allclose(decode([codes], [tables]), value, atol=1e-6)
     assert loss(value) < loss(assign(targets, metric, tables, sweeps=0)[1])
     assert loss(value) < loss(assign(targets, metric, tables[:1])[1])
 
@@ -100,26 +100,36 @@ def test_tables_live_on_the_int8_grid() -> None:
     assert snap(torch.zeros(256, 4)).scale == 1.0
 
 
-@pytest.mark.parametrize("dims", [(4,), (4, 8)])
+@pytest.mark.parametrize(
+    "bands", [[(64, (4,))], [(64, (4, 8))], [(32, (8,)), (32, (4, 8))]], ids=str
+)
 def test_refit_is_the_least_squares_optimum(
-    correlated: Callable[[int, int], torch.Tensor], dims: tuple[int, ...]
+    correlated: Callable[[int, int], torch.Tensor], bands: list[tuple[int, tuple[int, ...]]]
 ) -> None:
     g = torch.Generator().manual_seed(5)
     weights = [torch.randn(96, 64, generator=g, dtype=torch.float64) for _ in range(2)]
     moments = [correlated(64, i) + 0.1 * torch.eye(64) for i in range(2)]
-    codes = [[torch.randint(0, 64, (96, 64 // d), generator=g) for d in dims] for _ in weights]
-    start = [torch.randn(256, d, generator=g, dtype=torch.float64) for d in dims]
+    codes = [
+        [
+            [torch.randint(0, 64, (96, width // d), generator=g) for d in dims]
+            for width, dims in bands
+        ]
+        for _ in weights
+    ]
+    start = [
+        [torch.randn(256, d, generator=g, dtype=torch.float64) for d in dims] for _, dims in bands
+    ]
 
-    def loss(tables: list[torch.Tensor]) -> torch.Tensor:
+    def loss(tables: list[list[torch.Tensor]]) -> torch.Tensor:
         errors = [w - decode(c, tables) for w, c in zip(weights, codes, strict=True)]
         return sum(((e @ a) * e).sum() for e, a in zip(errors, moments, strict=True))  # type: ignore[return-value]
 
     tables = refit_codebooks(weights, moments, codes, start, iterations=400)
-    leaves = [table.clone().requires_grad_() for table in tables]
+    leaves = [[table.clone().requires_grad_() for table in band] for band in tables]
     loss(leaves).backward()
-    before = [table.clone().requires_grad_() for table in start]
+    before = [[table.clone().requires_grad_() for table in band] for band in start]
     loss(before).backward()
-    for leaf, first in zip(leaves, before, strict=True):
+    for leaf, first in zip(sum(leaves, []), sum(before, []), strict=True):
         assert float(leaf.grad.abs().max()) < 1e-4 * float(first.grad.abs().max())  # type: ignore[union-attr]
-    for table, first in zip(tables, start, strict=True):
+    for table, first in zip(sum(tables, []), sum(start, []), strict=True):
         assert torch.equal(table[64:], first[64:])  # entries nobody uses stay

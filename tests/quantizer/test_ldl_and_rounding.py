@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from mgvq_quantizer.ldl import block_ldl, damp, factorize
+from mgvq_quantizer.ldl import Run, block_ldl, damp, factorize
 from mgvq_quantizer.rounding import descent_feedback, empty, ldl_feedback, sweep
 
 Moment = Callable[[int, int], torch.Tensor]
@@ -21,8 +21,10 @@ def proxy(weight: torch.Tensor, value: torch.Tensor, moment: torch.Tensor) -> fl
 @pytest.mark.parametrize("block", [1, 2, 4, 8])
 def test_factors_multiply_to_the_matrix_and_split_the_loss(correlated: Moment, block: int) -> None:
     matrix = damp(correlated(64, 0), 0.01)
-    lower, blocks = block_ldl(matrix, block)
-    assert torch.allclose(lower @ torch.block_diag(*blocks) @ lower.T, matrix, rtol=0, atol=1e-12)
+    lower, blocks = block_ldl(matrix, [Run(64, block)])
+    assert torch.allclose(
+        lower @ torch.block_diag(*blocks[0]) @ lower.T, matrix, rtol=0, atol=1e-12
+    )
     for i in range(0, 64, block):
         assert torch.equal(
             lower[i : i + block, i + block :], torch.zeros(block, 64 - i - block).double()
@@ -31,27 +33,57 @@ def test_factors_multiply_to_the_matrix_and_split_the_loss(correlated: Moment, b
         assert torch.allclose(lower[i : i + block, i : i + block], eye, rtol=0, atol=1e-12)
     error = torch.randn(7, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     residual = (error @ lower).view(7, -1, block).transpose(0, 1)
-    parts = torch.einsum("bri,bij,brj->", residual, blocks, residual)
+    parts = torch.einsum("bri,bij,brj->", residual, blocks[0], residual)
     assert abs(float(parts) / float(torch.trace(error @ matrix @ error.T)) - 1) < 1e-10
+
+
+def test_blocks_of_different_width_split_the_loss_too(correlated: Moment) -> None:
+    matrix = damp(correlated(96, 8), 0.01)
+    runs = [Run(32, 8), Run(32, 1), Run(32, 4)]
+    lower, blocks = block_ldl(matrix, runs)
+    diagonal = torch.block_diag(*(block for run in blocks for block in run))
+    assert torch.allclose(lower @ diagonal @ lower.T, matrix, rtol=0, atol=1e-12)
+    with pytest.raises(ValueError, match="whole blocks"):
+        block_ldl(matrix, [Run(92, 8), Run(4, 4)])
+    with pytest.raises(ValueError, match="whole blocks"):
+        block_ldl(matrix, runs[:2])
+
+
+def test_feedback_crosses_bands(correlated: Moment) -> None:
+    """Two bands with equal tables are rounded as one band, and their residuals sum to the loss."""
+    g = torch.Generator().manual_seed(9)
+    weight, table = torch.randn(48, 192, generator=g), torch.randn(256, 4, generator=g)
+    one = factorize(correlated(192, 9), [Run(192, 4)], 0.01)
+    two = factorize(correlated(192, 9), [Run(64, 4), Run(128, 4)], 0.01)
+    whole = empty(weight, [[table]], [192])
+    parts = empty(weight, [[table], [table]], [64, 128])
+    for feedback in (ldl_feedback, descent_feedback):
+        keep = feedback is descent_feedback
+        sweep(weight, whole, [[table]], feedback(one), keep_better=keep)
+        residual = sweep(weight, parts, [[table], [table]], feedback(two), keep_better=keep)
+        assert torch.equal(torch.cat([band[0] for band in parts.codes], 1), whole.codes[0][0])
+        if not keep:
+            expected = proxy(weight, parts.value, two.matrix)
+            assert residual == pytest.approx(expected, rel=1e-4)
 
 
 def test_damping_is_raised_until_the_factorisation_holds() -> None:
     direction = torch.ones(8, 1, dtype=torch.float64)
     singular = direction @ direction.T - 0.02 * torch.eye(8, dtype=torch.float64)
-    factors = factorize(singular, 4, 0.01)
+    factors = factorize(singular, [Run(8, 4)], 0.01)
     assert factors.damping == pytest.approx(0.04)
     with pytest.raises(ValueError, match="cannot be factored"):
-        factorize(torch.full((8, 8), float("nan"), dtype=torch.float64), 4, 0.01)
+        factorize(torch.full((8, 8), float("nan"), dtype=torch.float64), [Run(8, 4)], 0.01)
 
 
 def test_a_dead_input_neither_fails_nor_steers_the_others(correlated: Moment) -> None:
     moment = correlated(16, 2)
     moment[3] = moment[:, 3] = 0.0
-    factors = factorize(moment, 1, 0.01)
+    factors = factorize(moment, [Run(16, 1)], 0.01)
     coupling = ldl_feedback(factors).coupling
     assert torch.equal(coupling[3], torch.zeros(16))
     assert torch.equal(coupling[:, 3], torch.zeros(16))
-    zero = factorize(torch.zeros(8, 8), 4, 0.01)
+    zero = factorize(torch.zeros(8, 8), [Run(8, 4)], 0.01)
     assert torch.equal(zero.matrix, torch.eye(8, dtype=torch.float64))
 
 
@@ -76,30 +108,30 @@ def gptq(weight: torch.Tensor, moment: torch.Tensor, table: torch.Tensor) -> tor
 
 def test_scalar_grid_gives_the_codes_of_gptq(correlated: Moment) -> None:
     weight = torch.randn(32, 160, generator=torch.Generator().manual_seed(3))
-    factors = factorize(correlated(160, 3), 1, 0.01)
+    factors = factorize(correlated(160, 3), [Run(160, 1)], 0.01)
     table = uniform_table(0.4)
-    rounded = empty(weight, [table])
-    sweep(weight, rounded, [table], ldl_feedback(factors))
+    rounded = empty(weight, [[table]], [160])
+    sweep(weight, rounded, [[table]], ldl_feedback(factors))
     expected = gptq(weight.flip(1), factors.matrix.flip(0, 1), table).flip(1)
-    assert (rounded.codes[0] == expected).double().mean() > 0.999
+    assert (rounded.codes[0][0] == expected).double().mean() > 0.999
 
 
 def test_residuals_add_up_and_descent_never_raises_the_loss(correlated: Moment) -> None:
     g = torch.Generator().manual_seed(4)
     weight, table = torch.randn(48, 192, generator=g), torch.randn(256, 4, generator=g)
-    factors = factorize(correlated(192, 4), 4, 0.01)
-    rounded = empty(weight, [table])
-    residual = sweep(weight, rounded, [table], ldl_feedback(factors))
+    factors = factorize(correlated(192, 4), [Run(192, 4)], 0.01)
+    rounded = empty(weight, [[table]], [192])
+    residual = sweep(weight, rounded, [[table]], ldl_feedback(factors))
     losses = [proxy(weight, rounded.value, factors.matrix)]
     assert residual == pytest.approx(losses[0], rel=1e-4)
     plain = torch.cdist(weight.view(-1, 4), table).argmin(1)
     assert losses[0] < proxy(weight, table[plain].view(48, 192), factors.matrix)
     for _ in range(3):
-        sweep(weight, rounded, [table], descent_feedback(factors), keep_better=True)
+        sweep(weight, rounded, [[table]], descent_feedback(factors), keep_better=True)
         losses.append(proxy(weight, rounded.value, factors.matrix))
     assert losses == sorted(losses, reverse=True)
     assert losses[-1] < 0.97 * losses[0]
-    assert torch.equal(rounded.value, table[rounded.codes[0]].view(48, 192))
+    assert torch.equal(rounded.value, table[rounded.codes[0][0]].view(48, 192))
 
 
 def test_rounding_sensitive_channels_last_is_worse(correlated: Moment) -> None:
@@ -108,9 +140,9 @@ def test_rounding_sensitive_channels_last_is_worse(correlated: Moment) -> None:
     moment = correlated(128, 5)
 
     def loss(order: torch.Tensor) -> float:
-        factors = factorize(moment[order][:, order], 4, 0.01)
-        rounded = empty(weight, [table])
-        sweep(weight[:, order], rounded, [table], ldl_feedback(factors))
+        factors = factorize(moment[order][:, order], [Run(128, 4)], 0.01)
+        rounded = empty(weight, [[table]], [128])
+        sweep(weight[:, order], rounded, [[table]], ldl_feedback(factors))
         return proxy(weight[:, order], rounded.value, factors.matrix)
 
     ascending = moment.diagonal().argsort()
