@@ -129,8 +129,8 @@ class Worker:
     barrier: Any
     arguments: argparse.Namespace
 
-    def run(self, first_step: int) -> None:
-        """Train from `first_step` to the end of the recipe."""
+    def prepare(self) -> Tensor:
+        """Load what a worker needs; return the flat weights that its graph uses."""
         torch.set_num_threads(1)
         cache = self.arguments.cache
         self.encoder = Encoder(self.arguments.processor)
@@ -151,6 +151,11 @@ class Worker:
         unseen = assets_module.load(cache, "test")
         self.watch = watch_set(unseen, self.encoder, 16, 24)[self.rank :: self.workers]
         self.started = self.saved = time.time()
+        return weights
+
+    def run(self, first_step: int) -> None:
+        """Train from `first_step` to the end of the recipe."""
+        weights = self.prepare()
         progress = tqdm(
             range(first_step, self.recipe.steps),
             initial=first_step,
@@ -159,7 +164,11 @@ class Worker:
             disable=self.rank > 0,
             mininterval=10,
         )
+        parent = multiprocessing.parent_process()
         for step in progress:
+            if parent is not None and not parent.is_alive():
+                self.barrier.abort()  # nobody waits for this run any more
+                return
             loss = self.step(step)
             if self.device.type != "cpu":
                 weights.copy_(self.shared.weights)
