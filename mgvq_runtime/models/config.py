@@ -90,6 +90,7 @@ class LlavaOnevisionConfig(ModelConfig):
         top = Fields(config, "")
         if top.has("text_config"):
             text_fields = Fields(top.mapping("text_config"), "text_config.")
+            text_fields.one_of("model_type", ("qwen2",), default="qwen2")
             top.one_of("projector_hidden_act", ("gelu",), default="gelu")
             top.one_of("vision_feature_select_strategy", ("full",), default="full")
             if not top.boolean("multimodal_projector_bias", default=True):
@@ -97,7 +98,6 @@ class LlavaOnevisionConfig(ModelConfig):
         else:
             text_fields = top
             _check_lmms_lab(top)
-        # transformers 5 writes a decoder's own model_type; "qwen2" is what older files leave out.
         text = decoder_from_hf(text_fields, "qwen2")
         vision_fields = Fields(top.mapping("vision_config", default={}), "vision_config.")
         last = top.values.get("vision_feature_layer", -1)
@@ -178,9 +178,9 @@ _LMMS_LAB = {
     "mm_projector_type": ("mlp2x_gelu",),
     "mm_patch_merge_type": ("spatial_unpad",),
     "mm_vision_select_feature": ("patch",),
-    "mm_newline_position": ("grid",),
 }
-"""What lmms-lab's files may say of LLaVA-OneVision; the first is what a missing key stands for."""
+"""What lmms-lab's files may say of LLaVA-OneVision; the first is what a missing key stands for.
+Keys that touch videos alone, such as mm_newline_position, are not looked at."""
 
 
 def _check_lmms_lab(top: Fields) -> None:

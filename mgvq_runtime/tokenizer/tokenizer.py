@@ -251,18 +251,27 @@ def _build_plain(
     vocab = model.get("vocab")
     if not isinstance(vocab, dict) or not all(type(n) is int and n >= 0 for n in vocab.values()):
         raise TokenizerError("its vocabulary must be an object of tokens and ids")
-    unknown = model.get("unk_token")  # no text spells it: only what has no token becomes it
-    model["vocab"] = vocab = {
-        word: n
-        for word, n in vocab.items()
-        if word not in added or word.isspace() or word == unknown
-    }
+    if model.get("byte_fallback"):
+        model["unk_token"] = None  # every character has bytes, so nothing is unknown
+    special = {word for word in added if not word.isspace()}
+    hidden = special - {model.get("unk_token")}
+    model["vocab"] = vocab = {word: n for word, n in vocab.items() if word not in hidden}
+    merges = model.get("merges")
+    if isinstance(merges, list):  # some files spell special tokens by merges
+        model["merges"] = [pair for pair in merges if _joined(pair) not in special]
     plain = {**definition, "model": model, "added_tokens": [], "truncation": None, "padding": None}
     plain["post_processor"] = None
     try:
         return tokenizers.Tokenizer.from_str(json.dumps(plain)), vocab
     except Exception as error:
         raise TokenizerError(f"its tokenizer cannot be built: {error}") from error
+
+
+def _joined(pair: Any) -> str:
+    """Return what a merge makes; it is written as a list of two words, or as "left right"."""
+    if isinstance(pair, str):
+        return pair.replace(" ", "", 1)
+    return "".join(map(str, pair)) if isinstance(pair, list) else ""
 
 
 def _longest_first(tokens: Sequence[AddedToken]) -> list[AddedToken]:

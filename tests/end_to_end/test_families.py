@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import openai
 import pytest
 import torch
 from PIL import Image
@@ -15,6 +16,7 @@ from mgvq_quantizer.pipeline import quantize
 from mgvq_quantizer.recipe import QuantRecipe
 from mgvq_runtime import LLM, Engine, EngineConfig, SamplingParams
 from mgvq_runtime.checkpoint.reader import open_checkpoint
+from mgvq_runtime.errors import RequestError
 from tests.quantizer.conftest import QUICK
 from tests.runtime.conftest import write_json
 from tests.runtime.family_folders import (
@@ -159,6 +161,18 @@ def test_the_server_answers_at_two_bits(server: RunningServer, folders: Folders)
     assert reply.choices[0].message.content == expected.text == streamed
     assert reply.usage.completion_tokens == several.usage.completion_tokens == 10
     assert several.usage.prompt_tokens > 20
+
+
+def test_a_video_is_refused(server: RunningServer, folders: Folders) -> None:
+    """By name, and the server goes on."""
+    part = {"type": "video_url", "video_url": {"url": "data:video/mp4;base64,AAAA"}}
+    messages: list[Any] = [{"role": "user", "content": [part]}]
+    with server.client() as client:
+        with pytest.raises(openai.BadRequestError, match="video_url"):
+            client.chat.completions.create(model=MODEL, messages=messages)
+    with LLM(folders[3], **CONFIG) as llm:
+        with pytest.raises(RequestError, match="must be text or image, got 'video_url'"):
+            llm.chat(messages, GREEDY)
 
 
 def test_the_checkpoint_needs_no_other_file(folders: Folders) -> None:

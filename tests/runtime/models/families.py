@@ -162,6 +162,7 @@ def lmms_lab_config(config: dict[str, Any]) -> dict[str, Any]:
         "image_grid_pinpoints": "(1x1),...,(6x6)",
         "image_token_index": config["image_token_index"],
         "mm_hidden_size": 32,
+        "mm_newline_position": "one_token",
         "mm_patch_merge_type": "spatial_unpad",
         "mm_projector_type": "mlp2x_gelu",
         "mm_vision_select_feature": "patch",

@@ -48,6 +48,7 @@ def changed(config: dict[str, Any], changes: Change) -> dict[str, Any]:
         ({"vision_feature_select_strategy": "default"}, "strategy must be 'full'"),
         ({"projector_hidden_act": "relu"}, "projector_hidden_act must be 'gelu'"),
         ({"multimodal_projector_bias": False}, "multimodal_projector_bias must be true"),
+        ({"text_config.model_type": "llama"}, "text_config.model_type must be 'qwen2', got"),
         ({"image_token_index": 512}, "image_token_index 512 is outside the vocabulary of 512"),
         ({"vision_config.model_type": "clip_vision_model"}, "model_type must be 'siglip_vis"),
         ({"vision_config.num_attention_heads": 5}, r"hidden_size \(32\) is not divisible by"),
@@ -67,7 +68,6 @@ def test_llava_refuses(change: Change, message: str) -> None:
         ({"mm_vision_tower": "openai/clip-vit-large-patch14"}, "must be google/siglip-so400m"),
         ({"mm_projector_type": "linear"}, "mm_projector_type must be 'mlp2x_gelu', got 'linear'"),
         ({"mm_patch_merge_type": "flat"}, "mm_patch_merge_type must be 'spatial_unpad'"),
-        ({"mm_newline_position": "frame"}, "mm_newline_position must be 'grid'"),
     ],
 )
 def test_lmms_lab_refuses(change: Change, message: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import shutil
 import string
@@ -176,6 +177,28 @@ def test_users_cannot_write_special_tokens(ours: Tokenizer) -> None:
             typed = ours.encode_chat([{"role": "user", "content": text}])
             specials = [[i for i in ids if i in ours.special_token_ids] for ids in (empty, typed)]
             assert specials[0] == specials[1]
+
+
+@pytest.mark.parametrize("as_text", [False, True])
+def test_merges_that_spell_special_tokens(tmp_path: Path, as_text: bool) -> None:
+    """Some published tokenizer.json files merge letters to "<s>" and "<unk>", or look words up."""
+    folder = llama_folder(tmp_path / "model")
+    definition = json.loads(missing_tokenizer_json(folder) or b"")
+    model = definition["model"]
+    words = ("<", ">", "s>", "unk>", "un", "k>")
+    for word in words:
+        model["vocab"].setdefault(word, 600 + words.index(word))
+    extra = [["u", "n"], ["k", ">"], ["un", "k>"], ["s", ">"], ["<", "s>"], ["<", "unk>"]]
+    merges = extra + model["merges"]
+    model["merges"] = [" ".join(pair) for pair in merges] if as_text else merges
+    model["ignore_merges"] = True
+    (folder / "tokenizer.json").write_text(json.dumps(definition))
+    (folder / "added_tokens.json").unlink()
+    tokenizer = Tokenizer.from_folder(folder)
+    for literal in ("<s>", "<unk>", "a<s>b<unk>"):
+        ids = tokenizer.encode(literal)
+        assert not set(ids) & {0, 1, 2}
+        assert tokenizer.decode(ids) == literal
 
 
 def test_picture_tokens_of_internlm2(tmp_path: Path) -> None:
