@@ -175,7 +175,7 @@ def channel_order(
     )
     runs = _runs(layout)
     ascending = hessian.diagonal().argsort(stable=True)
-    bands = ascending.split([run.width for run in runs])
+    bands = torch.split(ascending, [run.width for run in runs])
     dealt = [b.view(run.block, -1).T.reshape(-1) for b, run in zip(bands, runs, strict=True)]
     candidates = [ascending, torch.cat(dealt)]
     state = generator.get_state()

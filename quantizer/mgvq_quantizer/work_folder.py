@@ -16,6 +16,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from mgvq_kernels.layout import VQLayout, VQWeight
 from mgvq_quantizer.solver import Solution
@@ -59,16 +60,9 @@ class WorkFolder:
             with safe_open(file, "pt") as tensors:
                 weight = VQWeight(
                     layout,
-                    *(
-                        tuple(
-                            tuple(
-                                tensors.get_tensor(f"{part}.{b}.{s}")
-                                for s in range(len(band.stages))
-                            )
-                            for b, band in enumerate(layout.bands)
-                        )
-                        for part in ("codes", "codebook", "codebook_scale")
-                    ),
+                    _nested(tensors, layout, "codes"),
+                    _nested(tensors, layout, "codebook"),
+                    _nested(tensors, layout, "codebook_scale"),
                     tensors.get_tensor("scales"),
                     tensors.get_tensor("permutation") if layout.has_permutation else None,
                 )
@@ -106,6 +100,14 @@ class WorkFolder:
 
     def _file(self, name: str) -> Path:
         return self.path / f"{name}.safetensors"
+
+
+def _nested(tensors: Any, layout: VQLayout, part: str) -> tuple[tuple[Tensor, ...], ...]:
+    """Read one kind of tensor, [band][stage]."""
+    return tuple(
+        tuple(tensors.get_tensor(f"{part}.{b}.{s}") for s in range(len(band.stages)))
+        for b, band in enumerate(layout.bands)
+    )
 
 
 def _compare(path: Path, facts: Mapping[str, Any]) -> None:
