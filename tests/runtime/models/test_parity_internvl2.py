@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
-from mgvq_runtime.layers.forward_batch import ForwardBatch
 from mgvq_runtime.models.internvl2 import InternVL2
 from mgvq_runtime.models.loading import load_model
 from mgvq_runtime.multimodal.processors.internvl2 import InternVL2ImageProcessor
-from mgvq_runtime.request import ImageInput
 from tests.runtime.models.families import (
     IMAGE,
     INTERN_VIT_6B,
@@ -28,9 +26,14 @@ from tests.runtime.models.families import (
     tensors_of,
     write_folder,
 )
-from tests.runtime.models.paged import PagedRunner, Running, start_with_images
+from tests.runtime.models.tiled_parity import (
+    Case,
+    check_encoding,
+    check_mixed,
+    check_paged,
+    check_prefill,
+)
 
-TOLERANCE = 2e-4
 LONGROPE = {
     "rope_type": "longrope",
     "short_factor": [1.0 + 0.1 * i for i in range(8)],
@@ -64,15 +67,6 @@ PARTS: dict[str, list[int | tuple[int, int]]] = {
     "two-images": [3, (180, 60), 4, (60, 60), 6],
 }
 """Numbers are runs of text, pairs are the sizes (width, height) of pictures."""
-
-
-@dataclass(frozen=True)
-class Case:
-    """A prompt with its pictures."""
-
-    ids: list[int]
-    images: tuple[ImageInput, ...]
-    pictures: list[Image.Image]
 
 
 def make_case(parts: list[int | tuple[int, int]], seed: int) -> Case:
@@ -140,18 +134,6 @@ def reference_logits(reference: Any, case: Case, new_ids: tuple[int, ...] = ()) 
     return reference(input_ids=ids, use_cache=False, **images).logits[0]
 
 
-def start(model: InternVL2, case: Case) -> Running:
-    return start_with_images(model, case.ids, case.images)
-
-
-def difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    assert ours.shape == theirs.shape
-    assert theirs.abs().max() > 1.0  # not a comparison of zeros
-    worst = float((ours - theirs).abs().max())
-    print(f"max |difference| {worst:.2e}")
-    return worst
-
-
 def test_cases_are_what_they_say() -> None:
     """One tile alone, and several with the thumbnail behind them."""
     tiles = {name: [image.grid_thw[0] for image in case.images] for name, case in CASES.items()}
@@ -162,64 +144,21 @@ def test_cases_are_what_they_say() -> None:
 
 @pytest.mark.parametrize("name", sorted(CASES))
 def test_prefill_without_cache(pair: tuple[Any, InternVL2], name: str) -> None:
-    reference, model = pair
-    sequence = start(model, CASES[name])
-    hidden = model(sequence.embeds, ForwardBatch.of_sequence(sequence.positions))
-    theirs = reference_logits(reference, CASES[name])
-    assert difference(model.logits(hidden), theirs) <= TOLERANCE
+    check_prefill(pair[1], CASES[name], partial(reference_logits, pair[0]))
 
 
 @pytest.mark.parametrize("name", ["image-between-texts", "two-images"])
 def test_paged_prefill_and_decode(pair: tuple[Any, InternVL2], name: str) -> None:
-    """Prompt in chunks (some end inside a picture), then token by token."""
-    reference, model = pair
-    case, new_ids = CASES[name], (17, 401, 3, 99)
-    sequence, runner = start(model, case), PagedRunner(model)
-    parts = []
-    while sequence.num_done < len(case.ids):
-        parts += runner.step([(sequence, min(11, len(case.ids) - sequence.num_done))])
-    for token in new_ids:
-        sequence.append(model, token)
-        parts += runner.step([(sequence, 1)])
-    theirs = reference_logits(reference, case, new_ids)
-    assert difference(torch.cat(parts), theirs) <= TOLERANCE
+    check_paged(pair[1], CASES[name], partial(reference_logits, pair[0]))
 
 
 def test_mixed_batch(pair: tuple[Any, InternVL2]) -> None:
-    """Decoding, a whole prompt and a chunk that ends inside a picture, in one forward."""
-    reference, model = pair
-    runner = PagedRunner(model)
-    decoding, whole, chunked = (
-        start(model, CASES[n]) for n in ("one-image-first", "text", "two-images")
-    )
-    runner.step([(decoding, len(decoding.ids)), (chunked, 5)])
-    decoding.append(model, 42)
-    logits = runner.step([(decoding, 1), (whole, len(whole.ids)), (chunked, 6)])
-    assert CASES["two-images"].ids[10] == CASES["two-images"].ids[11] == IMAGE
-    expected = [
-        reference_logits(reference, CASES["one-image-first"], (42,))[-1:],
-        reference_logits(reference, CASES["text"]),
-        reference_logits(reference, CASES["two-images"])[5:11],
-    ]
-    for ours, theirs in zip(logits, expected, strict=True):
-        assert difference(ours, theirs) <= TOLERANCE
+    check_mixed(pair[1], CASES, partial(reference_logits, pair[0]))
 
 
-def test_pictures_matter_and_are_encoded_alone_or_together(
-    pair: tuple[Any, InternVL2],
-) -> None:
-    _, model = pair
+def test_pictures_matter_and_are_encoded_alone_or_together(pair: tuple[Any, InternVL2]) -> None:
     names = ("one-image-first", "image-between-texts")
-    images = [CASES[name].images[0] for name in names]
-    patches = torch.cat([torch.from_numpy(image.patches) for image in images])
-    grids, layouts = [i.grid_thw for i in images], [i.layout for i in images]
-    together = model.encode_images(patches, grids, layouts)
-    alone = [
-        model.encode_images(torch.from_numpy(i.patches), [i.grid_thw], [i.layout]) for i in images
-    ]
-    assert [len(part) for part in alone] == [image.num_tokens for image in images]
-    assert difference(torch.cat(alone), together) <= 1e-5
-    assert (model.encode_images(patches.flip(0), grids, layouts) - together).abs().max() > 1e-2
+    check_encoding(pair[1], [CASES[name].images[0] for name in names])
 
 
 @pytest.mark.parametrize("name", sorted(VARIANTS.keys() - {"4b"}))  # no other dialect nests Phi-3
