@@ -77,7 +77,7 @@ class Recipe:
         return max(2, round(self.rows * share)), round(self.pictures * area)
 
 
-CONTINUED = Recipe(seed=2, steps=2400, tower_steps=0, levels=((0, 8e-4, 8e-4),), decay_share=0.55)
+CONTINUED = Recipe(seed=3, steps=2400, tower_steps=0, levels=((0, 8e-4, 8e-4),), decay_share=0.55)
 """A run that goes on from a model whose tower sees well already."""
 
 
