@@ -12,8 +12,9 @@ Source: method memo D.1-D.3, B.7 (metric assignment), E.1 (reference distortions
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +22,9 @@ from torch import Tensor
 CODEBOOK_SIZE = 256
 Tables = Sequence[Sequence[Tensor]]
 """[band][stage]: `[256, d]` float32."""
+Names = Sequence[Sequence[str]]
+"""[band][stage]: the name of a table."""
+T = TypeVar("T")
 _INT8_MAX = 127
 _SEARCH_ELEMENTS = 1 << 22
 """Distances held at once while searching: 16 MiB of float32."""
@@ -185,19 +189,21 @@ def refit_codebooks(
     weights: Sequence[Tensor],
     hessians: Sequence[Tensor],
     codes: Sequence[Sequence[Sequence[Tensor]]],
-    tables: Tables,
+    names: Sequence[Names],
+    tables: Mapping[str, Tensor],
     iterations: int = 25,
-) -> list[list[Tensor]]:
+) -> dict[str, Tensor]:
     """Minimise `sum tr((W - Dec(C)) A (W - Dec(C))^T)` over the tables, codes fixed.
 
     Least squares, as `Dec` is linear: conjugate gradients with a diagonal preconditioner. Entries
     nobody uses stay as they are.
 
     Args:
-        weights: one normalised `[O, I]` float32 a matrix that shares the tables.
+        weights: one normalised `[O, I]` float32 a matrix.
         hessians: one `[I, I]` float32 a matrix.
         codes: for each matrix, [band][stage] `[O, width/d]` integer.
-        tables: [band][stage] `[256, d]` float32: the starting point.
+        names: for each matrix, [band][stage] the name of the table its codes point into.
+        tables: `[256, d]` float32 by name: the starting point.
         iterations: conjugate gradient steps.
 
     Returns:
@@ -205,22 +211,23 @@ def refit_codebooks(
 
     Source: method memo D.3; LNQ in GuidedQuant (arXiv 2505.07004), algorithm 2.
     """
+    scatter = functools.partial(_scatter, codes, names, tables)
 
-    scatter = functools.partial(_scatter, codes, tables)
+    def decoded(values: Mapping[str, Tensor]) -> list[Tensor]:
+        return [decode(c, named(n, values)) for c, n in zip(codes, names, strict=True)]
 
-    def normal(direction: Sequence[Tensor]) -> list[Tensor]:
-        nested = _like(tables, direction)
-        return scatter([decode(c, nested) @ A for c, A in zip(codes, hessians, strict=True)])
+    def normal(direction: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return scatter([value @ A for value, A in zip(decoded(direction), hessians, strict=True)])
 
     diagonal = scatter(
         [A.diagonal().expand_as(W).contiguous() for W, A in zip(weights, hessians, strict=True)]
     )
-    inverse = [torch.where(part > 0, 1 / part, torch.zeros_like(part)) for part in diagonal]
-    errors = [W - decode(c, tables) for W, c in zip(weights, codes, strict=True)]
+    inverse = {n: torch.where(x > 0, 1 / x, torch.zeros_like(x)) for n, x in diagonal.items()}
+    errors = [W - value for W, value in zip(weights, decoded(tables), strict=True)]
     residual = scatter([E @ A for E, A in zip(errors, hessians, strict=True)])
-    solution = [table.clone() for band in tables for table in band]
-    scaled = [i * r for i, r in zip(inverse, residual, strict=True)]
-    direction = [s.clone() for s in scaled]
+    solution = {name: table.clone() for name, table in tables.items()}
+    scaled = {name: inverse[name] * r for name, r in residual.items()}
+    direction = {name: s.clone() for name, s in scaled.items()}
     energy = start = _dot(residual, scaled)
     for _ in range(iterations):
         if energy <= 1e-12 * start or energy == 0.0:
@@ -230,35 +237,38 @@ def refit_codebooks(
         if curvature <= 0.0:
             break
         step = energy / curvature
-        for s, p, r, q in zip(solution, direction, residual, image, strict=True):
-            s.add_(p, alpha=step)
-            r.sub_(q, alpha=step)
-        scaled = [i * r for i, r in zip(inverse, residual, strict=True)]
+        for name in tables:
+            solution[name].add_(direction[name], alpha=step)
+            residual[name].sub_(image[name], alpha=step)
+        scaled = {name: inverse[name] * r for name, r in residual.items()}
         energy, previous = _dot(residual, scaled), energy
-        direction = [s + (energy / previous) * p for s, p in zip(scaled, direction, strict=True)]
-    return _like(tables, solution)
+        share = energy / previous
+        direction = {name: scaled[name] + share * p for name, p in direction.items()}
+    return solution
 
 
-def _like(tables: Tables, flat: Sequence[Tensor]) -> list[list[Tensor]]:
-    """Group one tensor a table as the tables are grouped."""
-    rest = iter(flat)
-    return [[next(rest) for _ in band] for band in tables]
+def named(names: Names, values: Mapping[str, T]) -> list[list[T]]:
+    """Return [band][stage] what stands under the name of each table."""
+    return [[values[name] for name in band] for band in names]
 
 
 def _scatter(
-    codes: Sequence[Sequence[Sequence[Tensor]]], tables: Tables, products: Sequence[Tensor]
-) -> list[Tensor]:
+    codes: Sequence[Sequence[Sequence[Tensor]]],
+    names: Sequence[Names],
+    tables: Mapping[str, Tensor],
+    products: Sequence[Tensor],
+) -> dict[str, Tensor]:
     """Add every vector of `[O, I]` matrices to the entry its code names: the transpose of `Dec`."""
-    sums = [[torch.zeros_like(table) for table in band] for band in tables]
-    for product, bands in zip(products, codes, strict=True):
+    sums = {name: torch.zeros_like(table) for name, table in tables.items()}
+    for product, bands, labels in zip(products, codes, names, strict=True):
         start = 0
-        for totals, stages in zip(sums, bands, strict=True):
+        for totals, stages in zip(named(labels, sums), bands, strict=True):
             width = stages[0].shape[1] * totals[0].shape[1]
             columns = product[:, start : start + width]
             start += width
             for total, code in zip(totals, stages, strict=True):
                 total.index_add_(0, code.reshape(-1).long(), columns.reshape(-1, total.shape[1]))
-    return [total for totals in sums for total in totals]
+    return sums
 
 
 def _cell_means(vectors: Tensor, metrics: Tensor, codes: Tensor, table: Tensor) -> Tensor:
@@ -306,5 +316,5 @@ def _spread(vectors: Tensor, metrics: Tensor, generator: torch.Generator) -> Ten
     return chosen
 
 
-def _dot(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
-    return sum(float((a.double() * b.double()).sum()) for a, b in zip(left, right, strict=True))
+def _dot(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> float:
+    return sum(float((a.double() * right[name].double()).sum()) for name, a in left.items())

@@ -106,7 +106,7 @@ def make_report(
     matrices = {
         name: MatrixReport(
             count_bits({name: specs[name]})[TOTAL].bits_per_weight,
-            plans[name].shared is not None,
+            plans[name].shared,
             solution.error_nearest,
             solution.error,
         )

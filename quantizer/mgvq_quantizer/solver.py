@@ -1,19 +1,18 @@
-"""One weight matrix in, codes, codebooks and row scales out (called by `pipeline`).
+"""Weight matrices in; codes, tables and row scales out (called by `stream`, `sensitivity`).
 
-The inputs are permuted and cut into bands, each with stages and tables of its own; the feedback of
-rounding runs through all of them. Rows are divided by their scales (root mean square at first);
-then rounding, coordinate descent, least-squares refit of the tables and of the scales take turns
-and the best state is kept. All matrices given together share their tables. The objective is
-`tr(E A E^T)` over the divided rows: equal relative error for every output.
-Not here: where the second moment `A` comes from, files, models.
+The inputs are permuted and cut into bands, each with stages; every stage reads one named table, and
+tables of one name are one table, in one matrix or in several. The feedback of rounding runs through
+all bands. Rows are divided by their scales (root mean square at first); then rounding, coordinate
+descent, least-squares refit of the tables and of the scales take turns and the best state is kept.
+The objective is `tr(E A E^T)` over the divided rows: equal relative error for every output.
+Not here: where the second moment `A` comes from, the order of channels (`ordering`), files, models.
 
 Source: method memo D.1-D.3, D.6, C.8.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,9 +21,11 @@ from torch import Tensor
 from mgvq_kernels.layout import VQLayout, VQWeight
 from mgvq_quantizer.codebook import (
     Codebook,
+    Names,
     Tables,
     assign,
     decode,
+    named,
     nearest,
     refit_codebooks,
     snap,
@@ -45,10 +46,9 @@ _MAX_TRAINING_VECTORS = 1 << 17
 _SMALLEST_SCALE = 2.0**-14
 """The smallest normal float16: rows below it are stored as codes of (almost) zero."""
 _IDENTITY_TOLERANCE = 1e-3
-_TRIAL_ITERATIONS = 4
 
-Books = Sequence[Sequence[Codebook]]
-"""[band][stage]."""
+Books = Mapping[str, Codebook]
+"""Tables by name."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,6 +61,17 @@ class Problem:
     """`[I, I]` float64: the mean of `x x^T` over tokens."""
     permutation: Tensor | None
     """`[I]` int64: the original channel at each permuted place."""
+    layout: VQLayout
+    tables: Names = ()
+    """[band][stage]: names; empty stands for one table a band and stage, named by its place."""
+
+    @property
+    def names(self) -> Names:
+        """[band][stage]: the tables its codes point into."""
+        return self.tables or tuple(
+            tuple(f"{b}.{s}" for s in range(len(band.stages)))
+            for b, band in enumerate(self.layout.bands)
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,6 +89,8 @@ class Solution:
 class _Member:
     """A problem in permuted channels, and the best answer so far."""
 
+    layout: VQLayout
+    names: Names
     weight: Tensor
     hessian: Tensor
     to_energy: float
@@ -94,19 +107,17 @@ class _Member:
 
 def solve(
     problems: Sequence[Problem],
-    layout: VQLayout,
     recipe: QuantRecipe,
     generator: torch.Generator,
     books: Books | None = None,
 ) -> list[Solution]:
-    """Quantize matrices of one shape that share their codebooks.
+    """Quantize matrices together; tables of one name are shared between them.
 
     Args:
-        problems: at least one; several share one set of tables.
-        layout: the same for all.
+        problems: at least one.
         recipe: rounds, sweeps and damping.
         generator: seeds the tables.
-        books: tables that are already fixed; codes and row scales adapt to them.
+        books: tables that are already fixed, all of them; codes and row scales adapt to them.
 
     Returns:
         One solution a problem, in order.
@@ -114,16 +125,16 @@ def solve(
     Raises:
         ValueError: if a second moment cannot be factored.
     """
-    members = [_member(problem, layout, recipe) for problem in problems]
+    members = [_member(problem, recipe) for problem in problems]
     fixed = books is not None
     if books is None:
-        books = _first_books(members, layout, recipe, generator)
-    nearest_errors = [_error(m, _plain(m.target(), books, layout)) for m in members]
+        books = _first_books(members, recipe, generator)
+    nearest_errors = [_error(m, _plain(m, books)) for m in members]
     best_loss = float("inf")
     best: tuple[Books, list[Tensor], list[Rounded]] | None = None
     for _ in range(recipe.refit_rounds):
         for member in members:
-            _assign(member, books, layout, recipe.descent_sweeps)
+            _assign(member, books, recipe.descent_sweeps)
         if not fixed:
             books = _refit_books(members, books)
         for member in members:
@@ -138,79 +149,42 @@ def solve(
         problems, members, best[1], best[2], nearest_errors, strict=True
     ):
         member.scales, member.rounded = scales, rounded
-        weight = _to_weight(layout, rounded, best[0], scales, problem.permutation)
+        weight = _to_weight(problem, rounded, best[0], scales)
         solutions.append(Solution(weight, first, _error(member, rounded.value)))
     return solutions
 
 
-def channel_order(
-    weight: Tensor,
-    hessian: Tensor,
-    layout: VQLayout,
-    recipe: QuantRecipe,
-    generator: torch.Generator,
-) -> Tensor:
-    """Choose the order of the input channels that rounds better, by trying.
-
-    Channels sorted by their second moment, the largest last: it is rounded first and compensated by
-    all others, and it falls into the last band. Or, within every band, the same order dealt out, so
-    that every vector has one channel of each quantile: the metric then spends a vector's bits where
-    they matter. On a 5-layer Qwen2-VL at 2 bits the
-    errors of random, sorted and dealt channels were .0078, .0071, .0076 (gate_up_proj, mild
-    moments) and .0013, .0011, .0010 (down_proj, where few channels carry almost everything; up to
-    .0032 against .0021 later in its training).
-
-    Args:
-        weight: `[O, I]` float32.
-        hessian: `[I, I]` float64.
-        layout: the matrix's layout.
-        recipe: damping.
-        generator: seeds the trial tables.
-
-    Returns:
-        `[I]` int64: the original channel at each place.
-    """
-    quick = dataclasses.replace(
-        recipe, refit_rounds=1, descent_sweeps=0, codebook_iterations=_TRIAL_ITERATIONS
-    )
-    runs = _runs(layout)
-    ascending = hessian.diagonal().argsort(stable=True)
-    bands = torch.split(ascending, [run.width for run in runs])
-    dealt = [b.view(run.block, -1).T.reshape(-1) for b, run in zip(bands, runs, strict=True)]
-    candidates = [ascending, torch.cat(dealt)]
-    state = generator.get_state()
-    errors = []
-    for order in candidates if max(run.block for run in runs) > 1 else candidates[:1]:
-        trial = solve([Problem(weight, hessian, order)], layout, quick, generator.set_state(state))
-        errors.append(trial[0].error)
-    return candidates[errors.index(min(errors))]
+def books_of(problem: Problem, solution: Solution) -> dict[str, Codebook]:
+    """Return the tables of a solved problem by name, to be reused by its siblings."""
+    weight = solution.weight
+    return {
+        name: Codebook(entries, float(scale))
+        for names, band, scales in zip(
+            problem.names, weight.codebooks, weight.codebook_scales, strict=True
+        )
+        for name, entries, scale in zip(names, band, scales, strict=True)
+    }
 
 
-def books_of(weight: VQWeight) -> list[list[Codebook]]:
-    """Return the tables of a weight, to be reused by its siblings."""
-    return [
-        [Codebook(e, float(s)) for e, s in zip(entries, scales, strict=True)]
-        for entries, scales in zip(weight.codebooks, weight.codebook_scales, strict=True)
-    ]
-
-
-def _runs(layout: VQLayout) -> list[Run]:
+def blocks_of(layout: VQLayout) -> list[Run]:
     """Cut every band into blocks as wide as its longest vector."""
     return [
         Run(band.width, max(stage.vector_dim for stage in band.stages)) for band in layout.bands
     ]
 
 
-def _member(problem: Problem, layout: VQLayout, recipe: QuantRecipe) -> _Member:
+def _member(problem: Problem, recipe: QuantRecipe) -> _Member:
     weight, hessian = problem.weight.float(), problem.hessian.double()
     if problem.permutation is not None:
         weight = weight[:, problem.permutation]
         hessian = hessian[problem.permutation][:, problem.permutation]
-    factors = factorize(hessian, _runs(layout), recipe.damping)
+    factors = factorize(hessian, blocks_of(problem.layout), recipe.damping)
     scales = weight.square().mean(1).sqrt().clamp_min(_SMALLEST_SCALE).half().float()  # [O]
     normal = weight / scales[:, None]
     energy = float(((normal @ factors.matrix.float()) * normal).double().sum())
     return _Member(
+        layout=problem.layout,
+        names=problem.names,
         weight=weight,
         hessian=factors.matrix.float(),
         to_energy=1.0 / max(energy, 1e-30),
@@ -222,35 +196,53 @@ def _member(problem: Problem, layout: VQLayout, recipe: QuantRecipe) -> _Member:
 
 
 def _first_books(
-    members: Sequence[_Member], layout: VQLayout, recipe: QuantRecipe, generator: torch.Generator
-) -> list[list[Codebook]]:
-    """Train the tables of every band."""
-    return [_band_books(members, layout, b, recipe, generator) for b in range(len(layout.bands))]
+    members: Sequence[_Member], recipe: QuantRecipe, generator: torch.Generator
+) -> dict[str, Codebook]:
+    """Train every table on all bands that read it."""
+    pieces: dict[tuple[str, ...], list[_Piece]] = {}
+    for member in members:
+        for b, names in enumerate(member.names):
+            pieces.setdefault(tuple(names), []).append(_Piece(member, b))
+    books: dict[str, Codebook] = {}
+    for names, parts in pieces.items():
+        trained = _band_books(parts, recipe, generator)
+        books.update(zip(names, trained, strict=True))
+    return books
+
+
+@dataclass(frozen=True, eq=False)
+class _Piece:
+    """One band of one member."""
+
+    member: _Member
+    band: int
+
+    @property
+    def columns(self) -> slice:
+        band = self.member.layout.bands[self.band]
+        return slice(band.start, band.start + band.width)
 
 
 def _band_books(
-    members: Sequence[_Member],
-    layout: VQLayout,
-    band: int,
-    recipe: QuantRecipe,
-    generator: torch.Generator,
+    pieces: Sequence[_Piece], recipe: QuantRecipe, generator: torch.Generator
 ) -> list[Codebook]:
     """Train one table a stage on a sample of rows; later stages on what the earlier ones left."""
-    O = members[0].weight.shape[0]  # noqa: E741
-    start, width = layout.bands[band].start, layout.bands[band].width
-    dims = [stage.vector_dim for stage in layout.bands[band].stages]
-    vectors_a_row = len(members) * width // min(dims)
+    first = pieces[0].member.layout
+    O = first.out_features  # noqa: E741
+    dims = [stage.vector_dim for stage in first.bands[pieces[0].band].stages]
+    widths = [piece.columns.stop - piece.columns.start for piece in pieces]
+    vectors_a_row = sum(widths) // min(dims)
     rows = torch.randperm(O, generator=generator)[: max(1, _MAX_TRAINING_VECTORS // vectors_a_row)]
-    left = [
-        member.target()[rows.to(member.weight.device), start : start + width] for member in members
-    ]
+    left = [p.member.target()[rows.to(p.member.weight.device), p.columns] for p in pieces]
     books: list[Codebook] = []
     for d in dims:
-        metrics = torch.cat([_metrics(m, band, d) * (m.to_energy * O) for m in members])
+        metrics = torch.cat(
+            [_metrics(p.member, p.band, d) * (p.member.to_energy * O) for p in pieces]
+        )
         vectors = torch.cat([_vectors(part, d) for part in left])
         book = train_codebook(vectors, metrics, recipe.codebook_iterations, generator)
         codes = nearest(vectors, book.values, metrics)
-        values = torch.split(book.values[codes], width // d)  # [width/d, rows, d] a member
+        values = torch.split(book.values[codes], [width // d for width in widths])
         left = [
             part - v.transpose(0, 1).reshape(part.shape)
             for part, v in zip(left, values, strict=True)
@@ -259,10 +251,10 @@ def _band_books(
     return books
 
 
-def _assign(member: _Member, books: Books, layout: VQLayout, descent_sweeps: int) -> None:
+def _assign(member: _Member, books: Books, descent_sweeps: int) -> None:
     """Round from scratch, check the loss identity, then descend."""
-    target, tables = member.target(), _values(books)
-    rounded = empty(target, tables, [band.width for band in layout.bands])
+    target, tables = member.target(), _values(member, books)
+    rounded = empty(target, tables, [band.width for band in member.layout.bands])
     residual = sweep(target, rounded, tables, member.rounding)
     member.rounded = rounded
     loss = _loss(member) / member.to_energy
@@ -276,16 +268,17 @@ def _assign(member: _Member, books: Books, layout: VQLayout, descent_sweeps: int
         sweep(target, rounded, tables, member.descent, keep_better=True)
 
 
-def _refit_books(members: Sequence[_Member], books: Books) -> list[list[Codebook]]:
+def _refit_books(members: Sequence[_Member], books: Books) -> dict[str, Codebook]:
     refitted = refit_codebooks(
         [member.target() for member in members],
         [member.hessian * member.to_energy for member in members],
         [member.rounded.codes for member in members],
-        _values(books),
+        [member.names for member in members],
+        {name: book.values for name, book in books.items()},
     )
-    new = [[snap(table) for table in band] for band in refitted]
+    new = {name: snap(table) for name, table in refitted.items()}
     for member in members:
-        member.rounded.value = decode(member.rounded.codes, _values(new))
+        member.rounded.value = decode(member.rounded.codes, _values(member, new))
     return new
 
 
@@ -311,15 +304,16 @@ def _error(member: _Member, value: Tensor) -> float:
     return float(((error @ member.hessian) * error).double().sum()) / max(energy, 1e-30)
 
 
-def _plain(target: Tensor, books: Books, layout: VQLayout) -> Tensor:
+def _plain(member: _Member, books: Books) -> Tensor:
     """The nearest codewords `[O, I]`, block by block, without any metric or feedback."""
-    O = target.shape[0]  # noqa: E741
-    values = []
-    for tables, run, band in zip(_values(books), _runs(layout), layout.bands, strict=True):
-        columns = target[:, band.start : band.start + band.width]
+    target, values = member.target(), []
+    parts = torch.split(target, [band.width for band in member.layout.bands], dim=1)
+    for columns, tables, run in zip(
+        parts, _values(member, books), blocks_of(member.layout), strict=True
+    ):
         eye = torch.eye(run.block, device=target.device)
         _, value = assign(columns.reshape(-1, run.block), eye, tables)
-        values.append(value.view(O, -1))
+        values.append(value.view(len(target), -1))
     return torch.cat(values, dim=1)
 
 
@@ -336,24 +330,19 @@ def _vectors(matrix: Tensor, d: int) -> Tensor:
     return matrix.view(matrix.shape[0], -1, d).transpose(0, 1).contiguous()
 
 
-def _values(books: Books) -> Tables:
-    return [[book.values for book in band] for band in books]
+def _values(member: _Member, books: Books) -> Tables:
+    return [[book.values for book in band] for band in named(member.names, books)]
 
 
-def _to_weight(
-    layout: VQLayout,
-    rounded: Rounded,
-    books: Books,
-    scales: Tensor,
-    permutation: Tensor | None,
-) -> VQWeight:
-    device = scales.device
+def _to_weight(problem: Problem, rounded: Rounded, books: Books, scales: Tensor) -> VQWeight:
+    device, permutation = scales.device, problem.permutation
+    mine = named(problem.names, books)
     return VQWeight(
-        layout=layout,
+        layout=problem.layout,
         codes=tuple(tuple(code.to(torch.uint8) for code in band) for band in rounded.codes),
-        codebooks=tuple(tuple(book.entries for book in band) for band in books),
+        codebooks=tuple(tuple(book.entries for book in band) for band in mine),
         codebook_scales=tuple(
-            tuple(torch.tensor(book.scale, device=device) for book in band) for band in books
+            tuple(torch.tensor(book.scale, device=device) for book in band) for band in mine
         ),
         scales=scales.half(),
         permutation=None if permutation is None else permutation.to(torch.int32),

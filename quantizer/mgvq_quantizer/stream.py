@@ -19,8 +19,10 @@ from torch import Tensor, nn
 from mgvq_kernels import ops
 from mgvq_quantizer.allocation import MatrixPlan, sharing_groups
 from mgvq_quantizer.batches import Features, TokenBatch, embed, encode_batch
+from mgvq_quantizer.codebook import Codebook
+from mgvq_quantizer.ordering import channel_order
 from mgvq_quantizer.recipe import QuantRecipe
-from mgvq_quantizer.solver import Books, Problem, Solution, books_of, channel_order, solve
+from mgvq_quantizer.solver import Problem, Solution, books_of, solve
 from mgvq_quantizer.statistics import Run, input_moment, input_moments, record_calls
 from mgvq_quantizer.work_folder import WorkFolder
 from mgvq_runtime.errors import CheckpointError
@@ -58,7 +60,7 @@ class Stream:
                 raise CheckpointError(f"{name} holds values that are not finite")
         self.model, self.plans, self.recipe = model, plans, recipe
         self.work, self.progress = work, progress
-        self.books: dict[str, Books] = {}
+        self.books: dict[str, Codebook] = {}
         self.solutions: dict[str, Solution] = {}
 
     def share_books(self, runs: Sequence[Run]) -> None:
@@ -71,8 +73,9 @@ class Stream:
             modules = {matrix.name: self._module(matrix.name) for matrix in group}
             moments = input_moments(modules, runs)
             problems = [self._problem(matrix, moments[matrix.name]) for matrix in group]
-            solved = solve(problems, group[0].layout, self.recipe, seeded(self.recipe.seed, label))
-            self.books[label] = books_of(solved[0].weight)
+            solved = solve(problems, self.recipe, seeded(self.recipe.seed, label))
+            for problem, solution in zip(problems, solved, strict=True):
+                self.books |= books_of(problem, solution)
 
     def vision(self, batches: Sequence[Sequence[ImageInput]], device: torch.device) -> None:
         """Quantize the vision tower and the merger on batches of pictures."""
@@ -133,9 +136,10 @@ class Stream:
             if moment is None:
                 moment = input_moment(name, self._module(name), runs)
             problem = self._problem(plan, moment)
-            books = None if plan.shared is None else self.books[plan.shared[0][0]]
-            generator = seeded(self.recipe.seed, name)
-            solution = solve([problem], plan.layout, self.recipe, generator, books)[0]
+            books = None
+            if plan.shared:
+                books = {table: self.books[table] for band in plan.tables for table in band}
+            solution = solve([problem], self.recipe, seeded(self.recipe.seed, name), books)[0]
             self.work.save(name, solution)
         module = self._module(name)
         module.weight.copy_(ops.vq_dequantize(solution.weight.to(module.weight.device)))
@@ -157,7 +161,7 @@ class Stream:
         if plan.layout.has_permutation:
             generator = seeded(self.recipe.seed, f"order of {plan.name}")
             order = channel_order(weight, moment, plan.layout, self.recipe, generator)
-        return Problem(weight, moment, order)
+        return Problem(weight, moment, order, plan.layout, plan.tables)
 
 
 def seeded(seed: int, label: str) -> torch.Generator:

@@ -110,13 +110,12 @@ class _Knobs:
         self._codes: dict[str, list[list[Tensor]]] = {}
         self._inverse: dict[str, Tensor] = {}
         for name, weight in self.weights.items():
-            for b, (books, units) in enumerate(
-                zip(weight.codebooks, weight.codebook_scales, strict=True)
+            for names, books, units in zip(
+                self.plans[name].tables, weight.codebooks, weight.codebook_scales, strict=True
             ):
-                for s, (book, unit) in enumerate(zip(books, units, strict=True)):
+                for key, book, unit in zip(names, books, units, strict=True):
                     table = book.float() * unit
-                    knob = _Knob.around(table, table.square().mean().sqrt())
-                    self.tables[self._table(name, b, s)] = knob
+                    self.tables[key] = _Knob.around(table, table.square().mean().sqrt())
             scales = weight.scales.float()
             self.scales[name] = _Knob.around(scales, scales)
             self._codes[name] = [[codes.long() for codes in band] for band in weight.codes]
@@ -181,16 +180,9 @@ class _Knobs:
     def _all(self) -> list[_Knob]:
         return [*self.tables.values(), *self.scales.values(), *self.others.values()]
 
-    def _table(self, name: str, band: int, stage: int) -> str:
-        shared = self.plans[name].shared
-        return f"{name}.{band}.{stage}" if shared is None else shared[band][stage]
-
     def _of_each_table(self, name: str, get: Callable[[str], T]) -> list[list[T]]:
         """Return [band][stage] what `get` gives for the names of a matrix's tables."""
-        return [
-            [get(self._table(name, b, s)) for s in range(len(band))]
-            for b, band in enumerate(self.weights[name].codes)
-        ]
+        return [[get(table) for table in band] for band in self.plans[name].tables]
 
 
 def tune(

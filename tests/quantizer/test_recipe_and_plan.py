@@ -57,7 +57,7 @@ def test_small_matrices_share_tables_with_their_kind() -> None:
     plans = plan(decoder(64, 128, 3), QuantRecipe(bits=2))
     groups = sharing_groups(plans)
     assert all(matrix.shared for name, matrix in plans.items() if "layers" in name)
-    assert plans["model.embed_tokens"].shared is None
+    assert not plans["model.embed_tokens"].shared
     assert {len(group) for group in groups.values()} == {3}
     own = plan(decoder(64, 128, 3), QuantRecipe(bits=2, max_codebook_overhead=100.0))
     assert not sharing_groups(own)

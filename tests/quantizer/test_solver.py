@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 
 from mgvq_kernels import ops
 from mgvq_kernels.layout import RATE_STAGES, Band, Stage, VQLayout
+from mgvq_quantizer.ordering import channel_order
 from mgvq_quantizer.recipe import QuantRecipe
-from mgvq_quantizer.solver import Problem, Solution, books_of, channel_order, solve
+from mgvq_quantizer.solver import Problem, Solution, books_of, solve
 
 Moment = Callable[[int, int], torch.Tensor]
 RECIPE = QuantRecipe(codebook_iterations=8, refit_rounds=2)
@@ -20,11 +22,11 @@ def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def problem(moment: torch.Tensor, rows: int, seed: int, *, permute: bool) -> Problem:
-    width = len(moment)
+def problem(moment: torch.Tensor, layout: VQLayout, seed: int) -> Problem:
+    rows, width = layout.out_features, layout.in_features
     weight = 0.02 * torch.randn(rows, width, generator=seeded(seed))
-    order = torch.randperm(width, generator=seeded(seed)) if permute else None
-    return Problem(weight, moment, order)
+    order = torch.randperm(width, generator=seeded(seed)) if layout.has_permutation else None
+    return Problem(weight, moment, order, layout)
 
 
 def error_of(case: Problem, solution: Solution) -> float:
@@ -38,29 +40,27 @@ def error_of(case: Problem, solution: Solution) -> float:
 
 @pytest.mark.parametrize("rate", [1, 2, 3, 4])
 def test_every_rate_beats_plain_nearest_codewords(correlated: Moment, rate: int) -> None:
-    case = problem(correlated(128, 0), 192, 0, permute=True)
-    layout = VQLayout.uniform(192, 128, rate, has_permutation=True)
-    solution = solve([case], layout, RECIPE, seeded(1))[0]
+    case = problem(correlated(128, 0), VQLayout.uniform(192, 128, rate, has_permutation=True), 0)
+    solution = solve([case], RECIPE, seeded(1))[0]
     assert solution.error < 0.6 * solution.error_nearest
     assert error_of(case, solution) == pytest.approx(solution.error, rel=1e-3)
 
 
 def test_more_bits_are_better(correlated: Moment) -> None:
-    case = problem(correlated(128, 1), 128, 1, permute=True)
-    errors = [
-        solve([case], VQLayout.uniform(128, 128, rate, True), RECIPE, seeded(1))[0].error
-        for rate in (1, 2, 3, 4)
-    ]
+    errors = []
+    for rate in (1, 2, 3, 4):
+        case = problem(correlated(128, 1), VQLayout.uniform(128, 128, rate, True), 1)
+        errors.append(solve([case], RECIPE, seeded(1))[0].error)
     assert all(finer < 0.5 * coarser for coarser, finer in zip(errors, errors[1:], strict=False))
 
 
-def mixed(rows: int, bands: list[tuple[int, int]]) -> VQLayout:
+def mixed(rows: int, bands: list[tuple[int, int]], has_permutation: bool = True) -> VQLayout:
     """A layout of bands, each so many channels at so many bits."""
     made, start = [], 0
     for width, rate in bands:
         made.append(Band(start, width, tuple(map(Stage, RATE_STAGES[rate]))))
         start += width
-    return VQLayout(rows, start, tuple(made), has_permutation=True)
+    return VQLayout(rows, start, tuple(made), has_permutation)
 
 
 def test_bands_lower_the_error_at_the_same_bits_where_few_channels_carry_much(
@@ -73,17 +73,18 @@ def test_bands_lower_the_error_at_the_same_bits_where_few_channels_carry_much(
     for name, bands in {"uniform": [(128, 2)], "mixed": [(64, 1), (32, 2), (32, 4)]}.items():
         layout = mixed(192, bands)
         assert layout.code_bits() == 2 * 192 * 128
-        case = problem(moment, 192, 8, permute=False)
-        order = channel_order(case.weight, moment, layout, RECIPE, seeded(1))
-        solution = solve([Problem(case.weight, moment, order)], layout, RECIPE, seeded(1))[0]
+        weight = problem(moment, layout, 8).weight
+        order = channel_order(weight, moment, layout, RECIPE, seeded(1))
+        case = Problem(weight, moment, order, layout)
+        solution = solve([case], RECIPE, seeded(1))[0]
         errors[name] = solution.error
         assert error_of(case, solution) == pytest.approx(solution.error, rel=1e-3)
     assert errors["mixed"] < 0.85 * errors["uniform"], errors  # .0058 against .0076
 
 
 def test_a_permuted_weight_is_the_formula_of_the_format(correlated: Moment) -> None:
-    case = problem(correlated(64, 2), 32, 2, permute=True)
-    weight = solve([case], VQLayout.uniform(32, 64, 2, True), RECIPE, seeded(1))[0].weight
+    case = problem(correlated(64, 2), VQLayout.uniform(32, 64, 2, True), 2)
+    weight = solve([case], RECIPE, seeded(1))[0].weight
     x = torch.randn(64, generator=seeded(3))
     table = weight.codebooks[0][0].float() * weight.codebook_scales[0][0]
     permuted = table[weight.codes[0][0].long()].view(32, 64) * weight.scales.float()[:, None]
@@ -94,28 +95,43 @@ def test_a_permuted_weight_is_the_formula_of_the_format(correlated: Moment) -> N
 
 def test_the_metric_and_its_feedback_pay_off_as_measured(correlated: Moment) -> None:
     """The memo's B.7: about .097 without feedback, .032 with metric and feedback."""
-    case = problem(correlated(256, 6), 256, 6, permute=False)
-    solution = solve([case], VQLayout.uniform(256, 256, 2), QuantRecipe(), seeded(1))[0]
+    case = problem(correlated(256, 6), VQLayout.uniform(256, 256, 2), 6)
+    solution = solve([case], QuantRecipe(), seeded(1))[0]
     assert solution.error_nearest > 0.08
     assert solution.error < 0.034
 
 
 def test_siblings_share_tables_and_later_ones_take_them_over(correlated: Moment) -> None:
     layout = VQLayout.uniform(64, 64, 2)
-    cases = [problem(correlated(64, i), 64, i, permute=False) for i in range(3)]
-    solved = solve(cases, layout, RECIPE, seeded(1))
+    cases = [problem(correlated(64, i), layout, i) for i in range(3)]
+    solved = solve(cases, RECIPE, seeded(1))
     books = [solution.weight.codebooks[0][0] for solution in solved]
     assert torch.equal(books[0], books[1])
     assert torch.equal(books[0], books[2])
-    again = solve(cases[:1], layout, RECIPE, seeded(2), books_of(solved[0].weight))[0]
+    again = solve(cases[:1], RECIPE, seeded(2), books_of(cases[0], solved[0]))[0]
     assert torch.equal(again.weight.codebooks[0][0], books[0])
     assert again.error < 1.3 * solved[0].error
 
 
+def test_a_table_may_serve_bands_of_several_matrices(correlated: Moment) -> None:
+    """One matrix at 2 bits, one at 2 and 4: the tables at 2 bits are one table, trained on both."""
+    names = (("two",),), (("two",), ("four",))
+    layouts = VQLayout.uniform(64, 64, 2), mixed(64, [(32, 2), (32, 4)], has_permutation=False)
+    cases = [
+        replace(problem(correlated(64, i), layout, i), tables=tables)
+        for i, (layout, tables) in enumerate(zip(layouts, names, strict=True))
+    ]
+    uniform, banded = solve(cases, RECIPE, seeded(1))
+    assert torch.equal(uniform.weight.codebooks[0][0], banded.weight.codebooks[0][0])
+    assert banded.error < 0.7 * uniform.error
+    assert error_of(cases[1], banded) == pytest.approx(banded.error, rel=1e-3)
+    alone = solve(cases[:1], RECIPE, seeded(1))[0]
+    assert not torch.equal(alone.weight.codebooks[0][0], uniform.weight.codebooks[0][0])
+
+
 def test_the_same_seed_gives_the_same_bytes(correlated: Moment) -> None:
-    case = problem(correlated(64, 4), 48, 4, permute=True)
-    layout = VQLayout.uniform(48, 64, 2, True)
-    one, two, other = (solve([case], layout, RECIPE, seeded(s))[0].weight for s in (7, 7, 8))
+    case = problem(correlated(64, 4), VQLayout.uniform(48, 64, 2, True), 4)
+    one, two, other = (solve([case], RECIPE, seeded(s))[0].weight for s in (7, 7, 8))
     assert torch.equal(one.codes[0][0], two.codes[0][0])
     assert torch.equal(one.codebooks[0][0], two.codebooks[0][0])
     assert torch.equal(one.scales, two.scales)
@@ -128,9 +144,8 @@ def test_rows_of_zeros_and_dead_inputs_stay_finite(correlated: Moment) -> None:
     moment[:, :8] = 0.0
     weight = torch.randn(32, 64, generator=seeded(5))
     weight[3] = 0.0
-    solution = solve(
-        [Problem(weight, moment, None)], VQLayout.uniform(32, 64, 4), RECIPE, seeded(1)
-    )[0]
+    case = Problem(weight, moment, None, VQLayout.uniform(32, 64, 4))
+    solution = solve([case], RECIPE, seeded(1))[0]
     dense = ops.vq_dequantize(solution.weight)
     assert bool(torch.isfinite(dense).all())
     assert float(dense[3].abs().max()) < 1e-3
@@ -139,7 +154,7 @@ def test_rows_of_zeros_and_dead_inputs_stay_finite(correlated: Moment) -> None:
 
 def test_overwhelming_channels_are_dealt_out_over_the_vectors(correlated: Moment) -> None:
     layout = VQLayout.uniform(128, 128, 2, True)
-    case = problem(correlated(128, 7), 128, 7, permute=False)
+    case = problem(correlated(128, 7), layout, 7)
     loud = torch.eye(128, dtype=torch.float64)
     loud[:16] *= 1e4
     order = channel_order(case.weight, loud, layout, RECIPE, seeded(1))
