@@ -64,6 +64,11 @@ class Band:
         """Code bytes this band spends on one output row."""
         return sum(self.width // stage.vector_dim for stage in self.stages)
 
+    @property
+    def rate(self) -> int:
+        """Bits this band spends on one weight."""
+        return sum(8 // stage.vector_dim for stage in self.stages)
+
 
 @dataclasses.dataclass(frozen=True)
 class VQLayout:

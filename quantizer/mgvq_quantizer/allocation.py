@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from torch import nn
 
 from mgvq_kernels.layout import RATE_STAGES, Band, Stage, VQLayout
-from mgvq_quantizer.codebook import Names
 from mgvq_quantizer.recipe import QuantRecipe
 from mgvq_runtime.checkpoint.bits import group_of
 from mgvq_runtime.checkpoint.spec import MatrixSpec
@@ -30,16 +29,26 @@ class MatrixPlan:
     name: str
     """The module's name, as in the checkpoint."""
     layout: VQLayout
-    tables: Names
-    """[band][stage]: the name of the table its codes point into."""
-    shared: bool
-    """Whether other matrices read the tables too."""
+    label: str
+    """What its tables are named after: the matrix itself, or all that share them."""
+
+    @property
+    def shared(self) -> bool:
+        """Whether other matrices read the same tables."""
+        return self.label != self.name
+
+    @property
+    def tables(self) -> tuple[tuple[str, ...], ...]:
+        """[band][stage]: the name of the table its codes point into."""
+        return tuple(
+            tuple(f"{self.label}-{band.rate}bit-{s}" for s in range(len(band.stages)))
+            for band in self.layout.bands
+        )
 
     @property
     def spec(self) -> MatrixSpec:
         """The matrix as the checkpoint describes it."""
-        names = tuple(tuple(band) for band in self.tables) if self.shared else ()
-        return MatrixSpec(self.layout, names)
+        return MatrixSpec(self.layout, self.tables if self.shared else ())
 
 
 def plan(
@@ -62,7 +71,7 @@ def plan(
     siblings = Counter((kind_of(name), shape) for name, shape in shapes.items())
     plans = {}
     for name, (rows, columns) in shapes.items():
-        mine = (widths or {}).get(name) or {recipe.rate_of(group_of(name)): columns}
+        mine = (widths or {}).get(name) or {recipe.rates_of(group_of(name))[0]: columns}
         has_siblings = siblings[kind_of(name), (rows, columns)] > 1
         plans[name] = plan_matrix(name, rows, mine, recipe, has_siblings)
     return plans
@@ -80,31 +89,32 @@ def matrix_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
 def plan_matrix(
     name: str, rows: int, widths: Widths, recipe: QuantRecipe, has_siblings: bool
 ) -> MatrixPlan:
-    """Lay out one matrix: a band for each rate, the lowest first."""
-    bands, rates, start = [], [], 0
+    """Lay out one matrix: a band for each rate, the lowest first.
+
+    Whether it shares its tables depends on all rates its group may have, not on those it got.
+    """
+    bands, start = [], 0
     for rate in sorted(rate for rate, width in widths.items() if width):
         bands.append(Band(start, widths[rate], tuple(map(Stage, RATE_STAGES[rate]))))
-        rates.append(rate)
         start += widths[rate]
     layout = VQLayout(rows, start, tuple(bands), has_permutation=recipe.permute)
-    overhead = layout.codebook_bits() / layout.num_weights
-    shared = has_siblings and overhead > recipe.max_codebook_overhead
+    tables_bits = sum(table_bits(rate) for rate in recipe.rates_of(group_of(name)))
+    shared = has_siblings and tables_bits > recipe.max_codebook_overhead * layout.num_weights
     label = f"{kind_of(name)}-{rows}x{start}" if shared else name
-    tables = tuple(
-        tuple(f"{label}-{rate}bit-{s}" for s in range(len(band.stages)))
-        for band, rate in zip(bands, rates, strict=True)
-    )
-    return MatrixPlan(name, layout, tables, shared)
+    return MatrixPlan(name, layout, label)
+
+
+def table_bits(rate: int) -> int:
+    """Return what the tables of one rate cost, scales included."""
+    return VQLayout.uniform(1, 8, rate).codebook_bits()
 
 
 def sharing_groups(plans: Mapping[str, MatrixPlan]) -> dict[str, Sequence[MatrixPlan]]:
-    """Return the plans that share tables, by kind and shape."""
+    """Return the plans that share tables, by what the tables are named after."""
     groups: dict[str, list[MatrixPlan]] = {}
-    for name, matrix in plans.items():
+    for matrix in plans.values():
         if matrix.shared:
-            layout = matrix.layout
-            label = f"{kind_of(name)}-{layout.out_features}x{layout.in_features}"
-            groups.setdefault(label, []).append(matrix)
+            groups.setdefault(matrix.label, []).append(matrix)
     return dict(groups)
 
 

@@ -48,7 +48,9 @@ def allocate(items: Sequence[Item], budget: int) -> list[int]:
     """
     spent = sum(item.bits[0] for item in items)
     if spent > budget:
-        raise ConfigError(f"the least these matrices can take is {spent} bits, allowed are {budget}")
+        raise ConfigError(
+            f"the least these matrices can take is {spent} bits, allowed are {budget}"
+        )
     chosen = [0] * len(items)
     steps = sorted(step for i, item in enumerate(items) for step in _steps(i, item))
     break_even = 0.0

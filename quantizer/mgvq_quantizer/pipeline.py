@@ -1,7 +1,8 @@
 """A dense checkpoint folder in, an MGVQ checkpoint folder out (called by `cli`, `benchmarks`).
 
-The order: read data, ask the dense model, quantize vision tower, embedding and decoder in the order
-in which data flows (`stream`), tune end to end (`tuning`), write. Finished matrices are kept in
+The order: read data, ask the dense model, measure what each matrix is sensitive to (`survey`) and
+spend the bits (`precision`), quantize vision tower, embedding and decoder in the order in which
+data flows (`stream`), tune end to end (`tuning`), write. Finished matrices are kept in
 `OUTPUT.partial/`, so an interrupted run goes on where it was; the same recipe, source and data give
 the same tensors, interrupted or not.
 """
@@ -32,12 +33,16 @@ from mgvq_quantizer.batches import (
     unique_pictures,
 )
 from mgvq_quantizer.calibration import CalibrationError, Sample
+from mgvq_quantizer.gradients import TokenWeights, squared_gradients, token_weights
+from mgvq_quantizer.precision import choose_widths
 from mgvq_quantizer.recipe import QuantRecipe
 from mgvq_quantizer.report import Report, make_report
 from mgvq_quantizer.solver import Solution
-from mgvq_quantizer.stream import Stream
+from mgvq_quantizer.stream import Stream, seeded
+from mgvq_quantizer.survey import Evidence, survey
 from mgvq_quantizer.work_folder import WorkFolder
 from mgvq_runtime import __version__
+from mgvq_runtime.checkpoint.bits import group_of
 from mgvq_runtime.checkpoint.files import fingerprint_folder
 from mgvq_runtime.checkpoint.reader import Checkpoint, open_checkpoint
 from mgvq_runtime.checkpoint.spec import QuantizationSpec
@@ -84,6 +89,17 @@ class _Data:
         return [*self.train, *self.heldout, *self.swapped]
 
 
+@dataclass(frozen=True, eq=False)
+class _Rounded:
+    """Everything before tuning."""
+
+    plans: dict[str, MatrixPlan]
+    solutions: dict[str, Solution]
+    features: Features
+    """From the quantized vision tower."""
+    reference: tuning.Reference
+
+
 def quantize(
     model: Path,
     output: Path,
@@ -114,7 +130,6 @@ def quantize(
     source = _open_source(model, output)
     graph = fill_model(source, device)
     data = _read_data(model, graph, recipe, calibration_data)
-    plans = plan(graph, recipe)
     facts = {
         **recipe.to_json(),
         "source": fingerprint_folder(model),
@@ -122,21 +137,22 @@ def quantize(
         "tool_version": __version__,
     }
     work = WorkFolder(output.with_name(output.name + ".partial"), facts)
-    with tqdm(total=len(plans), unit="matrix", disable=not show_progress) as bar, torch.no_grad():
-        solutions, features, reference = _round(graph, plans, recipe, work, data, bar)
+    with tqdm(unit="matrix", disable=not show_progress) as bar, torch.no_grad():
+        done = _round(graph, recipe, work, data, bar)
         with torch.enable_grad():
             tuned = tuning.tune(
                 graph,
-                plans,
-                {name: solution.weight for name, solution in solutions.items()},
-                reference,
+                done.plans,
+                {name: solution.weight for name, solution in done.solutions.items()},
+                done.reference,
                 ([*data.train, *data.swapped], data.heldout),
-                features,
+                done.features,
                 recipe,
                 bar.set_description,
             )
-    report = make_report(plans, solutions, tuned, recipe, _facts(data), time.monotonic() - started)
-    _write(output, source, graph, plans, solutions, tuned, recipe, report)
+    seconds = time.monotonic() - started
+    report = make_report(done.plans, done.solutions, tuned, recipe, _facts(data), seconds)
+    _write(output, source, graph, done, tuned, recipe, report)
     work.remove()
     return report
 
@@ -178,14 +194,9 @@ def _read_data(folder: Path, graph: CausalLM, recipe: QuantRecipe, path: Path | 
 
 
 def _round(
-    graph: CausalLM,
-    plans: dict[str, MatrixPlan],
-    recipe: QuantRecipe,
-    work: WorkFolder,
-    data: _Data,
-    bar: Any,
-) -> tuple[dict[str, Solution], Features, tuning.Reference]:
-    """Ask the dense model, then round every matrix; return what tuning needs."""
+    graph: CausalLM, recipe: QuantRecipe, work: WorkFolder, data: _Data, bar: Any
+) -> _Rounded:
+    """Ask the dense model, plan, then round every matrix; return what tuning needs."""
 
     def done(name: str, solution: Solution) -> None:
         bar.update()
@@ -199,17 +210,13 @@ def _round(
             f"{data.name} holds no picture: the vision tower cannot be calibrated on text alone"
         )
     features = encode_pictures(graph, unique_pictures(data.all), device)
-    batches = _batches(data.all, device)
-    reference, head_moment = _reference(graph, batches, features)
-    stream = Stream(graph, plans, recipe, work, done)
+    reference, head_moment = _reference(graph, _batches(data.all, device), features)
+    plans, weights = _plan(graph, recipe, work, data, features, reference, bar)
+    train = _batches(data.train, device)
+    stream = Stream(graph, plans, recipe, work, done, weights)
     step = max(1.0, len(pictures) / recipe.max_pictures)
     shown = [pictures[int(i * step)] for i in range(min(len(pictures), recipe.max_pictures))]
-    stream.share_books(
-        [
-            *(partial(encode_pictures, graph, part, device) for part in picture_batches(shown)),
-            *(partial(_forward, graph, b, features) for b in _batches(data.train, device)),
-        ]
-    )
+    stream.share_books(list(picture_batches(shown)), train, features, device)
     for name, parameter in graph.named_parameters():
         if name.rpartition(".")[0] not in plans or not name.endswith(".weight"):
             parameter.copy_(parameter.half())
@@ -217,8 +224,52 @@ def _round(
         stream.vision(list(picture_batches(shown)), device)
     features = encode_pictures(graph, unique_pictures(data.all), device)
     stream.embedding(head_moment)
-    stream.decoder(_batches(data.train, device), features)
-    return stream.solutions, features, reference
+    stream.decoder(train, features)
+    return _Rounded(plans, stream.solutions, features, reference)
+
+
+def _plan(
+    graph: CausalLM,
+    recipe: QuantRecipe,
+    work: WorkFolder,
+    data: _Data,
+    features: Features,
+    reference: tuning.Reference,
+    bar: Any,
+) -> tuple[dict[str, MatrixPlan], TokenWeights]:
+    """Lay out every matrix, by sensitivity where the recipe says so; weigh the tokens."""
+    plans = plan(graph, recipe)
+    names = [name for name in plans if group_of(name) == "decoder"]
+    mixed = recipe.allocation != "uniform"
+    bar.reset(total=len(plans) + len(names) * mixed)
+    if not mixed and not recipe.guided:
+        return plans, {}
+    bar.set_description("gradients")
+    device = reference.head.device
+    gradients = squared_gradients(
+        graph,
+        names,
+        [
+            make_batch(part, device)
+            for part in split_batches(data.train, recipe.tuning_batch_tokens)
+        ],
+        features,
+        seeded(recipe.seed, "labels"),
+    )
+    token = graph.config.image_token_id
+    weights = {name: token_weights(gradients[name], data.train, token) for name in names}
+    if mixed:
+        train, held = _batches(data.train, device), _batches(data.heldout, device)
+        alone = partial(tuning.divergence_with, graph, held, features, reference)
+        evidence = Evidence(train, features, gradients, weights, alone)
+
+        def done(name: str) -> None:
+            bar.update()
+            bar.set_description(f"sensitivity of {name}")
+
+        found = survey(graph, names, evidence, recipe, work, done)
+        plans = plan(graph, recipe, choose_widths(found, plans, recipe))
+    return plans, weights if recipe.guided else {}
 
 
 def _reference(
@@ -267,12 +318,12 @@ def _write(
     output: Path,
     source: Checkpoint,
     graph: CausalLM,
-    plans: dict[str, MatrixPlan],
-    solutions: dict[str, Solution],
+    done: _Rounded,
     tuned: tuning.Tuned,
     recipe: QuantRecipe,
     report: Report,
 ) -> None:
+    plans, solutions = done.plans, done.solutions
     quantization = QuantizationSpec(
         matrices={name: matrix.spec for name, matrix in plans.items()},
         bits_per_weight={"target": float(recipe.bits)},

@@ -12,8 +12,9 @@ from typing import Any
 
 from mgvq_runtime.errors import ConfigError
 
-RATES = (1, 2, 3, 4)
-"""Bits a weight this release can give to a whole group of matrices."""
+RATES = (1, 2, 3, 4, 8)
+"""Bits a weight that a band of channels may get."""
+ALLOCATIONS = ("model", "layer", "uniform")
 
 _LEAST = {
     "max_samples": 2,
@@ -36,8 +37,15 @@ class QuantRecipe:
         ConfigError: if a value is out of range, naming the field.
     """
 
-    bits: int = 2
-    """Bits a weight of the decoder's linear layers: 1, 2, 3 or 4."""
+    bits: float = 2.25
+    """Bits a weight of the decoder's linear layers, counted in full: codes, tables, scales, order;
+    with uniform allocation the bits of the codes alone."""
+    allocation: str = "model"
+    """How the bits are spent: one budget for the model, one for each layer, or uniform."""
+    global_share: float = 0.7
+    """Weight of the end loss against each layer's own error where sensitivity is measured."""
+    guided: bool = True
+    """Weight calibration tokens by their gradients where the decoder is rounded."""
     vision_bits: int = 4
     """Bits a weight of the vision tower and the merger."""
     embedding_bits: int = 4
@@ -76,13 +84,22 @@ class QuantRecipe:
     """Adam's first step for row scales, norms and biases, relative to their own size."""
 
     def __post_init__(self) -> None:
-        for name in ("bits", "vision_bits", "embedding_bits"):
-            value = getattr(self, name)
-            if value not in RATES:
+        if self.allocation not in ALLOCATIONS:
+            raise ConfigError(
+                f"allocation must be one of {', '.join(ALLOCATIONS)}, got {self.allocation!r}"
+            )
+        if not 1.0 <= self.bits <= 8.0:
+            raise ConfigError(f"bits must lie between 1.0 and 8.0, got {self.bits}")
+        whole = ["vision_bits", "embedding_bits"]
+        for name in [*whole, "bits"] if self.allocation == "uniform" else whole:
+            if getattr(self, name) not in RATES:
                 raise ConfigError(
-                    f"{name} must be one of {', '.join(map(str, RATES))}, got {value}; mixed and "
-                    "fractional rates come in a later release"
+                    f"{name} must be one of {', '.join(map(str, RATES))}, got {getattr(self, name)}"
                 )
+        if self.allocation != "uniform" and not self.permute:
+            raise ConfigError("bands of several rates need permute; or choose allocation uniform")
+        if not 0.0 <= self.global_share <= 1.0:
+            raise ConfigError(f"global_share must lie in 0..1, got {self.global_share}")
         for name in ("damping", "heldout_share", "codebook_lr", "scale_lr"):
             value = getattr(self, name)
             if not 0.0 < value < 1.0:
@@ -95,8 +112,20 @@ class QuantRecipe:
         """Return the settings by name."""
         return dataclasses.asdict(self)
 
-    def rate_of(self, group: str) -> int:
-        """Return the bits of a group of `mgvq_runtime.checkpoint.bits.group_of`."""
-        rates = {"embedding": self.embedding_bits}
-        rates |= dict.fromkeys(("vision", "projector"), self.vision_bits)
-        return rates.get(group, self.bits)
+    @property
+    def rates(self) -> tuple[int, ...]:
+        """Rates that bands of the decoder may get: those near the target."""
+        if self.allocation == "uniform":
+            return (int(self.bits),)
+        return tuple(rate for rate in RATES if self.bits / 2.5 <= rate <= 2.5 * self.bits)
+
+    @property
+    def reference_rate(self) -> int:
+        """The rate nearest to the target."""
+        return min(self.rates, key=lambda rate: abs(rate - self.bits))
+
+    def rates_of(self, group: str) -> tuple[int, ...]:
+        """Return the rates of a group of `mgvq_runtime.checkpoint.bits.group_of`."""
+        if group == "embedding":
+            return (self.embedding_bits,)
+        return (self.vision_bits,) if group in ("vision", "projector") else self.rates

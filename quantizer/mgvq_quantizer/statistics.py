@@ -1,12 +1,14 @@
-"""What flows into a module during calibration: recorded calls and second moments (for `pipeline`).
+"""What flows into a module during calibration: recorded calls and second moments.
 
-Forward hooks on our own models; a run is cut short as soon as it has passed the module that is
-looked at. Not here: the calibration data itself (`calibration`), what is done with a moment.
+Called by `stream` and `sensitivity`. Forward hooks on our own models; a run that looks at one
+module is cut short as soon as it has passed it. Not here: the calibration data (`calibration`), how
+much each token counts (`token_weights`), what is done with a moment.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -22,6 +24,47 @@ class _Seen(Exception):
     """Raised by a hook to end a run that has nothing more to show."""
 
 
+class _Moment:
+    """The weighted sum of `x x^T` over rows that enter a module, run after run."""
+
+    def __init__(self, name: str, weights: Sequence[Tensor] | None) -> None:
+        self.name, self._weights = name, weights
+        self._total: Tensor | None = None
+        self._count = torch.zeros((), dtype=torch.float64)
+        self._run = 0
+
+    def add(self, _: nn.Module, args: tuple[Any, ...]) -> None:
+        """Take in the call of one run; a forward pre-hook."""
+        x = args[0].reshape(-1, args[0].shape[-1]).float()  # [T, I]
+        weighted = x
+        if self._weights is None:
+            self._count += len(x)
+        else:
+            weight = self._weights[self._run].to(x)  # [T]
+            weighted = x * weight[:, None]
+            self._count += float(weight.double().sum())
+        product = (weighted.T @ x).double()
+        self._total = product if self._total is None else self._total + product
+        self._run += 1
+
+    def mean(self) -> Tensor:
+        """Return the weighted mean `[I, I]` float64.
+
+        Raises:
+            CalibrationError: if nothing entered the module, or something not finite.
+        """
+        if self._total is None or not float(self._count):
+            raise CalibrationError(
+                f"the calibration data never reaches {self.name}: does it hold pictures and text?"
+            )
+        if not bool(torch.isfinite(self._total).all()):
+            raise CalibrationError(
+                f"the activations that enter {self.name} are not finite: check the unquantized "
+                "model with mgvq-eval, or try other calibration data"
+            )
+        return self._total / float(self._count)
+
+
 def record_calls(module: nn.Module, runs: Iterable[Run]) -> list[tuple[Any, ...]]:
     """Return the positional arguments `module` is called with, one tuple a run.
 
@@ -35,17 +78,20 @@ def record_calls(module: nn.Module, runs: Iterable[Run]) -> list[tuple[Any, ...]
         calls.append(args)
         raise _Seen
 
-    _run_with_hook(module, hook, runs)
+    _run_with_hooks({module: hook}, runs)
     return calls
 
 
-def input_moment(name: str, module: nn.Module, runs: Iterable[Run]) -> Tensor:
+def input_moment(
+    name: str, module: nn.Module, runs: Iterable[Run], weights: Sequence[Tensor] | None = None
+) -> Tensor:
     """Return the mean of `x x^T` over all rows that enter a module.
 
     Args:
         name: what the module is called in messages.
         module: its first positional argument is `[..., I]`.
         runs: forwards; each ends when it reaches the module.
+        weights: how much each row counts, one `[T]` a run; None counts all alike.
 
     Returns:
         `[I, I]` float64.
@@ -53,44 +99,39 @@ def input_moment(name: str, module: nn.Module, runs: Iterable[Run]) -> Tensor:
     Raises:
         CalibrationError: if nothing entered the module, or something not finite.
     """
-    total: Tensor | None = None
-    rows = 0
+    moment = _Moment(name, weights)
 
-    def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-        nonlocal total, rows
-        x = args[0].reshape(-1, args[0].shape[-1]).float()  # [T, I]
-        product = (x.T @ x).double()
-        total = product if total is None else total + product
-        rows += x.shape[0]
+    def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+        moment.add(module, args)
         raise _Seen
 
-    _run_with_hook(module, hook, runs)
-    if total is None or rows == 0:
-        raise CalibrationError(
-            f"the calibration data never reaches {name}: does it hold pictures and text?"
-        )
-    if not bool(torch.isfinite(total).all()):
-        raise CalibrationError(
-            f"the activations that enter {name} are not finite: check the unquantized model with "
-            "mgvq-eval, or try other calibration data"
-        )
-    return total / rows
+    _run_with_hooks({module: hook}, runs)
+    return moment.mean()
 
 
-def input_moments(modules: Mapping[str, nn.Module], runs: Sequence[Run]) -> dict[str, Tensor]:
-    """Return `input_moment` of several modules by name."""
-    return {name: input_moment(name, module, runs) for name, module in modules.items()}
+def input_moments(
+    modules: Mapping[str, nn.Module],
+    runs: Iterable[Run],
+    weights: Mapping[str, Sequence[Tensor]] | None = None,
+) -> dict[str, Tensor]:
+    """Return `input_moment` of several modules by name, all from the same whole runs.
+
+    A module without weights counts all rows alike; those of one with weights are for the runs that
+    reach it, in order.
+    """
+    moments = {name: _Moment(name, (weights or {}).get(name)) for name in modules}
+    _run_with_hooks({module: moments[name].add for name, module in modules.items()}, runs)
+    return {name: moment.mean() for name, moment in moments.items()}
 
 
-def _run_with_hook(
-    module: nn.Module, hook: Callable[[nn.Module, tuple[Any, ...]], None], runs: Iterable[Run]
+def _run_with_hooks(
+    hooks: Mapping[nn.Module, Callable[[nn.Module, tuple[Any, ...]], None]], runs: Iterable[Run]
 ) -> None:
-    handle = module.register_forward_pre_hook(hook)
-    try:
+    with ExitStack() as stack:
+        for module, hook in hooks.items():
+            stack.callback(module.register_forward_pre_hook(hook).remove)
         for run in runs:
             try:
                 run()
             except _Seen:
                 continue
-    finally:
-        handle.remove()

@@ -20,6 +20,7 @@ from mgvq_kernels import ops
 from mgvq_quantizer.allocation import MatrixPlan, sharing_groups
 from mgvq_quantizer.batches import Features, TokenBatch, embed, encode_batch
 from mgvq_quantizer.codebook import Codebook
+from mgvq_quantizer.gradients import TokenWeights, weights_of
 from mgvq_quantizer.ordering import channel_order
 from mgvq_quantizer.recipe import QuantRecipe
 from mgvq_quantizer.solver import Problem, Solution, books_of, solve
@@ -42,6 +43,7 @@ class Stream:
         recipe: QuantRecipe,
         work: WorkFolder,
         progress: Callable[[str, Solution], None],
+        token_weights: TokenWeights | None = None,
     ) -> None:
         """Take a dense model.
 
@@ -51,6 +53,7 @@ class Stream:
             recipe: how.
             work: where finished matrices are kept, and found again.
             progress: told of each finished matrix.
+            token_weights: how much each token counts for a matrix; those left out count all alike.
 
         Raises:
             CheckpointError: if a weight is not finite, naming it.
@@ -60,18 +63,32 @@ class Stream:
                 raise CheckpointError(f"{name} holds values that are not finite")
         self.model, self.plans, self.recipe = model, plans, recipe
         self.work, self.progress = work, progress
+        self.token_weights = token_weights or {}
         self.books: dict[str, Codebook] = {}
         self.solutions: dict[str, Solution] = {}
 
-    def share_books(self, runs: Sequence[Run]) -> None:
+    def share_books(
+        self,
+        pictures: Sequence[Sequence[ImageInput]],
+        batches: Sequence[TokenBatch],
+        features: Features,
+        device: torch.device,
+    ) -> None:
         """Train the tables that several matrices share, on the dense model.
 
         Args:
-            runs: whole forwards, pictures included.
+            pictures: batches for the vision tower.
+            batches: samples for the decoder.
+            features: rows of every picture.
+            device: where to compute.
         """
+        looking: list[Run] = [partial(encode_batch, self.model, part, device) for part in pictures]
+        reading = self._forwards(batches, features)
         for label, group in sharing_groups(self.plans).items():
             modules = {matrix.name: self._module(matrix.name) for matrix in group}
-            moments = input_moments(modules, runs)
+            weights = {name: w for name in modules if (w := self._weights(name, batches))}
+            runs = looking if group[0].name.startswith("visual.") else reading
+            moments = input_moments(modules, runs, weights)
             problems = [self._problem(matrix, moments[matrix.name]) for matrix in group]
             solved = solve(problems, self.recipe, seeded(self.recipe.seed, label))
             for problem, solution in zip(problems, solved, strict=True):
@@ -103,13 +120,16 @@ class Stream:
         self._matrix(name, moment=moment)
 
     def decoder(self, batches: Sequence[TokenBatch], features: Features) -> None:
-        """Quantize the decoder's blocks, and the head if it is a matrix of its own."""
+        """Quantize the decoder's blocks, and the head if it is a matrix of its own.
+
+        Args:
+            batches: calibration samples.
+            features: rows of every picture.
+        """
         decoder = self.model.model
-        runs: list[Run] = [
-            partial(self.model, embed(self.model, batch, features), batch.forward)
-            for batch in batches
-        ]
-        self._blocks("model.layers", decoder.layers, record_calls(decoder.layers[0], runs))
+        runs = self._forwards(batches, features)
+        calls = record_calls(decoder.layers[0], runs)
+        self._blocks("model.layers", decoder.layers, calls, batches)
         if "lm_head" in self.plans:
             rows = [
                 run()[batch.answer_rows]  # type: ignore[index]
@@ -117,16 +137,28 @@ class Stream:
             ]
             self._matrix("lm_head", [partial(self.model.logits, hidden) for hidden in rows])
 
-    def _blocks(self, prefix: str, blocks: nn.ModuleList, calls: Calls) -> Calls:
+    def _blocks(
+        self,
+        prefix: str,
+        blocks: nn.ModuleList,
+        calls: Calls,
+        batches: Sequence[TokenBatch] = (),
+    ) -> Calls:
         """Quantize block after block; return the calls that would enter one more."""
         for i, block in enumerate(blocks):
             runs: list[Run] = [partial(block, *call) for call in calls]
             for name in self._linears(f"{prefix}.{i}"):
-                self._matrix(name, runs)
+                self._matrix(name, runs, weights=self._weights(name, batches))
             calls = [_next_call(call, block(*call)) for call in calls]
         return calls
 
-    def _matrix(self, name: str, runs: Sequence[Run] = (), moment: Tensor | None = None) -> None:
+    def _matrix(
+        self,
+        name: str,
+        runs: Sequence[Run] = (),
+        moment: Tensor | None = None,
+        weights: Sequence[Tensor] | None = None,
+    ) -> None:
         """Quantize one matrix, or take it from the work folder, and put it into the model."""
         plan = self.plans.get(name)
         if plan is None:
@@ -134,7 +166,7 @@ class Stream:
         solution = self.work.load(name, plan.layout)
         if solution is None:
             if moment is None:
-                moment = input_moment(name, self._module(name), runs)
+                moment = input_moment(name, self._module(name), runs, weights)
             problem = self._problem(plan, moment)
             books = None
             if plan.shared:
@@ -145,6 +177,18 @@ class Stream:
         module.weight.copy_(ops.vq_dequantize(solution.weight.to(module.weight.device)))
         self.solutions[name] = solution
         self.progress(name, solution)
+
+    def _forwards(self, batches: Sequence[TokenBatch], features: Features) -> list[Run]:
+        """Whole forwards of the decoder, its inputs as the present model makes them."""
+        return [
+            partial(self.model, embed(self.model, batch, features), batch.forward)
+            for batch in batches
+        ]
+
+    def _weights(self, name: str, batches: Sequence[TokenBatch]) -> list[Tensor] | None:
+        """How much each row of each batch counts for a matrix; None if all count alike."""
+        weights = self.token_weights.get(name)
+        return None if weights is None else weights_of(batches, weights)
 
     def _linears(self, prefix: str) -> list[str]:
         """Names of the planned matrices under a module, in the order data flows."""

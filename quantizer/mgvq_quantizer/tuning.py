@@ -260,6 +260,28 @@ def divergence(reference: Tensor, student: Tensor) -> Tensor:
     return (reference.exp() * (reference - student)).sum(-1)
 
 
+def divergence_with(
+    model: CausalLM,
+    batches: Sequence[TokenBatch],
+    features: Features,
+    reference: Reference,
+    name: str,
+    weight: Tensor,
+) -> float:
+    """Return the mean divergence over the answer tokens when one matrix has other values.
+
+    Args:
+        model: in dense arithmetic; not changed.
+        batches: samples.
+        features: rows of every picture.
+        reference: what the unquantized model says about the samples.
+        name: the matrix.
+        weight: `[O, I]`.
+    """
+    values = {f"model.{name}.weight": weight}
+    return heldout_kl(_Student(model), values, batches, features, reference)
+
+
 @torch.no_grad()
 def heldout_kl(
     student: nn.Module,

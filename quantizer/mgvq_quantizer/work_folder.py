@@ -94,6 +94,27 @@ class WorkFolder:
         )
         os.replace(temporary, file)
 
+    def load_facts(self, name: str) -> dict[str, Any] | None:
+        """Return what `save_facts` kept under a name, or None.
+
+        Raises:
+            ResumeError: if the file is damaged.
+        """
+        file = self.path / f"{name}.json"
+        if not file.exists():
+            return None
+        try:
+            facts = json.loads(file.read_text())
+            if not isinstance(facts, dict):
+                raise ValueError("not a JSON object")
+            return facts
+        except ValueError as error:
+            raise ResumeError(f"{file} is damaged ({error}): delete it to do it again") from error
+
+    def save_facts(self, name: str, facts: Mapping[str, Any]) -> None:
+        """Write JSON values, whole or not at all; numbers come back bit for bit."""
+        _write_whole(self.path / f"{name}.json", json.dumps(dict(facts)))
+
     def remove(self) -> None:
         """Delete the folder: the checkpoint has been written."""
         shutil.rmtree(self.path)

@@ -68,5 +68,7 @@ def test_many_items_fill_the_budget_to_the_last_block_and_are_optimal() -> None:
 
 
 def test_a_budget_below_the_cheapest_options_is_refused_with_both_numbers() -> None:
-    with pytest.raises(ConfigError, match="least these matrices can take is 30 bits, allowed .* 29"):
+    with pytest.raises(
+        ConfigError, match="least these matrices can take is 30 bits, allowed .* 29"
+    ):
         allocate([Item((10, 20), (1.0, 0.5)), Item((20, 30), (1.0, 0.5))], 29)

@@ -1,0 +1,149 @@
+"""What each run of input channels of each matrix loses at each rate, in nats (for `survey`).
+
+Every matrix of the unquantized decoder is rounded on trial at every rate, and the loss of its
+channels is read from the residuals `eta` of the block factorisation, `sum_k tr(eta_k D_k eta_k^T)`:
+what is left of a channel's error after all others have compensated it. That is done in two
+curvatures which are then combined: *local*, every output's relative error counting alike, and
+*global*, tokens and outputs weighted by their squared gradients. The scale is measured: the
+divergence of the model when this matrix alone is rounded. Not here: who gets which rate
+(`precision`).
+
+Source: method memo B.3 to B.5.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from mgvq_kernels import ops
+from mgvq_kernels.layout import VQLayout
+from mgvq_quantizer.gradients import Gradients
+from mgvq_quantizer.ldl import Run, block_ldl, damp
+from mgvq_quantizer.ordering import ascending, quick
+from mgvq_quantizer.recipe import QuantRecipe
+from mgvq_quantizer.solver import Problem, solve
+
+_BLOCK = 8
+"""Columns whose residual is measured together: the longest vector of any rate."""
+_SMALLEST_LOSS = 1e-12
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """What one matrix loses, by run of channels and by rate."""
+
+    name: str
+    rates: tuple[int, ...]
+    widths: tuple[int, ...]
+    """Channels of each run, in ascending order of their second moment."""
+    losses: tuple[tuple[float, ...], ...]
+    """[run][rate]: nats an answer token."""
+    alone: float
+    """Nats an answer token when this matrix alone has the reference rate."""
+    picture_share: tuple[float, ...]
+    """Of each run: the share of its inputs' energy that picture tokens bring."""
+
+
+@dataclass(frozen=True, eq=False)
+class Inputs:
+    """Second moments `[I, I]` float64 of what enters one matrix."""
+
+    plain: Tensor
+    """Every token counts alike: the local curvature."""
+    weighted: Tensor
+    """Tokens count by their gradients: the global curvature."""
+    pictures: Tensor
+    """`[I]`: the part of `weighted`'s diagonal that picture tokens bring."""
+
+
+def measure(
+    name: str,
+    weight: Tensor,
+    inputs: Inputs,
+    gradients: Gradients,
+    recipe: QuantRecipe,
+    alone: Callable[[Tensor], float],
+    generator: torch.Generator,
+) -> Sensitivity:
+    """Round one matrix at every rate and say what its channels lose.
+
+    Args:
+        name: of the matrix.
+        weight: `[O, I]` float32.
+        inputs: moments of its inputs.
+        gradients: at its outputs.
+        recipe: rates, damping, how the curvatures are combined.
+        alone: returns the model's divergence when this matrix has the given values.
+        generator: seeds the trial tables.
+    """
+    O, I = weight.shape  # noqa: E741
+    order = ascending(inputs.weighted)
+    rates = recipe.rates
+    state = generator.get_state()
+    energies = weight.square().mean(1).clamp_min(1e-30).double()  # [O]
+    curvatures = (
+        partial(_losses, moment=inputs.plain, rows=1 / energies),
+        partial(_losses, moment=inputs.weighted, rows=torch.as_tensor(gradients.rows).to(energies)),
+    )
+    local: list[Tensor] = []
+    shared: list[Tensor] = []
+    reference = 0.0
+    for rate in rates:
+        layout = VQLayout.uniform(O, I, rate, has_permutation=True)
+        problem = Problem(weight, inputs.weighted, order, layout)
+        solution = solve([problem], quick(recipe), generator.set_state(state))[0]
+        rounded = ops.vq_dequantize(solution.weight)
+        error = (weight - rounded)[:, order].double()  # [O, I]
+        for table, curvature in zip((local, shared), curvatures, strict=True):
+            table.append(curvature(error, order=order, damping=recipe.damping))
+        if rate == recipe.reference_rate:
+            reference = max(alone(rounded), _SMALLEST_LOSS)
+    at = rates.index(recipe.reference_rate)
+    combined = _combined(torch.stack(local), torch.stack(shared), recipe.global_share, at)
+    widths = run_widths(I)
+    losses = _by_run(combined * (reference / combined[at].sum()), widths)  # [R, K]
+    energy, pictures = (
+        _by_run(x[order][None], widths)[0] for x in (inputs.weighted.diagonal(), inputs.pictures)
+    )
+    return Sensitivity(
+        name,
+        rates,
+        widths,
+        tuple(tuple(run) for run in losses.T.tolist()),
+        reference,
+        tuple((pictures / energy.clamp_min(1e-30)).tolist()),
+    )
+
+
+def run_widths(in_features: int) -> tuple[int, ...]:
+    """Cut channels into runs as narrow as the format's bands may be, or into one if none fits."""
+    width = 32 if in_features <= 1024 else 128
+    return (width,) * (in_features // width) if in_features % width == 0 else (in_features,)
+
+
+def _losses(error: Tensor, moment: Tensor, rows: Tensor, order: Tensor, damping: float) -> Tensor:
+    """Return `[I/8]`: each block's part of `sum_i rows_i e_i A e_i^T`, from the residuals."""
+    O, I = error.shape  # noqa: E741
+    lower, (blocks,) = block_ldl(damp(moment[order][:, order], damping), [Run(I, _BLOCK)])
+    eta = (error @ lower).view(O, -1, _BLOCK)  # [O, I/8, 8]
+    image = torch.einsum("okb,kbc->okc", eta, blocks)
+    return torch.einsum("okb,okb,o->k", eta, image, rows)
+
+
+def _combined(local: Tensor, shared: Tensor, global_share: float, reference: int) -> Tensor:
+    """Geometric mean of both curvatures `[R, I/8]`, each as a share of its loss at one rate."""
+    tables = [table.clamp_min(1e-300) for table in (local, shared)]
+    low, high = (table / table[reference].sum() for table in tables)
+    return high**global_share * low ** (1 - global_share)
+
+
+def _by_run(values: Tensor, widths: Sequence[int]) -> Tensor:
+    """Sum `[R, I]` or `[R, I/8]` over runs of channels: `[R, K]`."""
+    block = sum(widths) // values.shape[1]
+    parts = torch.split(values, [width // block for width in widths], dim=1)
+    return torch.stack([part.sum(1) for part in parts], dim=1)

@@ -1,0 +1,128 @@
+"""The sensitivity of every matrix of an unquantized decoder, block by block (called by `pipeline`).
+
+The inputs of one block's matrices are kept at a time, as second moments; what a matrix yields
+(`sensitivity.measure`) is kept in the work folder, so an interrupted survey goes on where it was.
+Nothing of the model is changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from mgvq_quantizer.batches import Features, TokenBatch, embed
+from mgvq_quantizer.calibration import Sample
+from mgvq_quantizer.gradients import Gradients, TokenWeights, shows_picture, weights_of
+from mgvq_quantizer.recipe import QuantRecipe
+from mgvq_quantizer.sensitivity import Inputs, Sensitivity, measure
+from mgvq_quantizer.statistics import Run, input_moments, record_calls
+from mgvq_quantizer.stream import seeded
+from mgvq_quantizer.work_folder import WorkFolder
+from mgvq_runtime.models.causal_lm import CausalLM
+
+
+@dataclass(frozen=True, eq=False)
+class Evidence:
+    """What a survey is based on."""
+
+    batches: Sequence[TokenBatch]
+    features: Features
+    gradients: Mapping[str, Gradients]
+    weights: TokenWeights
+    alone: Callable[[str, Tensor], float]
+    """The model's divergence when one matrix has other values."""
+
+
+def survey(
+    model: CausalLM,
+    names: Sequence[str],
+    evidence: Evidence,
+    recipe: QuantRecipe,
+    work: WorkFolder,
+    progress: Callable[[str], None],
+) -> list[Sensitivity]:
+    """Measure every matrix of the decoder.
+
+    Args:
+        model: dense.
+        names: its matrices, in the order data flows.
+        evidence: calibration data and what the end loss says about it.
+        recipe: rates.
+        work: keeps what is finished.
+        progress: told the name of each matrix that is done.
+
+    Returns:
+        One sensitivity a name, in order.
+    """
+    runs: list[Run] = [
+        partial(model, embed(model, batch, evidence.features), batch.forward)
+        for batch in evidence.batches
+    ]
+    found: dict[str, Sensitivity] = {}
+    for i, block in enumerate(model.model.layers):
+        mine = [name for name in names if name.startswith(f"model.layers.{i}.")]
+        kept = {name: work.load_facts(f"sensitivity.{name}") for name in mine}
+        missing = [name for name in mine if kept[name] is None]
+        found |= {name: _from_json(facts) for name, facts in kept.items() if facts is not None}
+        if missing:
+            calls = record_calls(block, runs)
+            inputs = _inputs(model, missing, [partial(block, *call) for call in calls], evidence)
+        for name in missing:
+            module = model.get_submodule(name)
+            assert isinstance(module, nn.Linear)
+            found[name] = measure(
+                name,
+                module.weight,
+                inputs[name],
+                evidence.gradients[name],
+                recipe,
+                partial(evidence.alone, name),
+                seeded(recipe.seed, f"sensitivity of {name}"),
+            )
+            work.save_facts(f"sensitivity.{name}", asdict(found[name]))
+        for name in mine:
+            progress(name)
+    return [found[name] for name in names]
+
+
+def _inputs(
+    model: CausalLM, names: Sequence[str], runs: Sequence[Run], evidence: Evidence
+) -> dict[str, Inputs]:
+    """Run a block three times: for all tokens alike, weighted, and for pictures alone."""
+    modules = {name: model.get_submodule(name) for name in names}
+    weights = {name: weights_of(evidence.batches, evidence.weights[name]) for name in names}
+    token = model.config.image_token_id
+    masks = [_pictures(batch.samples, token) for batch in evidence.batches]
+    plain = input_moments(modules, runs)
+    weighted = input_moments(modules, runs, weights)
+    if not any(bool(mask.any()) for mask in masks):
+        return {n: Inputs(plain[n], weighted[n], torch.zeros(len(plain[n]))) for n in names}
+    on_pictures = {
+        name: [w * mask.to(w) for w, mask in zip(ws, masks, strict=True)]
+        for name, ws in weights.items()
+    }
+    pictures = input_moments(modules, runs, on_pictures)
+    inputs = {}
+    for name in names:
+        share = sum(float(w.sum()) for w in on_pictures[name]) / sum(
+            float(w.sum()) for w in weights[name]
+        )
+        inputs[name] = Inputs(plain[name], weighted[name], share * pictures[name].diagonal())
+    return inputs
+
+
+def _pictures(samples: Sequence[Sample], token: int | None) -> Tensor:
+    return torch.cat([shows_picture(sample, token) for sample in samples])
+
+
+def _from_json(facts: Mapping[str, object]) -> Sensitivity:
+    """Undo `asdict` and JSON."""
+
+    def tuples(value: object) -> object:
+        return tuple(map(tuples, value)) if isinstance(value, list) else value
+
+    return Sensitivity(**{key: tuples(value) for key, value in facts.items()})  # type: ignore[arg-type]
