@@ -1,7 +1,7 @@
 """How each matrix is cut into bands of rates, and who shares tables (called by `pipeline`).
 
-The widths of the bands come from `sensitivity`, or every group of matrices has one rate. Not here:
-which widths are best (`budget`), what a rate costs in quality (`sensitivity`).
+The bands come from `precision`, or every group of matrices has one rate. Not here: which bands are
+best (`budget`), what a rate costs in quality (`sensitivity`).
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from mgvq_quantizer.recipe import QuantRecipe
 from mgvq_runtime.checkpoint.bits import group_of
 from mgvq_runtime.checkpoint.spec import MatrixSpec
 
-Widths = Mapping[int, int]
-"""Channels of a matrix by the rate they get; rates without channels may be left out."""
+Bands = Sequence[tuple[int, int]]
+"""Rate and width in channels of each band of a matrix, from left to right."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class MatrixPlan:
 
 
 def plan(
-    model: nn.Module, recipe: QuantRecipe, widths: Mapping[str, Widths] | None = None
+    model: nn.Module, recipe: QuantRecipe, bands: Mapping[str, Bands] | None = None
 ) -> dict[str, MatrixPlan]:
     """Lay out every matrix of a dense model.
 
@@ -62,7 +62,7 @@ def plan(
     Args:
         model: a model of `mgvq_runtime.models`, dense.
         recipe: rates and limits.
-        widths: bands of the matrices that have several rates, by module name.
+        bands: of the matrices that have several rates, by module name.
 
     Returns:
         The plans by module name, in the model's order.
@@ -71,7 +71,7 @@ def plan(
     siblings = Counter((kind_of(name), shape) for name, shape in shapes.items())
     plans = {}
     for name, (rows, columns) in shapes.items():
-        mine = (widths or {}).get(name) or {recipe.rates_of(group_of(name))[0]: columns}
+        mine = (bands or {}).get(name) or [(recipe.rates_of(group_of(name))[0], columns)]
         has_siblings = siblings[kind_of(name), (rows, columns)] > 1
         plans[name] = plan_matrix(name, rows, mine, recipe, has_siblings)
     return plans
@@ -87,17 +87,17 @@ def matrix_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
 
 
 def plan_matrix(
-    name: str, rows: int, widths: Widths, recipe: QuantRecipe, has_siblings: bool
+    name: str, rows: int, bands: Bands, recipe: QuantRecipe, has_siblings: bool
 ) -> MatrixPlan:
-    """Lay out one matrix: a band for each rate, the lowest first.
+    """Lay out one matrix.
 
     Whether it shares its tables depends on all rates its group may have, not on those it got.
     """
-    bands, start = [], 0
-    for rate in sorted(rate for rate, width in widths.items() if width):
-        bands.append(Band(start, widths[rate], tuple(map(Stage, RATE_STAGES[rate]))))
-        start += widths[rate]
-    layout = VQLayout(rows, start, tuple(bands), has_permutation=recipe.permute)
+    cut, start = [], 0
+    for rate, width in bands:
+        cut.append(Band(start, width, tuple(map(Stage, RATE_STAGES[rate]))))
+        start += width
+    layout = VQLayout(rows, start, tuple(cut), has_permutation=recipe.permute)
     tables_bits = sum(table_bits(rate) for rate in recipe.rates_of(group_of(name)))
     shared = has_siblings and tables_bits > recipe.max_codebook_overhead * layout.num_weights
     label = f"{kind_of(name)}-{rows}x{start}" if shared else name

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from mgvq_quantizer.pipeline import quantize
-from mgvq_quantizer.recipe import QuantRecipe
+from mgvq_quantizer.recipe import PRESETS, QuantRecipe, make_recipe
 from mgvq_runtime.config import field_docs, resolve_device
 from mgvq_runtime.env import debug_tracebacks
 from mgvq_runtime.errors import MgvqError
@@ -67,33 +67,38 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
     parser.add_argument("--num-threads", type=int, metavar="N", help="CPU threads of torch")
-    group = parser.add_argument_group("recipe")
+    group = parser.add_argument_group("recipe", "flags change the file, the file the preset")
+    group.add_argument(
+        "--preset", choices=sorted(PRESETS), default="default", help="a set of settings"
+    )
+    group.add_argument("--recipe", type=Path, metavar="FILE", help="settings in a TOML file")
     docs = field_docs(QuantRecipe)
     for field in dataclasses.fields(QuantRecipe):
         flag = "--" + field.name.replace("_", "-")
         text = f"{docs[field.name].rstrip('.')} (default: {field.default})".replace("%", "%%")
         if isinstance(field.default, bool):
             group.add_argument(
-                flag, action=argparse.BooleanOptionalAction, default=field.default, help=text
+                flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text
             )
         else:
-            kind = float if field.name.endswith("bits") else type(field.default)
-            metavar = "X" if kind is float else "N"
-            group.add_argument(flag, type=kind, default=field.default, metavar=metavar, help=text)
+            kind = type(field.default)
+            metavar = {float: "X", int: "N"}.get(kind, "NAME")
+            group.add_argument(
+                flag, type=kind, default=argparse.SUPPRESS, metavar=metavar, help=text
+            )
     return parser
 
 
 def recipe_from_arguments(parsed: argparse.Namespace) -> QuantRecipe:
-    """Return the recipe that the flags say.
+    """Return the recipe that preset, file and flags say.
 
     Raises:
-        ConfigError: if a value is out of range; fractional rates are refused by name.
+        ConfigError: if a value is out of range, or the file does not fit.
     """
-    values = {field.name: getattr(parsed, field.name) for field in dataclasses.fields(QuantRecipe)}
-    for name in ("bits", "vision_bits", "embedding_bits"):
-        if float(values[name]).is_integer():
-            values[name] = int(values[name])
-    return QuantRecipe(**values)
+    given = vars(parsed)
+    names = (field.name for field in dataclasses.fields(QuantRecipe))
+    settings = {name: given[name] for name in names if name in given}
+    return make_recipe(parsed.preset, parsed.recipe, settings)
 
 
 if __name__ == "__main__":

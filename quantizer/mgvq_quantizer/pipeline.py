@@ -34,7 +34,7 @@ from mgvq_quantizer.batches import (
 )
 from mgvq_quantizer.calibration import CalibrationError, Sample
 from mgvq_quantizer.gradients import TokenWeights, squared_gradients, token_weights
-from mgvq_quantizer.precision import choose_widths
+from mgvq_quantizer.precision import choose_bands
 from mgvq_quantizer.recipe import QuantRecipe
 from mgvq_quantizer.report import Report, make_report
 from mgvq_quantizer.solver import Solution
@@ -268,7 +268,7 @@ def _plan(
             bar.set_description(f"sensitivity of {name}")
 
         found = survey(graph, names, evidence, recipe, work, done)
-        plans = plan(graph, recipe, choose_widths(found, plans, recipe))
+        plans = plan(graph, recipe, choose_bands(found, plans, recipe))
     return plans, weights if recipe.guided else {}
 
 

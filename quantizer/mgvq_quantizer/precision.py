@@ -11,21 +11,23 @@ from __future__ import annotations
 import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 
-from mgvq_quantizer.allocation import MatrixPlan, Widths, table_bits
+from mgvq_quantizer.allocation import Bands, MatrixPlan, table_bits
 from mgvq_quantizer.budget import Item, allocate
 from mgvq_quantizer.recipe import QuantRecipe
 from mgvq_quantizer.sensitivity import Sensitivity
+from mgvq_runtime.errors import ConfigError
 
 _SCALE_BITS = 16
 _ORDER_BITS = 32
 
 
-def choose_widths(
+def choose_bands(
     sensitivities: Sequence[Sensitivity],
     plans: Mapping[str, MatrixPlan],
     recipe: QuantRecipe,
-) -> dict[str, Widths]:
+) -> dict[str, Bands]:
     """Give every run of channels a rate, so that the sum of losses is least within the budget.
 
     Tables cost bits too: the first choice decides which rates a matrix (or the matrices that share
@@ -37,20 +39,20 @@ def choose_widths(
         recipe: `bits` and `allocation`.
 
     Returns:
-        Channels by rate, by name of the matrix.
+        Rate and width of each band, by name of the matrix.
 
     Raises:
         ConfigError: if the budget cannot be met.
     """
     allowed = {plans[s.name].label: set(s.rates) for s in sensitivities}
-    widths: dict[str, Widths] = {}
+    bands: dict[str, Bands] = {}
     for _ in range(2):
         for part in _parts(sensitivities, recipe):
-            widths |= _choose(part, plans, allowed, recipe)
+            bands |= _choose(part, plans, allowed, recipe)
         allowed = defaultdict(set)
-        for name, chosen in widths.items():
-            allowed[plans[name].label] |= set(chosen)
-    return widths
+        for name, chosen in bands.items():
+            allowed[plans[name].label] |= {rate for rate, _ in chosen}
+    return bands
 
 
 def _choose(
@@ -58,7 +60,7 @@ def _choose(
     plans: Mapping[str, MatrixPlan],
     allowed: Mapping[str, set[int]],
     recipe: QuantRecipe,
-) -> dict[str, Widths]:
+) -> dict[str, Bands]:
     """Spend the budget of the matrices of `part`, given the rates that have tables."""
     readers = Counter(plan.label for plan in plans.values())
     room, items, keys = 0.0, [], []
@@ -73,11 +75,33 @@ def _choose(
         for width, losses in zip(sensitivity.widths, sensitivity.losses, strict=True):
             bits = tuple(rate * width * layout.out_features for rate in rates)
             items.append(Item(bits, tuple(losses[i] for i in options)))
-            keys.append((sensitivity.name, width, rates))
-    widths: dict[str, dict[int, int]] = {s.name: defaultdict(int) for s in part}
-    for (name, width, rates), option in zip(keys, allocate(items, int(room)), strict=True):
-        widths[name][rates[option]] += width
-    return {name: dict(sorted(chosen.items())) for name, chosen in widths.items()}
+            keys.append((sensitivity.name, rates))
+    least = sum(item.bits[0] for item in items)
+    if least > room:
+        weights = sum(plans[s.name].layout.num_weights for s in part)
+        raise ConfigError(
+            f"bits is {recipe.bits}, but {part[0].name} and the matrices that share its budget "
+            f"take {recipe.bits + (least - room) / weights:.2f} bits a weight at the least, with "
+            "tables, scales and order: give more bits, or allocation uniform"
+        )
+    chosen: dict[str, list[int]] = defaultdict(list)
+    for (name, rates), option in zip(keys, allocate(items, int(room)), strict=True):
+        chosen[name].append(rates[option])
+    return {s.name: _bands(s, chosen[s.name]) for s in part}
+
+
+def _bands(sensitivity: Sensitivity, rates: Sequence[int]) -> list[tuple[int, int]]:
+    """Merge runs of one rate, rates falling from left to right, or rising if losses do.
+
+    Rounded last, the first channels are compensated by none: they lose the most in most matrices,
+    although the last ones have the largest inputs.
+    """
+    at = sensitivity.rates.index(max(set(rates), key=rates.count))
+    losses = [run[at] for run in sensitivity.losses]
+    half = len(losses) // 2
+    falling = sum(losses[:half]) >= sum(losses[len(losses) - half :])
+    width = sensitivity.widths[0]
+    return [(rate, width * len(list(run))) for rate, run in groupby(sorted(rates, reverse=falling))]
 
 
 def _parts(sensitivities: Sequence[Sensitivity], recipe: QuantRecipe) -> list[list[Sensitivity]]:

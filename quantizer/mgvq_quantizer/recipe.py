@@ -7,7 +7,10 @@ else. Two runs with equal recipes, sources and calibration write the same bytes.
 from __future__ import annotations
 
 import dataclasses
+import tomllib
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from mgvq_runtime.errors import ConfigError
@@ -27,6 +30,14 @@ _LEAST = {
     "picture_swaps": 0,
     "tuning_steps": 0,
 }
+
+
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "fast": {"refit_rounds": 2, "descent_sweeps": 1, "tuning_steps": 60, "picture_swaps": 1},
+    "default": {},
+    "best": {"refit_rounds": 6, "codebook_iterations": 30, "tuning_steps": 800},
+}
+"""Settings of the presets that differ from the defaults."""
 
 
 @dataclass(frozen=True)
@@ -129,3 +140,35 @@ class QuantRecipe:
         if group == "embedding":
             return (self.embedding_bits,)
         return (self.vision_bits,) if group in ("vision", "projector") else self.rates
+
+
+def make_recipe(preset: str, file: Path | None, settings: Mapping[str, Any]) -> QuantRecipe:
+    """Return a preset, changed by a TOML file, changed by single settings.
+
+    Args:
+        preset: one of `PRESETS`.
+        file: top-level keys are the recipe's fields.
+        settings: fields by name.
+
+    Raises:
+        ConfigError: if the file cannot be read, or has a key or a type that does not fit.
+    """
+    values = {**PRESETS[preset], **(_read(file) if file else {}), **settings}
+    return QuantRecipe(**values)
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        values = tomllib.loads(file.read_text())
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"the recipe {file} cannot be read: {error}") from error
+    kinds = {field.name: type(field.default) for field in dataclasses.fields(QuantRecipe)}
+    for name, value in values.items():
+        if name not in kinds:
+            raise ConfigError(f"{file}: {name!r} is no setting; settings are {', '.join(kinds)}")
+        kind = kinds[name]
+        if kind is float and type(value) is int:
+            values[name] = float(value)
+        elif type(value) is not kind:
+            raise ConfigError(f"{file}: {name} must be {kind.__name__}, got {value!r}")
+    return values

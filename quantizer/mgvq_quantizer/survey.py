@@ -92,27 +92,37 @@ def survey(
 def _inputs(
     model: CausalLM, names: Sequence[str], runs: Sequence[Run], evidence: Evidence
 ) -> dict[str, Inputs]:
-    """Run a block three times: for all tokens alike, weighted, and for pictures alone."""
+    """Run a block three times: for all tokens alike, weighted, and for pictures alone.
+
+    The pictures' tokens of a model's last block may count nothing: only answers are read there.
+    """
     modules = {name: model.get_submodule(name) for name in names}
     weights = {name: weights_of(evidence.batches, evidence.weights[name]) for name in names}
     token = model.config.image_token_id
     masks = [_pictures(batch.samples, token) for batch in evidence.batches]
-    plain = input_moments(modules, runs)
-    weighted = input_moments(modules, runs, weights)
-    if not any(bool(mask.any()) for mask in masks):
-        return {n: Inputs(plain[n], weighted[n], torch.zeros(len(plain[n]))) for n in names}
     on_pictures = {
         name: [w * mask.to(w) for w, mask in zip(ws, masks, strict=True)]
         for name, ws in weights.items()
     }
-    pictures = input_moments(modules, runs, on_pictures)
-    inputs = {}
-    for name in names:
-        share = sum(float(w.sum()) for w in on_pictures[name]) / sum(
-            float(w.sum()) for w in weights[name]
+    share = {name: _total(on_pictures[name]) / _total(weights[name]) for name in names}
+    plain = input_moments(modules, runs)
+    weighted = input_moments(modules, runs, weights)
+    seen = {name: module for name, module in modules.items() if share[name]}
+    pictures = input_moments(seen, runs, on_pictures)
+    return {
+        name: Inputs(
+            plain[name],
+            weighted[name],
+            share[name] * pictures[name].diagonal()
+            if name in seen
+            else torch.zeros_like(plain[name].diagonal()),
         )
-        inputs[name] = Inputs(plain[name], weighted[name], share * pictures[name].diagonal())
-    return inputs
+        for name in names
+    }
+
+
+def _total(weights: Sequence[Tensor]) -> float:
+    return sum(float(w.double().sum()) for w in weights)
 
 
 def _pictures(samples: Sequence[Sample], token: int | None) -> Tensor:

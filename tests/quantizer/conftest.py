@@ -20,6 +20,8 @@ from mgvq_quantizer.report import Report
 from tests.runtime.conftest import write_hub_folder
 
 QUICK = {
+    "bits": 2,
+    "allocation": "uniform",  # bands of several rates need matrices wider than these
     "codebook_iterations": 3,
     "refit_rounds": 1,
     "descent_sweeps": 1,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 
 from mgvq_quantizer.allocation import kind_of, plan, sharing_groups
 from mgvq_quantizer.cli import build_parser, recipe_from_arguments
-from mgvq_quantizer.recipe import QuantRecipe
+from mgvq_quantizer.recipe import PRESETS, QuantRecipe, make_recipe
 from mgvq_runtime.checkpoint.bits import count_bits
 from mgvq_runtime.errors import ConfigError
 
@@ -47,19 +48,19 @@ def decoder(hidden: int, wide: int, layers: int) -> nn.Module:
 
 @pytest.mark.parametrize(("bits", "limit"), [(1, 1.35), (2, 2.3), (3, 3.5), (4, 4.2)])
 def test_the_demonstration_shapes_stay_near_their_rate_in_full(bits: int, limit: float) -> None:
-    plans = plan(decoder(256, 768, 5), QuantRecipe(bits=bits))
+    plans = plan(decoder(256, 768, 5), QuantRecipe(bits=bits, allocation="uniform"))
     counts = count_bits({name: matrix.spec for name, matrix in plans.items()})
     assert bits < counts["decoder"].bits_per_weight <= limit
     assert 4 < counts["embedding"].bits_per_weight <= 4.2
 
 
 def test_small_matrices_share_tables_with_their_kind() -> None:
-    plans = plan(decoder(64, 128, 3), QuantRecipe(bits=2))
+    plans = plan(decoder(64, 128, 3), QuantRecipe(bits=2, allocation="uniform"))
     groups = sharing_groups(plans)
     assert all(matrix.shared for name, matrix in plans.items() if "layers" in name)
     assert not plans["model.embed_tokens"].shared
     assert {len(group) for group in groups.values()} == {3}
-    own = plan(decoder(64, 128, 3), QuantRecipe(bits=2, max_codebook_overhead=100.0))
+    own = plan(decoder(64, 128, 3), QuantRecipe(max_codebook_overhead=100.0))
     assert not sharing_groups(own)
     assert kind_of("model.layers.12.mlp.down_proj") == "model-layers-mlp-down_proj"
 
@@ -70,17 +71,67 @@ def test_every_setting_is_a_flag_with_the_field_as_default_and_help() -> None:
     text = parser.format_help()
     for field in dataclasses.fields(QuantRecipe):
         assert "--" + field.name.replace("_", "-") in text
-    parsed = parser.parse_args([*PATHS, "--bits", "3", "--no-permute", "--codebook-lr", "0.5"])
-    assert recipe_from_arguments(parsed) == QuantRecipe(bits=3, permute=False, codebook_lr=0.5)
+    flags = ["--bits", "3", "--allocation", "uniform", "--no-permute", "--codebook-lr", "0.5"]
+    expected = QuantRecipe(bits=3, allocation="uniform", permute=False, codebook_lr=0.5)
+    assert recipe_from_arguments(parser.parse_args([*PATHS, *flags])) == expected
     with pytest.raises(SystemExit):
         parser.parse_args([*PATHS, "--bit", "3"])
 
 
-@pytest.mark.parametrize("bits", ["2.5", "0", "5", "8"])
-def test_other_rates_are_refused_by_name(bits: str) -> None:
-    parsed = build_parser().parse_args([*PATHS, "--bits", bits])
-    with pytest.raises(ConfigError, match="mixed and fractional rates come in a later release"):
+def test_flags_change_the_file_and_the_file_the_preset(tmp_path: Path) -> None:
+    file = tmp_path / "r.toml"
+    file.write_text('bits = 3\nallocation = "layer"\nrefit_rounds = 5\n')
+    flags = ["--preset", "fast", "--recipe", str(file), "--refit-rounds", "7"]
+    recipe = recipe_from_arguments(build_parser().parse_args([*PATHS, *flags]))
+    fast = {**PRESETS["fast"], "bits": 3.0, "allocation": "layer", "refit_rounds": 7}
+    assert recipe == QuantRecipe(**fast)
+    for text, problem in {
+        "bit = 2": "'bit' is no setting; settings are bits, allocation",
+        "seed = 'x'": "seed must be int, got 'x'",
+        "bits = true": "bits must be float, got True",
+        "bits": "cannot be read",
+    }.items():
+        file.write_text(text)
+        with pytest.raises(ConfigError, match=problem):
+            make_recipe("default", file, {})
+    with pytest.raises(ConfigError, match=r"none\.toml cannot be read"):
+        make_recipe("default", tmp_path / "none.toml", {})
+
+
+@pytest.mark.parametrize(
+    ("flags", "problem"),
+    [
+        (["--bits", "0.9"], "bits must lie between 1.0 and 8.0, got 0.9"),
+        (["--bits", "2.5", "--allocation", "uniform"], "bits must be one of 1, 2, 3, 4, 8"),
+        (["--vision-bits", "5"], "vision_bits must be one of 1, 2, 3, 4, 8, got 5"),
+        (["--allocation", "best"], "allocation must be one of model, layer, uniform"),
+        (["--no-permute"], "bands of several rates need permute"),
+        (["--global-share", "1.5"], "global_share must lie in 0..1"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused_by_name(flags: list[str], problem: str) -> None:
+    parsed = build_parser().parse_args([*PATHS, *flags])
+    with pytest.raises(ConfigError, match=problem):
         recipe_from_arguments(parsed)
+
+
+@pytest.mark.parametrize(
+    ("bits", "rates", "reference"),
+    [
+        (1.0, (1, 2), 1),
+        (2.0, (1, 2, 3, 4), 2),
+        (2.25, (1, 2, 3, 4), 2),
+        (3.0, (2, 3, 4), 3),
+        (4.0, (2, 3, 4, 8), 4),
+        (8.0, (4, 8), 8),
+    ],
+)
+def test_bands_get_rates_around_the_target(
+    bits: float, rates: tuple[int, ...], reference: int
+) -> None:
+    recipe = QuantRecipe(bits=bits)
+    assert recipe.rates == rates
+    assert recipe.reference_rate == reference
 
 
 def test_values_out_of_range_name_their_field() -> None:

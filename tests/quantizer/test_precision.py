@@ -1,0 +1,86 @@
+"""Bands from losses: the budget in full, tables counted, direction of the rates."""
+
+from __future__ import annotations
+
+from random import Random
+
+import pytest
+from torch import nn
+
+from mgvq_quantizer.allocation import Bands, plan
+from mgvq_quantizer.precision import choose_bands
+from mgvq_quantizer.recipe import QuantRecipe
+from mgvq_quantizer.sensitivity import Sensitivity, run_widths
+from mgvq_runtime.checkpoint.bits import count_bits
+from mgvq_runtime.errors import ConfigError
+from tests.quantizer.test_recipe_and_plan import decoder
+
+MODEL = decoder(256, 768, 3)
+
+
+def sensitivities(model: nn.Module, recipe: QuantRecipe, seed: int) -> list[Sensitivity]:
+    """Random losses that fall fourfold a bit and from run to run, another scale for each matrix."""
+    rng, found = Random(seed), []
+    for name, matrix in plan(model, recipe).items():
+        if name.startswith("model.layers."):
+            widths = run_widths(matrix.layout.in_features)
+            start = rng.lognormvariate(0.0, 2.0)
+            losses = [
+                tuple(start * 0.7**run * 0.25**rate for rate in recipe.rates)
+                for run in range(len(widths))
+            ]
+            zeros = (0.0,) * len(widths)
+            found.append(Sensitivity(name, recipe.rates, widths, tuple(losses), 1.0, zeros))
+    return found
+
+
+def chosen(recipe: QuantRecipe, seed: int) -> dict[str, Bands]:
+    return choose_bands(sensitivities(MODEL, recipe, seed), plan(MODEL, recipe), recipe)
+
+
+@pytest.mark.parametrize("bits", [1.6, 2.0, 2.25, 3.0, 4.5])
+@pytest.mark.parametrize("own_tables", [False, True])
+def test_the_budget_is_met_in_full_to_the_last_block(bits: float, own_tables: bool) -> None:
+    recipe = QuantRecipe(bits=bits, max_codebook_overhead=100.0 if own_tables else 0.0)
+    if own_tables and bits < 1.8:
+        recipe = QuantRecipe(bits=1.9, max_codebook_overhead=100.0)
+    plans = plan(MODEL, recipe, chosen(recipe, seed=0))
+    count = count_bits({n: p.spec for n, p in plans.items()})["decoder"]
+    block = max(32 * p.layout.out_features for n, p in plans.items() if "layers" in n)
+    assert recipe.bits * count.weights - block < count.bits <= recipe.bits * count.weights
+    rates = {band.rate for p in plans.values() for band in p.layout.bands}
+    assert len(rates) > 1
+
+
+def test_each_layer_can_have_a_budget_of_its_own() -> None:
+    recipe = QuantRecipe(bits=2.5, allocation="layer", max_codebook_overhead=100.0)
+    plans = plan(MODEL, recipe, chosen(recipe, seed=1))
+    for layer in range(3):
+        mine = {n: p.spec for n, p in plans.items() if n.startswith(f"model.layers.{layer}.")}
+        assert 2.4 < count_bits(mine)["decoder"].bits_per_weight <= 2.5
+    free = QuantRecipe(bits=2.5, max_codebook_overhead=100.0)
+    moved = plan(MODEL, free, chosen(free, seed=1))
+    first = {n: p.spec for n, p in moved.items() if n.startswith("model.layers.0.")}
+    assert abs(count_bits(first)["decoder"].bits_per_weight - 2.5) > 0.1
+
+
+def test_more_sensitive_matrices_and_channels_get_more_bits() -> None:
+    recipe = QuantRecipe(bits=2.25)
+    found = {s.name: s for s in sensitivities(MODEL, recipe, seed=2)}
+    bands = chosen(recipe, seed=2)
+    for mine in bands.values():
+        rates = [rate for rate, _ in mine]
+        assert rates == sorted(set(rates), reverse=True)  # losses fall from run to run
+
+    def mean(name: str) -> float:
+        return sum(r * w for r, w in bands[name]) / sum(w for _, w in bands[name])
+
+    kin = [name for name in bands if name.endswith("o_proj")]
+    ordered = sorted(kin, key=lambda name: found[name].losses[0][0])
+    assert sorted(kin, key=mean) == ordered or len({mean(name) for name in kin}) < len(kin)
+    assert max(map(mean, bands)) > min(map(mean, bands)) + 1
+
+
+def test_a_budget_that_cannot_be_met_says_what_can() -> None:
+    with pytest.raises(ConfigError, match=r"bits is 1\.0, but model\.layers\.0.* at the least"):
+        chosen(QuantRecipe(bits=1.0), seed=0)
