@@ -71,13 +71,15 @@ def build_parser() -> argparse.ArgumentParser:
     docs = field_docs(QuantRecipe)
     for field in dataclasses.fields(QuantRecipe):
         flag = "--" + field.name.replace("_", "-")
-        text = f"{docs[field.name].rstrip('.')} (default: {field.default})".replace("%", "%%")
+        shown = "" if field.default is None else f" (default: {field.default})"
+        text = (docs[field.name].rstrip(".") + shown).replace("%", "%%")
         if isinstance(field.default, bool):
             group.add_argument(
                 flag, action=argparse.BooleanOptionalAction, default=field.default, help=text
             )
         else:
-            kind = float if field.name.endswith("bits") else type(field.default)
+            kind = int if field.default is None else type(field.default)
+            kind = float if field.name.endswith("bits") else kind
             metavar = "X" if kind is float else "N"
             group.add_argument(flag, type=kind, default=field.default, metavar=metavar, help=text)
     return parser
