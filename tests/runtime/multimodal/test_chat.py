@@ -18,6 +18,7 @@ from mgvq_runtime.tokenizer import Tokenizer
 from tests.runtime.conftest import hub_config
 
 IMAGE: dict[str, Any] = {"type": "image"}
+VIDEO: dict[str, Any] = {"type": "video"}
 
 
 def text(value: str) -> dict[str, Any]:
@@ -156,15 +157,16 @@ def test_open_and_closed_conversations(processor: ChatProcessor) -> None:
         ([], 0, "at least one message", "messages"),
         ([{"content": "hi"}], 0, r"messages\[0\] must have a role", "messages[0].role"),
         ([{"role": "user"}], 0, "a string or a list of parts", "messages[0].content"),
-        ([{"role": "user", "content": ["hi"]}], 0, "type must be text or image", None),
+        ([{"role": "user", "content": ["hi"]}], 0, "type must be text, image or video", None),
         (
-            [{"role": "user", "content": [{"type": "video"}]}],
+            [{"role": "user", "content": [{"type": "video_url"}]}],
             0,
-            "must be text or image, got 'video'",
+            "must be text, image or video, got 'video_url'",
             "messages[0].content[0].type",
         ),
         ([{"role": "user", "content": [{"type": "text"}]}], 0, "text must be a string", None),
         ([{"role": "user", "content": [IMAGE]}], 0, "1 image parts, 0 images", "messages"),
+        ([{"role": "user", "content": [VIDEO]}], 0, "1 video parts, 0 videos", "messages"),
         ([{"role": "user", "content": "hi"}], 1, "0 image parts, 1 images", "messages"),
     ],
 )

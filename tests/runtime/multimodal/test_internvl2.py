@@ -43,7 +43,7 @@ PICTURE = "<img><IMG_CONTEXT></img>"
 def reference_images(**changes: Any) -> Any:
     from transformers import GotOcr2ImageProcessorPil
 
-    mean, std = list(PUBLISHED.image_mean), list(PUBLISHED.image_std)
+    mean, std = list(PUBLISHED.pixels.mean), list(PUBLISHED.pixels.std)
     size = {"height": 448, "width": 448}
     return GotOcr2ImageProcessorPil(
         **{"image_mean": mean, "image_std": std, "size": size, "crop_to_patches": True, **changes}
