@@ -89,7 +89,7 @@ def mrope_positions(
     Text counts up on all axes alike. An image that begins at position p has p + its frame, row and
     column (of merged patches); the text after it goes on one above the largest of them. (Here
     transformers 5.24 leaves frames out: a video of more of them than rows and columns overlaps with
-    the text behind it. The paper, transformers 4 and vLLM do as we do.)
+    the text behind it. The paper and transformers 4 do as we do.)
 
     Args:
         ids: T token ids, placeholders expanded.
