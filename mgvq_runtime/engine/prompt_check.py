@@ -48,7 +48,7 @@ def check_prompt(request: Request, config: ModelConfig) -> None:
                 param="messages",
             )
     wanted = sum(image.num_tokens for image in prompt.images)
-    found = sum(prompt.token_ids.count(token) for token in set(config.placeholder_ids))
+    found = sum(prompt.token_ids.count(token) for token in config.placeholder_ids)
     if wanted != found:
         raise RequestError(
             f"the prompt has {found} picture placeholders for pictures of {wanted} tokens",

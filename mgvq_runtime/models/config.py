@@ -55,8 +55,8 @@ class ModelConfig:
 
     @property
     def placeholder_ids(self) -> tuple[int, ...]:
-        """The tokens that pictures and videos are put in place of."""
-        ids = (self.image_token_id, self.video_token_id)
+        """The tokens that pictures and videos are put in place of; in one family they are one."""
+        ids = dict.fromkeys((self.image_token_id, self.video_token_id))
         return tuple(token for token in ids if token is not None)
 
     def num_image_tokens(self, image: ImageInput) -> int:
@@ -110,7 +110,7 @@ class LlavaOnevisionConfig(ModelConfig):
         image = _placeholder(top, "image", 151646)
         video = _placeholder(top, "video", 151647)
         if text_fields is top:  # lmms-lab puts videos behind the placeholder of pictures
-            video = image if _is_one_token(top) else None
+            video = image if _takes_videos(top) else None
         text = decoder_from_hf(text_fields, "qwen2")
         vision_fields = Fields(top.mapping("vision_config", default={}), "vision_config.")
         last = top.values.get("vision_feature_layer", -1)
@@ -207,6 +207,6 @@ def _check_lmms_lab(top: Fields) -> None:
         top.one_of(key, known, default=known[0])
 
 
-def _is_one_token(top: Fields) -> bool:
+def _takes_videos(top: Fields) -> bool:
     """Return whether lmms-lab's file wants videos as LLaVA-OneVision has them."""
     return all(top.values.get(key) in (None, value) for key, value in _LMMS_LAB_VIDEOS.items())
