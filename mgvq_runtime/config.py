@@ -50,7 +50,7 @@ class EngineConfig:
     1 GiB on a CPU and what is free on a GPU."""
     max_image_tokens: int | None = None
     """Most tokens one picture may cost, a larger one is scaled down; when not given, the
-    default of the model's family (`models.registry`)."""
+    default of the model's family (docs/models.md)."""
     num_threads: int | None = None
     """CPU threads for arithmetic; all cores when not given."""
     seed: int = 0

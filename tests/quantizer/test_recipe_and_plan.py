@@ -72,6 +72,8 @@ def test_every_setting_is_a_flag_with_the_field_as_default_and_help() -> None:
         assert "--" + field.name.replace("_", "-") in text
     parsed = parser.parse_args([*PATHS, "--bits", "3", "--no-permute", "--codebook-lr", "0.5"])
     assert recipe_from_arguments(parsed) == QuantRecipe(bits=3, permute=False, codebook_lr=0.5)
+    parsed = parser.parse_args([*PATHS, "--max-image-tokens", "600"])
+    assert recipe_from_arguments(parsed) == QuantRecipe(max_image_tokens=600)
     with pytest.raises(SystemExit):
         parser.parse_args([*PATHS, "--bit", "3"])
 

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mgvq_runtime.checkpoint.reader import open_checkpoint
 from mgvq_runtime.errors import ImageError, RequestError
 from mgvq_runtime.models.config import Qwen2VLConfig
+from mgvq_runtime.models.loading import model_config
 from mgvq_runtime.multimodal.chat import ChatProcessor
 from mgvq_runtime.multimodal.processors.qwen2_vl import Qwen2VLImageProcessor
 from mgvq_runtime.tokenizer import Tokenizer
@@ -110,6 +112,15 @@ def test_random_conversations(processor: ChatProcessor, reference: Any) -> None:
         num_pictures[len(pictures(messages, seed))] += 1
         compare(processor, reference, messages, seed)
     assert min(num_pictures) > 20
+
+
+def test_the_familys_own_cap_where_nobody_says(tiny_qwen2_vl_folder: Path) -> None:
+    """The hub's file would allow 16,384 tokens."""
+    checkpoint = open_checkpoint(tiny_qwen2_vl_folder)
+    for asked, most in ((None, 1280), (300, 300)):
+        made = ChatProcessor.from_checkpoint(checkpoint, model_config(checkpoint), asked)
+        assert made.image_processor is not None
+        assert made.image_processor.max_num_tokens == most
 
 
 def test_text_alone_counts_up(processor: ChatProcessor) -> None:

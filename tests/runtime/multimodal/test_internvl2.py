@@ -12,6 +12,7 @@ import pytest
 from mgvq_runtime.checkpoint.reader import open_checkpoint
 from mgvq_runtime.errors import ConfigError, TokenizerError
 from mgvq_runtime.models.loading import model_config
+from mgvq_runtime.models.registry import FAMILIES
 from mgvq_runtime.multimodal.chat import ChatProcessor
 from mgvq_runtime.multimodal.processors.internvl2 import InternVL2ImageProcessor, select_grid
 from tests.runtime.family_folders import (
@@ -164,6 +165,9 @@ def test_caps() -> None:
         for width, height in random_sizes(6, seed=5, longest=900):
             (image,) = capped.prepare([random_picture(width, height, 0)])
             assert image.num_tokens <= cap
+    most = FAMILIES["InternVLChatModel"].max_image_tokens
+    assert most is not None
+    assert PUBLISHED.capped(most).max_tiles == 6
     assert PUBLISHED.capped(1280).max_tiles == 4
     assert PUBLISHED.capped(10**6) == PUBLISHED
     assert PUBLISHED.max_grid == (13, 32, 32)
