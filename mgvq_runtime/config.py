@@ -48,8 +48,9 @@ class EngineConfig:
     kv_cache_bytes: int | None = None
     """Size of the key/value cache; when not given, enough for max_num_seqs full contexts, at most
     1 GiB on a CPU and what is free on a GPU."""
-    max_image_tokens: int | None = 1280
-    """Most tokens one picture may cost; a larger picture is scaled down."""
+    max_image_tokens: int | None = None
+    """Most tokens one picture may cost, a larger one is scaled down; when not given, the
+    default of the model's family (docs/models.md)."""
     num_threads: int | None = None
     """CPU threads for arithmetic; all cores when not given."""
     seed: int = 0

@@ -260,7 +260,8 @@ def _memory(checkpoint: Checkpoint, dense_weights: int, quantized_bytes: int) ->
         return memory
     memory["max_image_tokens"] = None
     try:
-        processor = family.image_processor.from_folder(checkpoint.path)
+        most = family.max_image_tokens
+        processor = family.image_processor.from_folder(checkpoint.path, most)
         memory["max_image_tokens"] = processor.max_num_tokens
     except ConfigError as error:
         memory["image_unknown"] = str(error)

@@ -136,7 +136,8 @@ class LLM:
         Args:
             messages: A conversation, or a list of conversations. An image part is
                 `{"type": "image_url", "image_url": {"url": data URL, file:// URL or path}}` or
-                `{"type": "image", "image": PIL image or path}`.
+                `{"type": "image", "image": PIL image or path}`, a video `{"type": "video", "video":
+                [PIL images or paths, one a frame]}`.
             sampling_params: How tokens are chosen: one for all, or one a conversation.
             use_tqdm: Whether to show a progress bar.
 
@@ -252,8 +253,8 @@ class LLM:
         return replies[0] if is_single else [replies[index] for index in range(len(asked))]
 
     def _prepare(self, messages: Sequence[Message]) -> Prompt:
-        cleaned, pictures = take_pictures(messages, self._limits)
-        return self.engine.chat_processor.prepare(cleaned, pictures)
+        cleaned, visuals = take_pictures(messages, self._limits)
+        return self.engine.chat_processor.prepare(cleaned, visuals)
 
     def _tokenize(self, text: str) -> Prompt:
         tokenizer = self.engine.tokenizer

@@ -1,4 +1,4 @@
-"""Takes the pictures out of a conversation (called by `llm.LLM`).
+"""Takes the pictures and videos out of a conversation (called by `llm.LLM`).
 
 Data URLs, files and PIL images are read here, the network never. Decoding within limits is
 `multimodal.image`, what becomes of the pixels `multimodal.processors`.
@@ -15,7 +15,13 @@ from urllib.request import url2pathname
 from PIL import Image, ImageOps
 
 from mgvq_runtime.errors import ImageError, RequestError
-from mgvq_runtime.multimodal.image import MediaLimits, decode_data_url, decode_image, to_rgb
+from mgvq_runtime.multimodal.image import (
+    MediaLimits,
+    Visual,
+    decode_data_url,
+    decode_image,
+    to_rgb,
+)
 
 Message = Mapping[str, Any]
 """{"role": ..., "content": text, or a list of text and image parts}, as in OpenAI's chat API."""
@@ -23,36 +29,37 @@ Message = Mapping[str, Any]
 
 def take_pictures(
     messages: Sequence[Message], limits: MediaLimits
-) -> tuple[list[Message], list[Image.Image]]:
-    """Read the pictures of a conversation and leave `{"type": "image"}` in their places.
+) -> tuple[list[Message], list[Visual]]:
+    """Read what a conversation shows and leave `{"type": "image" | "video"}` in its places.
 
     All else stays as it is: `multimodal.chat` says what is wrong with it.
 
     Args:
         messages: Messages whose content is text or a list of parts. A picture is a part
             `{"type": "image_url", "image_url": {"url": data URL, file:// URL or path}}` or
-            `{"type": "image", "image": PIL image or path}`.
-        limits: How large a picture may be.
+            `{"type": "image", "image": PIL image or path}`; a video is `{"type": "video", "video":
+            [frames]}`, each frame a PIL image, a path or a URL as above.
+        limits: How large a picture may be, and a frame.
 
     Returns:
-        The messages without pictures, and the pictures in order, RGB.
+        The messages without pictures, and the pictures in order, RGB, a video as its frames.
 
     Raises:
-        RequestError: if an image part has another form.
+        RequestError: if an image or video part has another form.
         ImageError: if a picture cannot be read.
     """
-    pictures: list[Image.Image] = []
+    visuals: list[Visual] = []
     cleaned: list[Message] = []
     for message in messages:
         parts = message.get("content") if isinstance(message, Mapping) else None
         if isinstance(parts, list | tuple):
-            parts = [_take_part(part, limits, pictures) for part in parts]
+            parts = [_take_part(part, limits, visuals) for part in parts]
             message = {**message, "content": parts}
         cleaned.append(message)
-    return cleaned, pictures
+    return cleaned, visuals
 
 
-def _take_part(part: Any, limits: MediaLimits, pictures: list[Image.Image]) -> Any:
+def _take_part(part: Any, limits: MediaLimits, visuals: list[Visual]) -> Any:
     kind = part.get("type") if isinstance(part, Mapping) else None
     if kind == "image_url":
         source = part.get("image_url")
@@ -61,9 +68,19 @@ def _take_part(part: Any, limits: MediaLimits, pictures: list[Image.Image]) -> A
             raise RequestError("image_url.detail is not supported, leave it out", param="messages")
         if not isinstance(url, str):
             raise RequestError('an image_url part needs {"url": ...}', param="messages")
-        pictures.append(open_picture(url, limits))
+        visuals.append(open_picture(url, limits))
     elif kind == "image":
-        pictures.append(open_picture(part.get("image"), limits))
+        visuals.append(open_picture(part.get("image"), limits))
+    elif kind == "video":
+        frames = part.get("video")
+        if not isinstance(frames, list | tuple):
+            raise RequestError(
+                f"a video must be a list of frames, got {type(frames).__name__}: video files are "
+                "not decoded here",
+                param="messages",
+            )
+        visuals.append([open_picture(frame, limits) for frame in frames])
+        return {"type": "video"}
     else:
         return part
     return {"type": "image"}

@@ -35,9 +35,21 @@ class TileLayout:
     """Rows and columns of patches those are interpolated to; the same where they are few."""
 
 
+@dataclass(frozen=True)
+class FrameLayout:
+    """What is kept of the frames of a video, which stand one behind the other."""
+
+    side: int
+    """Rows and columns of patches each frame is interpolated to."""
+
+
+Layout = TileLayout | FrameLayout
+"""Where a family puts the tiles of a picture, or the frames of a video, together again."""
+
+
 @dataclass(frozen=True, eq=False)
 class ImageInput:
-    """One picture, ready for the vision tower."""
+    """One picture or video, ready for the vision tower."""
 
     patches: npt.NDArray[np.float32]
     """`[P, C*temporal*patch*patch]` float32, in the order the family's vision tower expects."""
@@ -45,8 +57,10 @@ class ImageInput:
     """Frames or tiles, and patches along height and width of one; their product is P."""
     num_tokens: int
     """Placeholders this picture takes in the prompt."""
-    layout: TileLayout | None = None
-    """Where a family puts the tiles together again before the decoder sees them."""
+    layout: Layout | None = None
+    """What is done with the tiles before the decoder sees them; None leaves them in a row."""
+    is_video: bool = False
+    """Whether it stands behind the placeholder of videos."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -120,8 +120,8 @@ class Engine:
             max_tokens,
         )
         seed = self._seeds.getrandbits(63) if params.seed is None else params.seed
-        image_token_id = self.model_config.image_token_id
-        sequence = Sequence(request, max_tokens, seed, image_token_id, output)
+        placeholder_ids = self.model_config.placeholder_ids
+        sequence = Sequence(request, max_tokens, seed, placeholder_ids, output)
         self._scheduler.add(sequence)
         self._sequences[request.request_id] = sequence
 

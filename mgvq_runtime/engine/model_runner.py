@@ -7,7 +7,6 @@ by `scheduler`, which token comes next by `sampler`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from collections.abc import Sequence as Items
 
 import numpy as np
@@ -21,7 +20,7 @@ from mgvq_runtime.layers.forward_batch import ForwardBatch
 from mgvq_runtime.models.causal_lm import CausalLM
 
 MAX_PATCHES_PER_ENCODE = 5120
-"""Pictures are encoded together up to this many patches: one picture of 1280 tokens."""
+"""Patches that go through the vision tower at once: those of a picture of 1280 tokens."""
 
 
 class ModelRunner:
@@ -43,17 +42,19 @@ class ModelRunner:
             for index in chunk.sequence.images_between(chunk.start, chunk.end)
             if index not in chunk.sequence.image_embeds
         ]
-        for group in _groups(pending):
-            images = [sequence.request.prompt.images[index] for sequence, index in group]
-            patches = torch.from_numpy(np.concatenate([image.patches for image in images]))
-            embeds = self.model.encode_images(
-                patches.to(self._device, self._dtype),
-                [image.grid_thw for image in images],
-                [image.layout for image in images],
-            )  # [N, D]
-            parts = torch.split(embeds, [image.num_tokens for image in images])
-            for (sequence, index), part in zip(group, parts, strict=True):
-                sequence.image_embeds[index] = part
+        if not pending:
+            return
+        images = [sequence.request.prompt.images[index] for sequence, index in pending]
+        patches = torch.from_numpy(np.concatenate([image.patches for image in images]))
+        embeds = self.model.encode_images(
+            patches.to(self._device, self._dtype),
+            [image.grid_thw for image in images],
+            [image.layout for image in images],
+            MAX_PATCHES_PER_ENCODE,
+        )  # [N, D]
+        parts = torch.split(embeds, [image.num_tokens for image in images])
+        for (sequence, index), part in zip(pending, parts, strict=True):
+            sequence.image_embeds[index] = part
 
     def run(self, chunks: Items[Chunk]) -> torch.Tensor:
         """Run one forward over all chunks.
@@ -136,20 +137,3 @@ class ModelRunner:
             index = torch.from_numpy(places).to(self._device)
             embeds[index] = rows[first : first + high - low].to(embeds.dtype)
         return embeds
-
-
-def _groups(
-    pending: Iterable[tuple[Sequence, int]],
-) -> Iterable[list[tuple[Sequence, int]]]:
-    """Split pictures into runs of at most MAX_PATCHES_PER_ENCODE patches, one picture at least."""
-    group: list[tuple[Sequence, int]] = []
-    num_patches = 0
-    for sequence, index in pending:
-        size = len(sequence.request.prompt.images[index].patches)
-        if group and num_patches + size > MAX_PATCHES_PER_ENCODE:
-            yield group
-            group, num_patches = [], 0
-        group.append((sequence, index))
-        num_patches += size
-    if group:
-        yield group

@@ -36,7 +36,7 @@ def check_prompt(request: Request, config: ModelConfig) -> None:
         )
     if not prompt.images:
         return
-    if config.vision_config is None or config.image_token_id is None:
+    if config.vision_config is None or not config.placeholder_ids:
         raise RequestError("this model reads text alone; leave pictures out", param="messages")
     for index, image in enumerate(prompt.images):
         t, h, w = image.grid_thw
@@ -48,7 +48,7 @@ def check_prompt(request: Request, config: ModelConfig) -> None:
                 param="messages",
             )
     wanted = sum(image.num_tokens for image in prompt.images)
-    found = prompt.token_ids.count(config.image_token_id)
+    found = sum(prompt.token_ids.count(token) for token in config.placeholder_ids)
     if wanted != found:
         raise RequestError(
             f"the prompt has {found} picture placeholders for pictures of {wanted} tokens",

@@ -43,7 +43,7 @@ class Sequence:
         request: Request,
         max_tokens: int,
         seed: int,
-        image_token_id: int | None,
+        placeholder_ids: tuple[int, ...],
         output: OutputText,
     ) -> None:
         """Start a waiting sequence.
@@ -52,7 +52,7 @@ class Sequence:
             request: What was asked.
             max_tokens: Tokens to generate, already clamped to the context.
             seed: Key of this request's random numbers.
-            image_token_id: The placeholder, None for a model that takes no pictures.
+            placeholder_ids: What pictures stand behind; none for a model that takes no pictures.
             output: What turns its tokens into text.
         """
         prompt = request.prompt
@@ -67,7 +67,7 @@ class Sequence:
         self.output = output
         ids = np.asarray(self.token_ids, dtype=np.int64)
         self.placeholders: npt.NDArray[np.int64] = (
-            np.flatnonzero(ids == image_token_id) if prompt.images else ids[:0]
+            np.flatnonzero(np.isin(ids, placeholder_ids)) if prompt.images else ids[:0]
         )
         """Indices of the prompt tokens that stand for pictures, ascending."""
         self._last_placeholder = int(self.placeholders[-1]) if len(self.placeholders) else -1

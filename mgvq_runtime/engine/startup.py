@@ -20,6 +20,7 @@ from mgvq_runtime.config import (
     resolve_device,
     resolve_dtype,
 )
+from mgvq_runtime.engine.model_runner import MAX_PATCHES_PER_ENCODE
 from mgvq_runtime.layers.forward_batch import ForwardBatch
 from mgvq_runtime.models.causal_lm import CausalLM
 from mgvq_runtime.models.config import ModelConfig
@@ -89,7 +90,7 @@ def run_worst_case(
         assert vision is not None, "only a model with a vision tower has an image processor"
         t, h, w = image_processor.max_grid
         patches = torch.zeros(t * h * w, vision.patch_dim, dtype=model.dtype, device=device)
-        model.encode_images(patches, [(t, h, w)])
+        model.encode_images(patches, [(t, h, w)], max_patches=MAX_PATCHES_PER_ENCODE)
     T = config.max_batch_tokens
     positions = torch.arange(T, device=device).expand(3, T)  # [3, T]
     embeds = model.embed(torch.zeros(T, dtype=torch.int64, device=device))  # [T, D]

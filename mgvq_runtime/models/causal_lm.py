@@ -23,7 +23,7 @@ from mgvq_runtime.models.config_fields import Fields
 from mgvq_runtime.models.decoder import Decoder
 from mgvq_runtime.models.decoder_config import decoder_from_hf
 from mgvq_runtime.models.vision import VisionTower
-from mgvq_runtime.request import TileLayout
+from mgvq_runtime.request import Layout
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,8 @@ class CausalLM(nn.Module):
         self,
         patches: Tensor,
         grid_thw: Sequence[tuple[int, int, int]],
-        layouts: Sequence[TileLayout | None] = (),
+        layouts: Sequence[Layout | None] = (),
+        max_patches: int | None = None,
     ) -> Tensor:
         """Encode any number of images.
 
@@ -95,13 +96,14 @@ class CausalLM(nn.Module):
             patches: `[P, C*T*p*p]` of any float dtype, images end to end, each in the order its
                 family's image processor gives.
             grid_thw: Frames or tiles of each image, and patches along height and width of one.
-            layouts: How the tiles of each image lie, for the families that lay them side by side.
+            layouts: What each image's tiles or frames become, for the families that rearrange them.
+            max_patches: Most that go through the tower at once; None takes all together.
 
         Returns:
             `[N, D]` rows for the placeholders of the images, in order, in the model's dtype.
         """
         assert self.visual is not None, "a model without a vision tower takes no pictures"
-        return self.visual(patches.to(self.dtype), grid_thw)
+        return self.visual(patches.to(self.dtype), grid_thw, max_patches)
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """Return token embeddings `[T, D]` for `[T]` int64; image rows are put in by the caller."""

@@ -11,8 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
-from mgvq_runtime.errors import ConfigError
-from mgvq_runtime.models.config_fields import REQUIRED, Fields
+from mgvq_runtime.models.config_fields import Fields
 from mgvq_runtime.models.decoder_config import DecoderConfig, decoder_from_hf
 from mgvq_runtime.models.vision_config import (
     VisionConfig,
@@ -20,7 +19,7 @@ from mgvq_runtime.models.vision_config import (
     qwen2_vl_vision_from_hf,
     siglip_from_hf,
 )
-from mgvq_runtime.request import ImageInput
+from mgvq_runtime.request import FrameLayout, ImageInput
 
 
 @dataclass(frozen=True)
@@ -33,9 +32,13 @@ class ModelConfig:
     image_token_id: int | None
     """The placeholder that pictures are put in place of; None without a vision tower."""
     tie_word_embeddings: bool
+    video_token_id: int | None = None
+    """The placeholder of videos; None where they have none, or are shown as pictures."""
 
     has_grid_positions: ClassVar[bool] = False
     """Whether a picture's tokens have a row and a column position, instead of counting up."""
+    shows_frames: ClassVar[bool] = False
+    """Whether a video is shown as pictures in numbered lines, one a frame."""
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> Self:
@@ -49,6 +52,12 @@ class ModelConfig:
                 asks for something that is not implemented; the message names the key.
         """
         raise NotImplementedError
+
+    @property
+    def placeholder_ids(self) -> tuple[int, ...]:
+        """The tokens that pictures and videos are put in place of; in one family they are one."""
+        ids = dict.fromkeys((self.image_token_id, self.video_token_id))
+        return tuple(token for token in ids if token is not None)
 
     def num_image_tokens(self, image: ImageInput) -> int:
         """Return how many placeholders a picture's patches make."""
@@ -74,8 +83,8 @@ class Qwen2VLConfig(ModelConfig):
         text = decoder_from_hf(text_fields, "qwen2_vl")
         vision_fields = Fields(top.mapping("vision_config"), "vision_config.")
         vision = qwen2_vl_vision_from_hf(vision_fields, text.hidden_size)
-        token = image_token(top, "image_token_id", 151655, text)
-        return cls(text, vision, token, _is_tied(top, text_fields))
+        image, video = _placeholder(top, "image", 151655), _placeholder(top, "video", 151656)
+        return cls(text, vision, image, _is_tied(top, text_fields), video)
 
 
 @dataclass(frozen=True)
@@ -98,20 +107,25 @@ class LlavaOnevisionConfig(ModelConfig):
         else:
             text_fields = top
             _check_lmms_lab(top)
+        image = _placeholder(top, "image", 151646)
+        video = _placeholder(top, "video", 151647)
+        if text_fields is top:  # lmms-lab puts videos behind the placeholder of pictures
+            video = image if _takes_videos(top) else None
         text = decoder_from_hf(text_fields, "qwen2")
         vision_fields = Fields(top.mapping("vision_config", default={}), "vision_config.")
         last = top.values.get("vision_feature_layer", -1)
         if last not in (-1, -2):
             top.refuse("vision_feature_layer", last, "-1 or -2: one of the last two layers")
         vision = siglip_from_hf(vision_fields, text.hidden_size, last)
-        key = "image_token_id" if top.has("image_token_id") else "image_token_index"
-        return cls(text, vision, image_token(top, key, 151646, text), _is_tied(top, text_fields))
+        return cls(text, vision, image, _is_tied(top, text_fields), video)
 
     def num_image_tokens(self, image: ImageInput) -> int:
         """Return how many placeholders a picture's patches make."""
         t, h, w = image.grid_thw
         if image.layout is None:
             return t * h * w + 1
+        if isinstance(image.layout, FrameLayout):
+            return t * image.layout.side**2 + 1
         height, width = image.layout.shrunk
         return h * w + height * (width + 1)
 
@@ -121,6 +135,8 @@ class InternVL2Config(ModelConfig):
     """A whole InternVL2 model; the hub's config.json leaves its placeholder to the tokenizer."""
 
     vision_config: VisionConfig
+
+    shows_frames: ClassVar[bool] = True
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> Self:
@@ -142,29 +158,22 @@ class InternVL2Config(ModelConfig):
             top.one_of("ps_version", ("v2",), default="v1")
             # The hub's own code ignores what llm_config says of it: heads are never tied.
             tied = top.boolean("tie_word_embeddings", default=False)
-            token = image_token(top, "image_token_id", None, text)
+            token = _placeholder(top, "image", None)
         else:
             top.one_of("vision_feature_select_strategy", ("default",), default="default")
             top.one_of("projector_hidden_act", ("gelu",), default="gelu")
             tied = top.boolean("tie_word_embeddings", default=True)
-            token = image_token(top, "image_token_id", 151667, text)
+            token = _placeholder(top, "image", 151667)
         return cls(text, vision, token, tied)
 
 
-def image_token(fields: Fields, key: str, default: int | None, text: DecoderConfig) -> int | None:
-    """Read the placeholder of pictures; None where neither file nor default has one.
+def _placeholder(fields: Fields, kind: str, default: int | None) -> int | None:
+    """Read the placeholder of pictures or videos; None where neither file nor default has one.
 
-    Raises:
-        ConfigError: if it is no token of the decoder.
+    Whether it is a token of the decoder is seen when the tensors are (`models.loading`).
     """
-    if default is None and not fields.has(key):
-        return None
-    token = fields.integer(key, default=REQUIRED if default is None else default, low=0)
-    if token >= text.vocab_size:
-        raise ConfigError(
-            f"config.json: {key} {token} is outside the vocabulary of {text.vocab_size}"
-        )
-    return token
+    key = f"{kind}_token_id" if fields.has(f"{kind}_token_id") else f"{kind}_token_index"
+    return fields.integer(key, low=0) if fields.has(key) else default
 
 
 def _is_tied(top: Fields, text: Fields) -> bool:
@@ -179,8 +188,14 @@ _LMMS_LAB = {
     "mm_patch_merge_type": ("spatial_unpad",),
     "mm_vision_select_feature": ("patch",),
 }
-"""What lmms-lab's files may say of LLaVA-OneVision; the first is what a missing key stands for.
-Keys that touch videos alone, such as mm_newline_position, are not looked at."""
+"""What lmms-lab's files may say of LLaVA-OneVision; the first is what a missing key stands for."""
+
+_LMMS_LAB_VIDEOS = {
+    "mm_newline_position": "one_token",
+    "mm_spatial_pool_mode": "bilinear",
+    "mm_spatial_pool_stride": 2,
+}
+"""What a missing key says of videos. Nothing else is implemented: such a model takes no videos."""
 
 
 def _check_lmms_lab(top: Fields) -> None:
@@ -190,3 +205,8 @@ def _check_lmms_lab(top: Fields) -> None:
         top.refuse("mm_vision_tower", tower, "google/siglip-so400m-patch14-384")
     for key, known in _LMMS_LAB.items():
         top.one_of(key, known, default=known[0])
+
+
+def _takes_videos(top: Fields) -> bool:
+    """Return whether lmms-lab's file wants videos as LLaVA-OneVision has them."""
+    return all(top.values.get(key) in (None, value) for key, value in _LMMS_LAB_VIDEOS.items())

@@ -1,7 +1,8 @@
 """LLaVA-OneVision: SigLIP without its last norm, a two-layer projector and a Qwen2 decoder.
 
 The tiles of a picture are encoded one by one and put together again: padding is cut off, a large
-picture is shrunk, a learned row ends each line, and the whole picture's own tile goes first.
+picture is shrunk, a learned row ends each line, and the whole picture's own tile goes first. The
+frames of a video are halved in height and width, and the learned row ends the last.
 
 Source: arXiv 2408.03326; transformers 5.24 `models/llava_onevision/modeling_llava_onevision.py`.
 """
@@ -20,7 +21,7 @@ from mgvq_runtime.models.config import LlavaOnevisionConfig
 from mgvq_runtime.models.projector import MLPProjector
 from mgvq_runtime.models.vision import VisionTower
 from mgvq_runtime.models.vision_config import VisionConfig
-from mgvq_runtime.request import TileLayout
+from mgvq_runtime.request import FrameLayout, Layout
 
 
 class LlavaOnevision(CausalLM):
@@ -35,11 +36,12 @@ class LlavaOnevision(CausalLM):
         self,
         patches: Tensor,
         grid_thw: Sequence[tuple[int, int, int]],
-        layouts: Sequence[TileLayout | None] = (),
+        layouts: Sequence[Layout | None] = (),
+        max_patches: int | None = None,
     ) -> Tensor:
         """Encode any number of images; see `CausalLM`. One without a layout is left in a row."""
         assert isinstance(self.visual, AnyresTower)
-        features = self.visual(patches.to(self.dtype), grid_thw)  # [P, D]
+        features = self.visual(patches.to(self.dtype), grid_thw, max_patches)  # [P, D]
         lengths = [t * h * w for t, h, w in grid_thw]
         layouts = layouts or [None] * len(lengths)
         parts = zip(features.split(lengths), layouts, strict=True)
@@ -54,12 +56,12 @@ class AnyresTower(VisionTower):
         self.side = config.grid_size
         self.image_newline = nn.Parameter(torch.empty(config.hidden_size), requires_grad=False)
 
-    def pack(self, features: Tensor, layout: TileLayout | None) -> Tensor:
-        """Put the tiles of one picture together.
+    def pack(self, features: Tensor, layout: Layout | None) -> Tensor:
+        """Put the tiles of one picture, or the frames of one video, together.
 
         Args:
             features: `[tiles * side**2, D]`, row-major within each tile.
-            layout: Where the tiles lie; None leaves all of them in one line.
+            layout: Where the tiles lie or what is kept of frames; None leaves all in one line.
 
         Returns:
             `[N, D]`.
@@ -67,6 +69,11 @@ class AnyresTower(VisionTower):
         side, D = self.side, features.shape[-1]
         if layout is None:
             return torch.cat((features, self.image_newline[None]))
+        if isinstance(layout, FrameLayout):
+            frames = features.view(-1, side, side, D).permute(0, 3, 1, 2)  # [F, D, side, side]
+            frames = F.interpolate(frames, (layout.side, layout.side), mode="bilinear")
+            rows = frames.permute(0, 2, 3, 1).reshape(-1, D)  # [F * layout.side**2, D]
+            return torch.cat((rows, self.image_newline[None]))
         whole, tiles = features[: side * side], features[side * side :]
         grid = tiles.view(layout.rows, layout.columns, side, side, D).transpose(1, 2)
         grid = grid.reshape(layout.rows * side, layout.columns * side, D)

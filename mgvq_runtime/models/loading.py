@@ -1,9 +1,10 @@
 """From a checkpoint folder to a filled graph (called by `engine`, `mgvq_quantizer` and tests).
 
 Total: every tensor of the checkpoint has its parameter and every parameter its tensor, or one
-`CheckpointError` lists everything that does not fit, before a tensor is read. The graph is made on
-the meta device and filled one tensor at a time, so the peak is the model and its largest tensor.
-Bytes and digests are `checkpoint.reader`'s business.
+`CheckpointError` lists everything that does not fit, before a tensor is read. How long the padded
+vocabulary is, and whether there is a head, the tensors say, whatever config.json does. The graph is
+made on the meta device and filled one tensor at a time, so the peak is the model and its largest
+tensor. Bytes and digests are `checkpoint.reader`'s business.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from mgvq_kernels.layout import VQLayout
 from mgvq_runtime.checkpoint.reader import Checkpoint, open_checkpoint
-from mgvq_runtime.errors import CheckpointError
+from mgvq_runtime.errors import CheckpointError, ConfigError
 from mgvq_runtime.layers.embedding import VQEmbedding
 from mgvq_runtime.layers.linear import LayerFactory
 from mgvq_runtime.layers.vq_matrix import VQMatrix
@@ -28,7 +29,7 @@ from mgvq_runtime.tokenizer.folder import added_token_id
 
 INTERNVL2_PLACEHOLDER = "<IMG_CONTEXT>"
 """Stands for a row of a picture; only the tokenizer of a hub's folder knows its id."""
-_TIED_HEAD = "lm_head.weight"
+_TOKEN_TABLE, _TIED_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def load_model(
@@ -94,17 +95,43 @@ def fill_model(
 
 
 def model_config(checkpoint: Checkpoint) -> ModelConfig:
-    """Read config.json; a placeholder that it leaves to the tokenizer is looked up there.
+    """Read config.json, corrected by the tensors' shapes.
+
+    A placeholder that it leaves to the tokenizer is looked up there.
 
     Raises:
         ConfigError: if config.json cannot be understood or asks for what is not implemented.
         TokenizerError: if the file that would name the placeholder is malformed.
     """
     config = find_family(checkpoint.config).config.from_hf(checkpoint.config)
-    if config.vision_config is None or config.image_token_id is not None:
+    config = _as_stored(config, checkpoint)
+    if config.vision_config is None:
         return config
-    token = added_token_id(checkpoint.path, INTERNVL2_PLACEHOLDER)
-    return dataclasses.replace(config, image_token_id=token)
+    image, video = config.image_token_id, config.video_token_id
+    if image is None:
+        image = added_token_id(checkpoint.path, INTERNVL2_PLACEHOLDER)
+    vocab_size = config.text_config.vocab_size
+    if image is not None and image >= vocab_size:
+        raise ConfigError(
+            f"{checkpoint.path}: image_token_id {image} is outside the vocabulary of {vocab_size}: "
+            f"config.json, tokenizer and weights are not of one model"
+        )
+    if video is not None and video >= vocab_size:
+        video = None
+    return dataclasses.replace(config, image_token_id=image, video_token_id=video)
+
+
+def _as_stored(config: ModelConfig, checkpoint: Checkpoint) -> ModelConfig:
+    """Take the vocabulary's length from the token table, and tie a head that is not there."""
+    matrices = {} if checkpoint.quantization is None else checkpoint.quantization.matrices
+    shapes = {name: tensor.shape for name, tensor in checkpoint.dense.items()}
+    for name, matrix in matrices.items():
+        shapes[f"{name}.weight"] = (matrix.layout.out_features, matrix.layout.in_features)
+    text, table = config.text_config, shapes.get(_TOKEN_TABLE, ())
+    if len(table) == 2 and table[1] == text.hidden_size:
+        text = dataclasses.replace(text, vocab_size=table[0])
+    is_tied = config.tie_word_embeddings or _TIED_HEAD not in shapes
+    return dataclasses.replace(config, text_config=text, tie_word_embeddings=is_tied)
 
 
 def _misfits(

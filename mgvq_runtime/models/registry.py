@@ -37,6 +37,8 @@ class Family:
     """Made with `(config, factory)`."""
     image_processor: type[ImageProcessor] | None
     """Read with `.from_folder(path)`; None for a model that reads text alone."""
+    max_image_tokens: int | None = None
+    """Most tokens one picture may take where nobody says; less than the hub's files allow."""
 
 
 TEXT_ONLY = (
@@ -58,6 +60,7 @@ FAMILIES: Mapping[str, Family] = {
             Qwen2VLConfig,
             Qwen2VL,
             Qwen2VLImageProcessor,
+            max_image_tokens=1280,
         ),
         *(
             Family(
@@ -66,11 +69,19 @@ FAMILIES: Mapping[str, Family] = {
                 LlavaOnevisionConfig,
                 LlavaOnevision,
                 LlavaOnevisionImageProcessor,
+                max_image_tokens=3753,  # every canvas of up to four tiles
             )
             for name in ("LlavaOnevisionForConditionalGeneration", "LlavaQwenForCausalLM")
         ),
         *(
-            Family("InternVL2", name, InternVL2Config, InternVL2, InternVL2ImageProcessor)
+            Family(
+                "InternVL2",
+                name,
+                InternVL2Config,
+                InternVL2,
+                InternVL2ImageProcessor,
+                max_image_tokens=1792,  # six tiles and the thumbnail
+            )
             for name in ("InternVLChatModel", "InternVLForConditionalGeneration")
         ),
     )

@@ -1,8 +1,8 @@
 """The vision tower: one pre-norm ViT, shaped by `VisionConfig` (used by families).
 
 In: flattened patches of any number of images, end to end. Out: decoder rows. Patches attend within
-their own frame or tile only. What makes decoder rows of the last block's output is
-`models.projector`.
+their own frame or tile only, so a long video can run a few frames at a time. What makes decoder
+rows of the last block's output is `models.projector`.
 """
 
 from __future__ import annotations
@@ -139,8 +139,22 @@ class VisionTower(nn.Module):
         )
         self.merger = merger
 
-    def forward(self, patches: Tensor, grid_thw: Sequence[tuple[int, int, int]]) -> Tensor:
-        """Return decoder rows `[N, D]` for patches `[P, C*T*p*p]` of images end to end."""
+    def forward(
+        self,
+        patches: Tensor,
+        grid_thw: Sequence[tuple[int, int, int]],
+        max_patches: int | None = None,
+    ) -> Tensor:
+        """Return decoder rows `[N, D]` for patches `[P, C*T*p*p]` of images end to end.
+
+        At most `max_patches` go through the tower at once, one frame at least; None takes all.
+        """
+        runs = [grid_thw] if max_patches is None else frame_runs(grid_thw, max_patches)
+        parts = torch.split(patches, [sum(t * h * w for t, h, w in run) for run in runs])
+        rows = [self._encode(part, run) for part, run in zip(parts, runs, strict=True)]
+        return rows[0] if len(rows) == 1 else torch.cat(rows)
+
+    def _encode(self, patches: Tensor, grid_thw: Sequence[tuple[int, int, int]]) -> Tensor:
         cos, sin = None, None
         cu_seqlens = frame_boundaries(grid_thw)
         x = self.patch_embed(patches)  # [P, E]
@@ -164,6 +178,27 @@ class VisionTower(nn.Module):
             x = torch.cat((first, x), dim=1)  # [tiles, 1 + N, E]
         x = (x + self.position_embedding).flatten(0, 1)
         return x, tuple(range(0, len(x) + 1, length))
+
+
+def frame_runs(
+    grid_thw: Sequence[tuple[int, int, int]], max_patches: int
+) -> Sequence[Sequence[tuple[int, int, int]]]:
+    """Cut images, long ones between their frames, into runs of so many patches or one frame.
+
+    Returns:
+        Grids of the runs, which together are those of the images.
+    """
+    runs: list[list[tuple[int, int, int]]] = [[]]
+    room = max_patches
+    for t, h, w in grid_thw:
+        while t:
+            if h * w > room and runs[-1]:
+                runs.append([])
+                room = max_patches
+            fitting = min(t, max(1, room // (h * w)))
+            runs[-1].append((fitting, h, w))
+            t, room = t - fitting, room - fitting * h * w
+    return runs
 
 
 def frame_boundaries(grid_thw: Sequence[tuple[int, int, int]]) -> tuple[int, ...]:

@@ -1,11 +1,12 @@
 """Messages and pictures to a `Prompt` (called by `engine`, `llm` and the quantizer's calibration).
 
-Rendering and encoding are the tokenizer's; this adds what pictures need: patches, expanded
-placeholders, positions. Not here: URLs, decoding, limits on the number of tokens.
+Rendering and encoding are the tokenizer's; this adds what pictures and videos need: patches,
+expanded placeholders, positions. Not here: URLs, decoding, limits on the number of tokens.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,12 +16,13 @@ from mgvq_runtime.checkpoint.reader import Checkpoint
 from mgvq_runtime.errors import RequestError, TokenizerError
 from mgvq_runtime.models.config import ModelConfig
 from mgvq_runtime.models.registry import find_family
+from mgvq_runtime.multimodal.image import Visual
 from mgvq_runtime.multimodal.processors import ImageProcessor
 from mgvq_runtime.multimodal.prompt import build_prompt
 from mgvq_runtime.request import ImageInput, Prompt
 from mgvq_runtime.tokenizer import Tokenizer
 
-PART_TYPES = ("text", "image")
+PART_TYPES = ("text", "image", "video")
 """What a part of a message may be here; whoever calls has turned URLs into pictures."""
 
 
@@ -42,14 +44,14 @@ class ChatProcessor:
         Args:
             checkpoint: An opened folder.
             config: Of its model.
-            max_image_tokens: Most tokens one picture may take; None leaves it to the checkpoint.
+            max_image_tokens: Most tokens one picture may take; None takes the family's default.
 
         Raises:
             TokenizerError: if there is no tokenizer that can be used, or none for pictures.
             ConfigError: if how pictures are prepared is missing or cannot be honoured.
         """
-        images = find_family(checkpoint.config).image_processor
-        if images is None:
+        family = find_family(checkpoint.config)
+        if family.image_processor is None:
             return cls(Tokenizer.from_folder(checkpoint.path, default_template=None), None, config)
         tokenizer = Tokenizer.from_folder(checkpoint.path)
         if config.image_token_id not in tokenizer.added_tokens.values():
@@ -58,54 +60,99 @@ class ChatProcessor:
                 f"{config.image_token_id}) is not among the tokenizer's special tokens: "
                 "tokenizer.json or added_tokens.json is of another model"
             )
-        return cls(tokenizer, images.from_folder(checkpoint.path, max_image_tokens), config)
+        if config.video_token_id not in tokenizer.added_tokens.values():
+            config = dataclasses.replace(config, video_token_id=None)
+        most = family.max_image_tokens if max_image_tokens is None else max_image_tokens
+        return cls(tokenizer, family.image_processor.from_folder(checkpoint.path, most), config)
 
     def prepare(
         self,
         messages: Sequence[Mapping[str, Any]],
-        images: Sequence[Image.Image] = (),
+        visuals: Sequence[Visual] = (),
         add_generation_prompt: bool = True,
     ) -> Prompt:
         """Turn a conversation into a prompt.
 
         Args:
             messages: `{"role": ..., "content": text or parts}`; a part is `{"type": "text", "text":
-                ...}` or `{"type": "image"}`, which stands for the next of `images`.
-            images: Decoded pictures, in the order of their parts.
+                ...}`, or `{"type": "image"}` or `{"type": "video"}` for the next of `visuals`.
+            visuals: Decoded pictures, and videos as their frames, in the order of their parts.
             add_generation_prompt: Whether the assistant's turn is opened at the end.
 
         Returns:
             Token ids with placeholders expanded, patches, and positions.
 
         Raises:
-            RequestError: if a message is malformed, parts and pictures differ in number, or the
-                model takes no pictures.
-            ImageError: if a picture is narrower than the model takes.
+            RequestError: if a message is malformed, parts and pictures differ, or the model takes
+                no pictures or no videos.
+            ImageError: if a picture is of a shape the model does not take.
         """
-        num_parts = check_messages(messages)
-        if num_parts != len(images):
+        parts = check_messages(messages)
+        given = ["image" if isinstance(visual, Image.Image) else "video" for visual in visuals]
+        for kind in ("image", "video"):
+            if parts.count(kind) != given.count(kind):
+                raise RequestError(
+                    f"the messages have {parts.count(kind)} {kind} parts, {given.count(kind)} "
+                    f"{kind}s came with them",
+                    param="messages",
+                )
+        if parts != given:
             raise RequestError(
-                f"the messages have {num_parts} image parts, {len(images)} images came with them",
-                param="messages",
+                "images and videos are not in the order of their parts", param="messages"
             )
-        inputs = self.process(images)
+        inputs = self.process(visuals)
         if self.image_processor is None:
             messages = [_as_text(message) for message in messages]
+        elif self.config.shows_frames:
+            messages = _as_frames(messages, visuals)
         ids = self.tokenizer.encode_chat(messages, add_generation_prompt)
         return build_prompt(ids, inputs, self.config)
 
-    def process(self, images: Sequence[Image.Image]) -> tuple[ImageInput, ...]:
-        """Prepare all pictures of one conversation.
+    def process(self, visuals: Sequence[Visual]) -> tuple[ImageInput, ...]:
+        """Prepare all pictures and videos of one conversation.
 
         Raises:
-            RequestError: if the model takes no pictures.
-            ImageError: if a picture is narrower than the model takes.
+            RequestError: if the model takes no pictures or no videos.
+            ImageError: if a picture is of a shape the model does not take.
         """
-        if not images:
+        if not visuals:
             return ()
         if self.image_processor is None:
             raise RequestError("this model reads text alone; leave pictures out", param="messages")
-        return self.image_processor.prepare(images)
+        videos = [visual for visual in visuals if not isinstance(visual, Image.Image)]
+        if not all(videos):
+            raise RequestError("a video must have at least one frame", param="messages")
+        if videos and not self.config.shows_frames and self.config.video_token_id is None:
+            raise RequestError(
+                "this model takes no videos: send some frames as images", param="messages"
+            )
+        return self.image_processor.prepare(visuals)
+
+
+def _as_frames(
+    messages: Sequence[Mapping[str, Any]], visuals: Sequence[Visual]
+) -> list[Mapping[str, Any]]:
+    """Write each video as pictures in numbered lines, one a frame.
+
+    Source: the model card of OpenGVLab/InternVL2-2B, "video multi-round conversation".
+    """
+    videos = iter([visual for visual in visuals if not isinstance(visual, Image.Image)])
+
+    def shown(part: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+        if part["type"] != "video":
+            return [part]
+        lines: list[Mapping[str, Any]] = []
+        for number in range(1, len(next(videos)) + 1):
+            lines.append({"type": "text", "text": f"Frame{number}: "})
+            lines.append({"type": "image", "is_frame": True})
+        return lines
+
+    return [
+        message
+        if isinstance(message["content"], str)
+        else {**message, "content": [line for part in message["content"] for line in shown(part)]}
+        for message in messages
+    ]
 
 
 def _as_text(message: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -116,18 +163,18 @@ def _as_text(message: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**message, "content": "\n".join(part["text"] for part in content)}
 
 
-def check_messages(messages: Sequence[Mapping[str, Any]]) -> int:
+def check_messages(messages: Sequence[Mapping[str, Any]]) -> list[str]:
     """Check the shape of a conversation.
 
     Returns:
-        The number of its image parts.
+        The types of its image and video parts, in order.
 
     Raises:
         RequestError: naming the message and the field that is wrong.
     """
     if not messages:
         raise RequestError("messages must hold at least one message", param="messages")
-    num_images = 0
+    types = []
     for i, message in enumerate(messages):
         where = f"messages[{i}]"
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
@@ -140,19 +187,19 @@ def check_messages(messages: Sequence[Mapping[str, Any]]) -> int:
                 f"{where}.content must be a string or a list of parts", param=f"{where}.content"
             )
         for k, part in enumerate(content):
-            num_images += _check_part(part, f"{where}.content[{k}]")
-    return num_images
+            types.append(_check_part(part, f"{where}.content[{k}]"))
+    return [kind for kind in types if kind != "text"]
 
 
-def _check_part(part: object, where: str) -> bool:
-    """Return whether a part is an image; raise RequestError where it is nothing known."""
+def _check_part(part: object, where: str) -> str:
+    """Return the type of a part; raise RequestError where it is nothing known."""
     kind = part.get("type") if isinstance(part, Mapping) else None
     if kind not in PART_TYPES:
         raise RequestError(
-            f"{where}.type must be {' or '.join(PART_TYPES)}, got {str(kind)[:40]!r}",
+            f"{where}.type must be text, image or video, got {str(kind)[:40]!r}",
             param=f"{where}.type",
         )
     assert isinstance(part, Mapping)
     if kind == "text" and not isinstance(part.get("text"), str):
         raise RequestError(f"{where}.text must be a string", param=f"{where}.text")
-    return kind == "image"
+    return str(kind)

@@ -10,12 +10,16 @@ import base64
 import binascii
 import io
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from mgvq_runtime.errors import ImageError
+
+Visual = Image.Image | Sequence[Image.Image]
+"""A picture, or a video: its frames."""
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 """Formats that are decoded; Pillow knows many more, and each is a door."""

@@ -5,7 +5,7 @@ Text never enters here: what a user wrote cannot become a placeholder.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -16,76 +16,85 @@ from mgvq_runtime.request import ImageInput, Prompt
 
 
 def build_prompt(ids: Sequence[int], images: Sequence[ImageInput], config: ModelConfig) -> Prompt:
-    """Put pictures behind the placeholders of a conversation.
+    """Put pictures and videos behind the placeholders of a conversation.
 
     Args:
         ids: Token ids with one placeholder an image.
-        images: What the family's image processor made of the pictures, in order.
+        images: What the family's image processor made of pictures and videos, each kind in order.
         config: Of the model the prompt is for.
 
     Raises:
-        RequestError: if placeholders and pictures differ in number.
+        RequestError: if placeholders and images differ in number.
     """
     if config.vision_config is None or config.image_token_id is None:
         assert not images, "a model without a vision tower takes no pictures"
         return Prompt.from_token_ids(list(ids))
-    counts = [image.num_tokens for image in images]
-    token_ids = expand_image_tokens(ids, counts, config.image_token_id)
+    waiting: dict[int, list[ImageInput]] = {token: [] for token in config.placeholder_ids}
+    for image in images:
+        placeholder = config.video_token_id if image.is_video else config.image_token_id
+        assert placeholder is not None, "a model without a placeholder of videos takes none"
+        waiting[placeholder].append(image)
+    token_ids, placed = expand_placeholders(ids, waiting)
     if not config.has_grid_positions:
-        return Prompt.from_token_ids(token_ids, tuple(images))
-    grids = [image.grid_thw for image in images]
+        return Prompt.from_token_ids(token_ids, placed)
+    grids = [image.grid_thw for image in placed]
     merge_size = config.vision_config.spatial_merge_size
-    positions, delta = mrope_positions(token_ids, grids, config.image_token_id, merge_size)
-    return Prompt(token_ids, tuple(images), positions, delta)
+    positions, delta = mrope_positions(token_ids, grids, config.placeholder_ids, merge_size)
+    return Prompt(token_ids, placed, positions, delta)
 
 
-def expand_image_tokens(
-    ids: Sequence[int], num_tokens: Sequence[int], image_token_id: int
-) -> list[int]:
-    """Repeat each image placeholder as often as its image has tokens.
+def expand_placeholders(
+    ids: Sequence[int], waiting: Mapping[int, Sequence[ImageInput]]
+) -> tuple[list[int], tuple[ImageInput, ...]]:
+    """Repeat each placeholder as often as its image has tokens.
 
     Args:
         ids: Token ids with one placeholder an image.
-        num_tokens: Tokens of each image, in order.
-        image_token_id: The placeholder.
+        waiting: The images of each placeholder, in order.
 
     Returns:
-        Token ids with every image's placeholders in place.
+        Token ids with every image's placeholders in place, and the images in the order of those: a
+        template may put all pictures of a message before its videos.
 
     Raises:
-        RequestError: if there are more or fewer placeholders than images.
+        RequestError: if there are more or fewer placeholders of a kind than images.
     """
-    found = sum(token == image_token_id for token in ids)
-    if found != len(num_tokens):
-        raise RequestError(
-            f"the conversation has {found} image placeholders for {len(num_tokens)} images",
-            param="messages",
-        )
-    counts = iter(num_tokens)
+    for placeholder, images in waiting.items():
+        found = sum(token == placeholder for token in ids)
+        if found != len(images):
+            raise RequestError(
+                f"the conversation has {found} placeholders {placeholder} for {len(images)} images",
+                param="messages",
+            )
+    queues = {placeholder: iter(images) for placeholder, images in waiting.items()}
     expanded: list[int] = []
+    placed: list[ImageInput] = []
     for token in ids:
-        if token == image_token_id:
-            expanded.extend([token] * next(counts))
+        if token in queues:
+            placed.append(next(queues[token]))
+            expanded.extend([token] * placed[-1].num_tokens)
         else:
             expanded.append(token)
-    return expanded
+    return expanded, tuple(placed)
 
 
 def mrope_positions(
     ids: Sequence[int],
     grids: Sequence[tuple[int, int, int]],
-    image_token_id: int,
+    placeholder_ids: Sequence[int],
     merge_size: int,
 ) -> tuple[npt.NDArray[np.int64], int]:
     """Compute the three positions of every token.
 
     Text counts up on all axes alike. An image that begins at position p has p + its frame, row and
-    column (of merged patches); the text after it goes on at p + the larger of rows and columns.
+    column (of merged patches); the text after it goes on one above the largest of them. (Here
+    transformers 5.24 leaves frames out: a video of more of them than rows and columns overlaps with
+    the text behind it. The paper and transformers 4 do as we do.)
 
     Args:
         ids: T token ids, placeholders expanded.
         grids: Patches along time, height and width of each image, in order.
-        image_token_id: The placeholder.
+        placeholder_ids: What stands for pictures and for videos.
         merge_size: Patches along each side of one merged patch.
 
     Returns:
@@ -94,10 +103,10 @@ def mrope_positions(
     Raises:
         RequestError: if the placeholders are not those of the grids.
 
-    Source: arXiv 2409.12191, section 2.1; transformers 5.23 `Qwen2VLModel.get_rope_index`.
+    Source: arXiv 2409.12191, section 2.1; transformers 4 `Qwen2VLModel.get_rope_index`.
     """
     T = len(ids)
-    is_image = np.asarray(ids, dtype=np.int64) == image_token_id  # [T]
+    is_image = np.isin(np.asarray(ids, dtype=np.int64), placeholder_ids)  # [T]
     parts: list[npt.NDArray[np.int64]] = []
     start = position = 0
     for t, height, width in grids:
@@ -110,7 +119,7 @@ def mrope_positions(
         position += begin - start
         grid = np.indices((t, rows, columns)).reshape(3, -1)  # [3, t*rows*columns]
         parts.append(grid + position)
-        position += max(rows, columns)
+        position += max(t, rows, columns)
         start = end
     if is_image[start:].any():
         raise RequestError("there are more image placeholders than images", param="messages")

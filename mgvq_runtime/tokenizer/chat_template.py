@@ -70,7 +70,7 @@ class ChatTemplate:
 
         Args:
             messages: `{"role", "content": str | [{"type": "text", "text": ...} | {"type":
-                "image"}]}`, in order.
+                "image" | "video"}]}`, in order.
             add_generation_prompt: whether the assistant's turn is opened at the end.
 
         Returns:

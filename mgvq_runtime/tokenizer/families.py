@@ -25,6 +25,8 @@ LLAVA_ONEVISION_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + ' ' }}"
     "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}"
     "{{ '<image>' }}{% endfor %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'video') %}"
+    "{{ '<video>' }}{% endfor %}"
     "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
     "{{ '\n' + content['text'] }}{% endfor %}{{ '<|im_end|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -48,24 +50,26 @@ def _template(
         system: What the system says where the conversation does not.
         opening: What stands before and behind a role.
         end: What ends a message.
-        picture: What stands for a picture.
-        numbers_pictures: Whether several pictures are called "Image-1: " and so on.
+        picture: What stands for a picture, or for a video where one gets here.
+        numbers_pictures: Whether several pictures are called "Image-1: " and so on; the frames of a
+            video are not.
     """
     before, behind = opening
     number = (
-        "{% set count.seen = count.seen + 1 %}"
-        "{% if count.total > 1 %}Image-{{ count.seen }}: {% endif %}"
+        "{% if not content['is_frame'] %}{% set count.seen = count.seen + 1 %}"
+        "{% if count.total > 1 %}Image-{{ count.seen }}: {% endif %}{% endif %}"
     )
     return (
         "{% set count = namespace(total=0, seen=0) %}{% for message in messages %}"
         "{% if message['content'] is not string %}{% for content in message['content'] %}"
-        "{% if content['type'] == 'image' %}{% set count.total = count.total + 1 %}{% endif %}"
+        "{% if content['type'] == 'image' and not content['is_frame'] %}"
+        "{% set count.total = count.total + 1 %}{% endif %}"
         "{% endfor %}{% endif %}{% endfor %}"
         "{% if messages[0]['role'] != 'system' %}"
         f"{before}system{behind}{system}{end}{{% endif %}}"
         f"{{% for message in messages %}}{before}{{{{ message['role'] }}}}{behind}"
         "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
-        "{% for content in message['content'] %}{% if content['type'] == 'image' %}"
+        "{% for content in message['content'] %}{% if content['type'] != 'text' %}"
         f"{number if numbers_pictures else ''}{picture}{{{{ '\\n' }}}}"
         "{% else %}{{ content['text'] }}{% endif %}{% endfor %}{% endif %}"
         f"{end}{{% endfor %}}"

@@ -109,7 +109,8 @@ class Tokenizer:
 
         Args:
             messages: `{"role", "content": str | [{"type": "text", "text": ...} | {"type":
-                "image"}]}`; an image becomes one placeholder, to be expanded later.
+                "image" | "video"}]}`; an image or a video becomes one placeholder, to be expanded
+                later. An image with `is_frame` is one of a video.
             add_generation_prompt: whether the assistant's turn is opened at the end.
 
         Raises:
@@ -207,7 +208,7 @@ def _mask_message(message: Mapping[str, Any], mask: Mapping[int, int]) -> dict[s
         masked = [
             {"type": "text", "text": part["text"].translate(mask)}
             if part["type"] == "text"
-            else {"type": part["type"]}
+            else {"type": part["type"], "is_frame": part.get("is_frame") is True}
             for part in content
         ]
     return {"role": role if role.isidentifier() else role.translate(mask), "content": masked}
@@ -226,9 +227,11 @@ def _texts(messages: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
         for k, part in enumerate(parts):
             kind = part.get("type") if isinstance(part, Mapping) else None
-            if kind != "image" and (kind != "text" or not isinstance(part.get("text"), str)):
+            if kind not in ("image", "video") and (
+                kind != "text" or not isinstance(part.get("text"), str)
+            ):
                 raise RequestError(
-                    f"messages[{i}].content[{k}] must be a text with its text, or an image",
+                    f"messages[{i}].content[{k}] must be a text with its text, an image or a video",
                     param=f"messages[{i}].content[{k}]",
                 )
             if kind == "text":

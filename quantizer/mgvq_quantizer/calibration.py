@@ -209,7 +209,7 @@ def end_of_turn(tokenizer: Tokenizer) -> int:
 def _sample(
     conversation: Conversation, processor: ChatProcessor, tokenizer: Tokenizer, end: int
 ) -> Sample:
-    """Encode up to the last answer; find earlier answers by the length of what precedes them."""
+    """Encode up to the last answer, and find the earlier ones in it."""
     images = [decode_image(picture) for picture in conversation.pictures]
     messages = conversation.messages
     last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
@@ -224,11 +224,23 @@ def _sample(
     for i, message in enumerate(messages[:last]):
         if message["role"] == "assistant":
             pictures = prompt.images[: _count_pictures(messages[:i])]
-            begin = len(tokenizer.encode_chat(messages[:i]))
+            begin = _answer_start(messages[:last], i, tokenizer)
             begin += sum(picture.num_tokens - 1 for picture in pictures)
             stop = begin + int(np.argmax(ids[begin:] == end)) + 1
             is_answer[begin:stop] = True
     return Sample(conversation.where, ids, positions, is_answer, prompt.images)
+
+
+def _answer_start(messages: list[Message], index: int, tokenizer: Tokenizer) -> int:
+    """Return how many tokens come before an answer, a picture counted as one.
+
+    Found by exchanging the answer: what precedes it may depend on what follows, as InternVL2
+    numbers pictures only where there are several.
+    """
+    other = "b" if _text(messages[index]).lstrip().startswith("a") else "a"
+    changed = [*messages[:index], {**messages[index], "content": other}, *messages[index + 1 :]]
+    pairs = zip(tokenizer.encode_chat(messages), tokenizer.encode_chat(changed), strict=False)
+    return next(i for i, (ours, theirs) in enumerate(pairs) if ours != theirs)
 
 
 def _from_llava(archive: Archive, where: str, row: dict[str, Any]) -> Conversation:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from mgvq_quantizer.pipeline import quantize
-from mgvq_quantizer.recipe import PRESETS, QuantRecipe, make_recipe
+from mgvq_quantizer.recipe import PRESETS, QuantRecipe, make_recipe, setting_type
 from mgvq_runtime.config import field_docs, resolve_device
 from mgvq_runtime.env import debug_tracebacks
 from mgvq_runtime.errors import MgvqError
@@ -75,13 +75,14 @@ def build_parser() -> argparse.ArgumentParser:
     docs = field_docs(QuantRecipe)
     for field in dataclasses.fields(QuantRecipe):
         flag = "--" + field.name.replace("_", "-")
-        text = f"{docs[field.name].rstrip('.')} (default: {field.default})".replace("%", "%%")
+        shown = "" if field.default is None else f" (default: {field.default})"
+        text = (docs[field.name].rstrip(".") + shown).replace("%", "%%")
         if isinstance(field.default, bool):
             group.add_argument(
                 flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text
             )
         else:
-            kind = type(field.default)
+            kind = setting_type(field)
             metavar = {float: "X", int: "N"}.get(kind, "NAME")
             group.add_argument(
                 flag, type=kind, default=argparse.SUPPRESS, metavar=metavar, help=text

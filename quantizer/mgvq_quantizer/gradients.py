@@ -35,7 +35,7 @@ class Gradients:
 
     energies: dict[int, Tensor] = field(default_factory=dict)
     """`[T]` float32 of each sample, by its `id`: the squared norm of each token's gradient."""
-    rows: Tensor | float = 0.0
+    rows: Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.float64))
     """`[O]` float64: the sum over all tokens of each output's squared gradient."""
 
 

@@ -19,6 +19,8 @@ from mgvq_quantizer.recipe import QuantRecipe
 from mgvq_quantizer.solver import Problem, blocks_of, solve
 
 _TRIAL_ITERATIONS = 4
+_TRIAL_ROWS = 256
+"""Rows that a trial rounds at least; 256 of 1,536 rows take a third of the time."""
 
 
 def quick(recipe: QuantRecipe) -> QuantRecipe:
@@ -28,6 +30,11 @@ def quick(recipe: QuantRecipe) -> QuantRecipe:
     )
 
 
+def some_rows(weight: Tensor) -> Tensor:
+    """Return evenly drawn rows of `[O, I]`, enough for a trial."""
+    return weight[:: max(1, len(weight) // _TRIAL_ROWS)]
+
+
 def channel_order(
     weight: Tensor,
     hessian: Tensor,
@@ -35,7 +42,7 @@ def channel_order(
     recipe: QuantRecipe,
     generator: torch.Generator,
 ) -> Tensor:
-    """Choose between the sorted and the dealt order by rounding the matrix in both.
+    """Choose between the sorted and the dealt order by rounding some rows in both.
 
     On a 5-layer Qwen2-VL at 2 bits the errors of random, sorted and dealt channels were .0078,
     .0071, .0076 (gate_up_proj, mild moments) and .0013, .0011, .0010 (down_proj, where few channels
@@ -55,9 +62,11 @@ def channel_order(
     if len(candidates) == 1:
         return candidates[0]
     state = generator.get_state()
+    rows = some_rows(weight)
+    few = dataclasses.replace(layout, out_features=len(rows))
     errors = []
     for order in candidates:
-        trial = Problem(weight, hessian, order, layout)
+        trial = Problem(rows, hessian, order, few)
         errors.append(solve([trial], quick(recipe), generator.set_state(state))[0].error)
     return candidates[errors.index(min(errors))]
 

@@ -67,8 +67,9 @@ class QuantRecipe:
     """Most calibration conversations to use; they are drawn evenly from the file."""
     max_pictures: int = 96
     """Most calibration pictures for the vision tower; the decoder sees all of them."""
-    max_image_tokens: int = 1024
-    """Most tokens of one calibration picture; larger ones are scaled down."""
+    max_image_tokens: int | None = None
+    """Most tokens of one calibration picture, larger ones are scaled down; when not given, the
+    default of the model's family, which is what a server takes too."""
     heldout_share: float = 0.125
     """Share of the calibration conversations kept aside to stop tuning and to report KL."""
     damping: float = 0.01
@@ -116,8 +117,9 @@ class QuantRecipe:
             if not 0.0 < value < 1.0:
                 raise ConfigError(f"{name} must lie between 0 and 1, got {value}")
         for name, least in _LEAST.items():
-            if getattr(self, name) < least:
-                raise ConfigError(f"{name} must be at least {least}, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ConfigError(f"{name} must be at least {least}, got {value}")
 
     def to_json(self) -> dict[str, Any]:
         """Return the settings by name."""
@@ -157,12 +159,17 @@ def make_recipe(preset: str, file: Path | None, settings: Mapping[str, Any]) -> 
     return QuantRecipe(**values)
 
 
+def setting_type(field: dataclasses.Field[Any]) -> type:
+    """Return the type of a field's values where they are given."""
+    return int if field.default is None else type(field.default)
+
+
 def _read(file: Path) -> dict[str, Any]:
     try:
         values = tomllib.loads(file.read_text())
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"the recipe {file} cannot be read: {error}") from error
-    kinds = {field.name: type(field.default) for field in dataclasses.fields(QuantRecipe)}
+    kinds = {field.name: setting_type(field) for field in dataclasses.fields(QuantRecipe)}
     for name, value in values.items():
         if name not in kinds:
             raise ConfigError(f"{file}: {name!r} is no setting; settings are {', '.join(kinds)}")

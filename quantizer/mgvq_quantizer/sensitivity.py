@@ -1,12 +1,12 @@
 """What each run of input channels of each matrix loses at each rate, in nats (for `survey`).
 
-Every matrix of the unquantized decoder is rounded on trial at every rate, and the loss of its
-channels is read from the residuals `eta` of the block factorisation, `sum_k tr(eta_k D_k eta_k^T)`:
-what is left of a channel's error after all others have compensated it. That is done in two
-curvatures which are then combined: *local*, every output's relative error counting alike, and
-*global*, tokens and outputs weighted by their squared gradients. The scale is measured: the
-divergence of the model when this matrix alone is rounded. Not here: who gets which rate
-(`precision`).
+Some rows of every matrix of the unquantized decoder are rounded on trial at every rate. The loss of
+their channels is read from the residuals `eta` of the block factorisation, whose forms `tr(eta_k
+D_k eta_k^T)` sum to the loss of the layer: what is left of a channel's error after all others have
+compensated it. That is done in two curvatures which are then combined: *local*, every output's
+relative error counting alike, and *global*, tokens and outputs weighted by their squared gradients.
+The scale is measured: the divergence of the model when this matrix alone is rounded. Not here: who
+gets which rate (`precision`).
 
 Source: method memo B.3 to B.5.
 """
@@ -24,7 +24,7 @@ from mgvq_kernels import ops
 from mgvq_kernels.layout import VQLayout
 from mgvq_quantizer.gradients import Gradients
 from mgvq_quantizer.ldl import Run, block_ldl, damp
-from mgvq_quantizer.ordering import ascending, quick
+from mgvq_quantizer.ordering import ascending, quick, some_rows
 from mgvq_quantizer.recipe import QuantRecipe
 from mgvq_quantizer.solver import Problem, solve
 
@@ -81,28 +81,31 @@ def measure(
         alone: returns the model's divergence when this matrix has the given values.
         generator: seeds the trial tables.
     """
-    O, I = weight.shape  # noqa: E741
-    order = ascending(inputs.weighted)
-    rates = recipe.rates
+    I = weight.shape[1]  # noqa: E741
+    order, rates = ascending(inputs.weighted), recipe.rates
     state = generator.get_state()
-    energies = weight.square().mean(1).clamp_min(1e-30).double()  # [O]
+
+    def rounded(rows: Tensor, rate: int) -> Tensor:
+        layout = VQLayout.uniform(len(rows), I, rate, has_permutation=True)
+        problem = Problem(rows, inputs.weighted, order, layout)
+        solution = solve([problem], quick(recipe), generator.set_state(state))[0]
+        return ops.vq_dequantize(solution.weight)
+
+    some = some_rows(weight)
+    energies = some.square().mean(1).clamp_min(1e-30).double()  # [rows]
     curvatures = (
         partial(_losses, moment=inputs.plain, rows=1 / energies),
-        partial(_losses, moment=inputs.weighted, rows=torch.as_tensor(gradients.rows).to(energies)),
+        partial(_losses, moment=inputs.weighted, rows=some_rows(gradients.rows).to(energies)),
     )
+    whole = rounded(weight, recipe.reference_rate)
+    reference = max(alone(whole), _SMALLEST_LOSS)
     local: list[Tensor] = []
     shared: list[Tensor] = []
-    reference = 0.0
     for rate in rates:
-        layout = VQLayout.uniform(O, I, rate, has_permutation=True)
-        problem = Problem(weight, inputs.weighted, order, layout)
-        solution = solve([problem], quick(recipe), generator.set_state(state))[0]
-        rounded = ops.vq_dequantize(solution.weight)
-        error = (weight - rounded)[:, order].double()  # [O, I]
+        values = some_rows(whole) if rate == recipe.reference_rate else rounded(some, rate)
+        error = (some - values)[:, order].double()  # [rows, I]
         for table, curvature in zip((local, shared), curvatures, strict=True):
             table.append(curvature(error, order=order, damping=recipe.damping))
-        if rate == recipe.reference_rate:
-            reference = max(alone(rounded), _SMALLEST_LOSS)
     at = rates.index(recipe.reference_rate)
     combined = _combined(torch.stack(local), torch.stack(shared), recipe.global_share, at)
     widths = run_widths(I)

@@ -106,6 +106,7 @@ def create_app(
         ImageLoader(limits, settings.allowed_local_media_path),
         Admission(max_num_seqs, settings.max_queue, MAX_OPEN_BODIES * max_body_bytes),
         settings.limit_images,
+        settings.limit_frames,
         settings.media_threads,
     )
 

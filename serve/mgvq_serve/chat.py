@@ -20,6 +20,7 @@ from PIL import Image
 
 from mgvq_runtime import FinishReason, Prompt, Request, RequestOutput, TokenLogprob
 from mgvq_runtime.errors import ContextLengthError, MgvqError, TokenizerError
+from mgvq_runtime.multimodal.image import Visual
 from mgvq_serve.admission import Admission
 from mgvq_serve.engine_thread import EngineThread, Mailbox
 from mgvq_serve.errors import ApiError, from_runtime_error, internal_error
@@ -30,11 +31,12 @@ from mgvq_serve.protocol import (
     Json,
     Message,
     TextPart,
+    VideoPart,
     choice_body,
     completion_body,
+    count_visuals,
     delta_body,
     logprobs_body,
-    num_images,
     parse_chat_request,
     sampling_params,
     usage_body,
@@ -47,7 +49,7 @@ PARSE_IN_POOL_BYTES = 256 * 1024  # a larger body takes a millisecond or more: o
 class PromptBuilder(Protocol):
     """What is needed of the runtime's chat processor."""
 
-    def prepare(self, messages: list[dict[str, Any]], images: list[Image.Image]) -> Prompt:
+    def prepare(self, messages: list[dict[str, Any]], visuals: list[Visual]) -> Prompt:
         """Return token ids, patches and positions of a conversation."""
 
 
@@ -72,6 +74,7 @@ class ChatService:
         images: ImageLoader,
         admission: Admission,
         limit_images: int,
+        limit_frames: int,
         media_threads: int,
     ) -> None:
         """Wire the parts together; `close` ends the thread pool."""
@@ -80,7 +83,7 @@ class ChatService:
         self.admission = admission
         self._chat_processor = chat_processor
         self._images = images
-        self._limit_images = limit_images
+        self._limit_images, self._limit_frames = limit_images, limit_frames
         self._pool = ThreadPoolExecutor(media_threads, thread_name_prefix="mgvq-media")
 
     def close(self) -> None:
@@ -105,10 +108,13 @@ class ChatService:
             request = parse_chat_request(body)
         if request.model != self.model.name:
             raise model_not_found(request.model, self.model.name)
-        count = num_images(request.messages)
-        if count > self._limit_images:
-            message = f"at most {self._limit_images} images in one request, got {count}"
+        num_images, num_frames = count_visuals(request.messages)
+        if num_images > self._limit_images:
+            message = f"at most {self._limit_images} images in one request, got {num_images}"
             raise ApiError(400, message, param="messages", code="too_many_images")
+        if num_frames > self._limit_frames:
+            message = f"at most {self._limit_frames} frames in one request, got {num_frames}"
+            raise ApiError(400, message, param="messages", code="too_many_frames")
         self._check_text_length(request.messages)
         stack.enter_context(self.admission.admit(request.num_choices))
         call_id = f"chatcmpl-{uuid.uuid4().hex}"
@@ -137,6 +143,7 @@ class ChatService:
     def _prepare(self, messages: list[Message]) -> Prompt:
         """Decode pictures and build the prompt (in a thread of the pool)."""
         plain: list[dict[str, Any]] = []
+        visuals: list[Visual] = []
         images: list[Image.Image] = []
         for index, message in enumerate(messages):
             role = "system" if message.role == "developer" else message.role
@@ -145,22 +152,36 @@ class ChatService:
                 continue
             parts: list[dict[str, str]] = []
             for place, part in enumerate(message.content):
+                where = f"messages[{index}].content[{place}]"
                 if isinstance(part, TextPart):
                     parts.append({"type": "text", "text": part.text})
-                    continue
-                param = f"messages[{index}].content[{place}].image_url.url"
-                try:
-                    image = self._images.load(part.image_url.url, part.image_url.detail, param)
-                except MgvqError as error:
-                    raise from_runtime_error(error, param) from error
-                images.append(image)
-                self._images.check_total(images, param)
-                parts.append({"type": "image"})
+                elif isinstance(part, VideoPart):
+                    frames = [
+                        self._load(url, None, f"{where}.video[{number}]", images)
+                        for number, url in enumerate(part.video)
+                    ]
+                    visuals.append(frames)
+                    parts.append({"type": "video"})
+                else:
+                    url, detail = part.image_url.url, part.image_url.detail
+                    visuals.append(self._load(url, detail, f"{where}.image_url.url", images))
+                    parts.append({"type": "image"})
             plain.append({"role": role, "content": parts})
         try:
-            return self._chat_processor.prepare(plain, images)
+            return self._chat_processor.prepare(plain, visuals)
         except TokenizerError as error:  # the checkpoint's chat template refuses these messages
             raise ApiError(400, str(error), param="messages") from error
+
+    def _load(
+        self, url: str, detail: str | None, param: str, images: list[Image.Image]
+    ) -> Image.Image:
+        """Decode one picture, and add it to all pictures of the request, which have limits."""
+        try:
+            images.append(self._images.load(url, detail, param))
+        except MgvqError as error:
+            raise from_runtime_error(error, param) from error
+        self._images.check_total(images, param)
+        return images[-1]
 
     def _requests(self, call_id: str, request: ChatRequest, prompt: Prompt) -> list[Request]:
         room = self.model.max_model_len - len(prompt.token_ids)

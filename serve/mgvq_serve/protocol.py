@@ -50,7 +50,14 @@ class ImagePart(_Wire):
     image_url: ImageUrl
 
 
-Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
+class VideoPart(_Wire):
+    """A video in a message, as a list of frames: files of videos are not decoded here."""
+
+    type: Literal["video"]
+    video: Annotated[list[str], Field(min_length=1)]
+
+
+Part = Annotated[TextPart | ImagePart | VideoPart, Field(discriminator="type")]
 Content = Annotated[
     Annotated[str, Tag("string")] | Annotated[list[Part], Field(min_length=1), Tag("parts")],
     Discriminator(lambda value: "string" if isinstance(value, str) else "parts"),
@@ -205,7 +212,7 @@ def _check_supported(request: ChatRequest) -> None:
         if message.tool_calls or message.function_call or message.audio:
             raise unsupported(where, "tool calls and audio in messages are")
         is_list = isinstance(message.content, list)
-        if is_list and message.role != "user" and num_images([message]):
+        if is_list and message.role != "user" and any(count_visuals([message])):
             raise ApiError(
                 400, "images are accepted in user messages only", param=f"{where}.content"
             )
@@ -217,10 +224,11 @@ def _check_supported(request: ChatRequest) -> None:
         raise ApiError(400, "top_logprobs needs logprobs to be true", param="top_logprobs")
 
 
-def num_images(messages: list[Message]) -> int:
-    """Return how many pictures the messages hold."""
+def count_visuals(messages: list[Message]) -> tuple[int, int]:
+    """Return how many pictures the messages hold, and how many frames of videos."""
     parts = [part for m in messages if isinstance(m.content, list) for part in m.content]
-    return sum(isinstance(part, ImagePart) for part in parts)
+    num_images = sum(isinstance(part, ImagePart) for part in parts)
+    return num_images, sum(len(part.video) for part in parts if isinstance(part, VideoPart))
 
 
 def sampling_params(request: ChatRequest, max_new_tokens: int, choice: int) -> SamplingParams:

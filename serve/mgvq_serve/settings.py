@@ -37,6 +37,10 @@ class ServerSettings:
         8,
         "most images in one request",
     )
+    limit_frames: int = _flag(
+        64,
+        "most frames of videos in one request",
+    )
     max_image_mb: float = _flag(
         20,
         "largest image file, in megabytes",
@@ -63,7 +67,8 @@ class ServerSettings:
     )
 
     def __post_init__(self) -> None:
-        lowest = {"max_queue": 0, "limit_images": 0, "max_image_pixels": 1, "media_threads": 1}
+        lowest = {"max_queue": 0, "limit_images": 0, "limit_frames": 0}
+        lowest |= {"max_image_pixels": 1, "media_threads": 1}
         for name, low in lowest.items():
             if getattr(self, name) < low:
                 raise ConfigError(f"{name} must be at least {low}, got {getattr(self, name)}")

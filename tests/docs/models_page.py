@@ -20,7 +20,9 @@ CONTEXT = 8192
 
 def family_table() -> str:
     """One row a family: architecture strings, and the spellings of tensor names that are read."""
-    rows = ["| family | `architectures` in config.json | tensor names | pictures |"]
+    rows = [
+        "| family | `architectures` in config.json | tensor names | tokens of a picture, at most |"
+    ]
     rows.append("|---|---|---|---|")
     for name in dict.fromkeys(family.name for family in FAMILIES.values()):
         members = [family for family in FAMILIES.values() if family.name == name]
@@ -28,8 +30,9 @@ def family_table() -> str:
         spellings = [d.name.removeprefix(f"{name}, ") for d in DIALECTS if d.name.startswith(name)]
         if not spellings:
             spellings = [dialect.name for dialect in DIALECTS if ", " not in dialect.name]
-        pictures = "no" if members[0].image_processor is None else "yes"
-        rows.append(f"| {name} | {architectures} | {'<br>'.join(spellings)} | {pictures} |")
+        most = members[0].max_image_tokens
+        tokens = "no pictures" if most is None else f"{most:,}"
+        rows.append(f"| {name} | {architectures} | {'<br>'.join(spellings)} | {tokens} |")
     return "\n".join(rows)
 
 

@@ -163,16 +163,32 @@ def test_the_server_answers_at_two_bits(server: RunningServer, folders: Folders)
     assert several.usage.prompt_tokens > 20
 
 
-def test_a_video_is_refused(server: RunningServer, folders: Folders) -> None:
-    """By name, and the server goes on."""
-    part = {"type": "video_url", "video_url": {"url": "data:video/mp4;base64,AAAA"}}
-    messages: list[Any] = [{"role": "user", "content": [part]}]
+def test_a_video_is_answered_as_a_list_of_frames(server: RunningServer, folders: Folders) -> None:
+    """The same over HTTP and in Python; a video file is refused by name, and the server goes on."""
+    urls = [data_url((90, 60)), data_url((40, 70))]
+    question = {"type": "text", "text": "What moves?"}
+    messages: list[Any] = [
+        {"role": "user", "content": [{"type": "video", "video": urls}, question]}
+    ]
+    file = {"type": "video_url", "video_url": {"url": "data:video/mp4;base64,AAAA"}}
+    refused: list[Any] = [{"role": "user", "content": [file]}]
+    with LLM(folders[3], **CONFIG) as llm:
+        expected = llm.chat(messages, GREEDY)
+        text_alone = llm.chat([{"role": "user", "content": [question]}], GREEDY)
+        with pytest.raises(RequestError, match="must be text, image or video, got 'video_url'"):
+            llm.chat(refused, GREEDY)
     with server.client() as client:
         with pytest.raises(openai.BadRequestError, match="video_url"):
-            client.chat.completions.create(model=MODEL, messages=messages)
-    with LLM(folders[3], **CONFIG) as llm:
-        with pytest.raises(RequestError, match="must be text or image, got 'video_url'"):
-            llm.chat(messages, GREEDY)
+            client.chat.completions.create(model=MODEL, messages=refused)
+        reply = client.chat.completions.create(
+            model=MODEL,
+            messages=messages,
+            temperature=0,
+            max_tokens=10,
+            extra_body={"ignore_eos": True},
+        )
+    assert reply.choices[0].message.content == expected.text
+    assert reply.usage.prompt_tokens > text_alone.usage.prompt_tokens + 8  # two frames
 
 
 def test_the_checkpoint_needs_no_other_file(folders: Folders) -> None:

@@ -17,11 +17,13 @@ from mgvq_quantizer.calibration import (
     load_conversations,
     show_other_pictures,
 )
-from mgvq_runtime.models.loading import load_model
+from mgvq_runtime.checkpoint.reader import open_checkpoint
+from mgvq_runtime.models.loading import load_model, model_config
 from mgvq_runtime.multimodal.chat import ChatProcessor
 from mgvq_runtime.multimodal.processors.qwen2_vl import Qwen2VLImageProcessor
 from mgvq_runtime.tokenizer import Tokenizer
 from tests.quantizer.conftest import llava_row, picture, write_calibration
+from tests.runtime.family_folders import write_internvl_hub_folder
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +49,31 @@ def test_every_answer_is_found_and_nothing_else(
     assert sample.positions.shape == (3, len(sample.token_ids))
     last = sample.positions[:, -1]
     assert last[0] == last[1] == last[2] == sample.positions.max()
+
+
+@pytest.mark.parametrize("template", ["Hermes-2", "phi3-chat"])
+def test_answers_between_numbered_pictures(template: str, tmp_path: Path) -> None:
+    """InternVL2 numbers pictures only where several come: a later one moves what is before it."""
+    write_internvl_hub_folder(tmp_path / "model", template=template)
+    turns = (
+        ("human", "<image>\nHow many red circles are there?"),
+        ("gpt", "a lazy dog"),
+        ("human", "<image>\nAnd here?"),
+        ("gpt", ""),
+        ("human", "Describe it."),
+        ("gpt", "one blue square"),
+    )
+    row = {"image": ["0.png", "1.png"], "conversations": []}
+    row["conversations"] = [{"from": who, "value": text} for who, text in turns]
+    pictures = {f"{i}.png": picture(i) for i in range(2)}
+    path = write_calibration(tmp_path / "data.zip", [row], pictures)
+    checkpoint = open_checkpoint(tmp_path / "model")
+    processor = ChatProcessor.from_checkpoint(checkpoint, model_config(checkpoint))
+    tokenizer = processor.tokenizer
+    (sample,) = prepare(path, tmp_path, (processor, tokenizer))
+    said = tokenizer.decode(sample.token_ids[sample.is_answer], skip_special_tokens=False)
+    end = "<|end|>" if template == "phi3-chat" else "<|im_end|>"
+    assert said == f"a lazy dog{end}{end}one blue square{end}"
 
 
 def test_a_picture_shown_twice_is_one_object(

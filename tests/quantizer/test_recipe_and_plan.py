@@ -74,6 +74,8 @@ def test_every_setting_is_a_flag_with_the_field_as_default_and_help() -> None:
     flags = ["--bits", "3", "--allocation", "uniform", "--no-permute", "--codebook-lr", "0.5"]
     expected = QuantRecipe(bits=3, allocation="uniform", permute=False, codebook_lr=0.5)
     assert recipe_from_arguments(parser.parse_args([*PATHS, *flags])) == expected
+    parsed = parser.parse_args([*PATHS, "--max-image-tokens", "600"])
+    assert recipe_from_arguments(parsed) == QuantRecipe(max_image_tokens=600)
     with pytest.raises(SystemExit):
         parser.parse_args([*PATHS, "--bit", "3"])
 

@@ -42,21 +42,27 @@ def test_pictures_are_taken_in_order_and_the_rest_is_left_alone() -> None:
                 {"type": "image", "image": RED},
                 {"type": "text", "text": "and"},
                 {"type": "image", "image": blue},
+                {"type": "video", "video": [blue, RED]},
                 {"type": "audio"},
             ],
         },
     ]
     cleaned, pictures = take_pictures(messages, LIMITS)
+    *pictures, video = pictures
     assert [picture.getpixel((0, 0)) for picture in pictures] == [(255, 0, 0), (0, 0, 255)]
+    assert [frame.getpixel((0, 0)) for frame in video] == [(0, 0, 255), (255, 0, 0)]
     assert cleaned[0] == messages[0]
     kinds = [part["type"] for part in cleaned[1]["content"]]
-    assert kinds == ["image", "text", "image", "audio"]
+    assert kinds == ["image", "text", "image", "video", "audio"]
     assert "image" not in cleaned[1]["content"][0]
 
 
 @pytest.mark.parametrize(
     ("part", "message"),
     [
+        ({"type": "video", "video": "clip.mp4"}, "a list of frames, got str: video files are not"),
+        ({"type": "video"}, "a list of frames, got NoneType"),
+        ({"type": "video", "video": [RED, "https://x.org/a.png"]}, "not fetched"),
         ({"type": "image_url", "image_url": {"url": "https://x.org/a.png"}}, "not fetched"),
         ({"type": "image_url", "image_url": {}}, "needs"),
         ({"type": "image_url", "image_url": {"url": "a", "detail": "low"}}, "detail"),

@@ -61,6 +61,21 @@ BAD_REQUESTS = {
         {"model": MODEL, "messages": [{"role": "user", "content": [image_part(data_url())] * 9}]},
         400, "too_many_images", "messages",
     ),
+    "a frame that is no image": (
+        with_part({"type": "video", "video": [data_url(), NOT_AN_IMAGE]}),
+        400, "invalid_image", "messages[0].content[0].video[1]",
+    ),
+    "65 frames": (
+        with_part({"type": "video", "video": [data_url()] * 65}),
+        400, "too_many_frames", "messages",
+    ),
+    "no frames": (
+        with_part({"type": "video", "video": []}), 400, None, "messages[0].content[0].video",
+    ),
+    "a video file": (
+        with_part({"type": "video_url", "video_url": {"url": "data:video/mp4;base64,AAAA"}}),
+        400, None, "messages[0].content[0]",
+    ),
     "image from the system": (
         {"model": MODEL, "messages": [{"role": "system", "content": [image_part(data_url())]}]},
         400, None, "messages[0].content",

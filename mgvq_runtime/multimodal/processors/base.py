@@ -1,4 +1,4 @@
-"""What every image processor does, and what they share (used by the processors of the families).
+"""What every image processor does, and what they share (extended by those of the families).
 
 Normalised pixel values are looked up, 256 a channel, so they are transformers' own float32 to the
 last bit. Where to cut, and how many tokens come of it, is each family's own.
@@ -7,23 +7,124 @@ last bit. Where to cut, and how many tokens come of it, is each family's own.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from mgvq_runtime.checkpoint.files import read_json
 from mgvq_runtime.errors import ConfigError
 from mgvq_runtime.models.config_fields import Fields
+from mgvq_runtime.multimodal.image import Visual
 from mgvq_runtime.request import ImageInput
 
 CONFIG_NAMES = ("preprocessor_config.json", "processor_config.json")
+VIDEO_CONFIG_NAME = "video_preprocessor_config.json"
+STEPS = ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb")
+"""Steps that ours always takes and a file could leave out."""
 
 
-class ImageProcessor(Protocol):
-    """Turns pictures into patches of one family."""
+@dataclass(frozen=True)
+class PixelRule:
+    """How pixels are resampled and normalised."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    rescale_factor: float = 1 / 255
+    resample: int = int(Image.Resampling.BICUBIC)
+    """PIL's number of the filter."""
+
+    @classmethod
+    def from_fields(cls, fields: Fields, default: PixelRule) -> PixelRule:
+        """Read `image_mean`, `image_std`, `rescale_factor` and `resample`.
+
+        Args:
+            fields: A processor's values.
+            default: What stands for a key that is left out.
+
+        Raises:
+            ConfigError: if a value cannot be honoured.
+        """
+        std = fields.numbers("image_std", 3, default=default.std)
+        if min(std) <= 0:
+            fields.refuse("image_std", list(std), "three numbers above 0")
+        resample = fields.integer("resample", default=default.resample, low=0)
+        if resample not in list(Image.Resampling):
+            fields.refuse("resample", resample, "a resampling filter of PIL, 0 to 5")
+        mean = fields.numbers("image_mean", 3, default=default.mean)
+        return cls(mean, std, fields.number("rescale_factor", default.rescale_factor), resample)
+
+    def table(self) -> npt.NDArray[np.float32]:
+        """Return `[3, 256]` float32: what each pixel value becomes, in transformers' rounding."""
+        scaled = (np.arange(256, dtype=np.float64) * self.rescale_factor).astype(np.float32)
+        mean, std = (np.array(values, np.float32)[:, None] for values in (self.mean, self.std))
+        return (scaled - mean) / std
+
+    def resized(self, picture: Image.Image, height: int, width: int) -> npt.NDArray[np.uint8]:
+        """Return the pixels `[height, width, 3]` of a picture stretched to that size."""
+        if picture.size != (width, height):
+            picture = picture.resize((width, height), Image.Resampling(self.resample))
+        return np.asarray(picture)
+
+
+@dataclass(frozen=True)
+class PictureFiles:
+    """What a checkpoint folder says of pictures and videos; each file is read when asked for."""
+
+    folder: Path
+
+    @property
+    def config(self) -> Fields:
+        """config.json."""
+        return Fields(read_json(self.folder / "config.json"), "")
+
+    @property
+    def vision(self) -> Fields:
+        """`vision_config` of config.json."""
+        return Fields(self.config.mapping("vision_config", default={}), "vision_config.")
+
+    @property
+    def images(self) -> Fields:
+        """The image processor's values; none where the folder has no such file."""
+        found = self._find((CONFIG_NAMES[0], None), (CONFIG_NAMES[1], "image_processor"))
+        return found or Fields({}, "", CONFIG_NAMES[0])
+
+    @property
+    def videos(self) -> Fields:
+        """The video processor's values; where there are none, as in older folders, the images'."""
+        found = self._find((CONFIG_NAMES[1], "video_processor"), (VIDEO_CONFIG_NAME, None))
+        return found or self.images
+
+    def _find(self, *sources: tuple[str, str | None]) -> Fields | None:
+        """Return the first of some files, or of a key in one, that is there.
+
+        Raises:
+            ConfigError: if a file is damaged or describes something else.
+        """
+        for name, key in sources:
+            file = self.folder / name
+            if not file.is_file():
+                continue
+            try:
+                values: Any = json.loads(file.read_text(encoding="utf-8"))
+            except ValueError:
+                raise ConfigError(f"{file} is not valid JSON") from None
+            if key is not None and isinstance(values, dict):
+                values = values.get(key, {})
+            if not isinstance(values, dict):
+                raise ConfigError(f"{file} does not describe an image processor")
+            if values:
+                return Fields(values, "", name)
+        return None
+
+
+class ImageProcessor(ABC):
+    """Turns the pictures and videos of one family into patches."""
 
     @classmethod
     def from_folder(cls, path: str | Path, max_image_tokens: int | None = None) -> Self:
@@ -36,57 +137,53 @@ class ImageProcessor(Protocol):
         Raises:
             ConfigError: if the files are missing, or a value in them cannot be honoured.
         """
+        files = PictureFiles(Path(path))
+        for fields in (files.images, files.videos):
+            check_steps(fields, STEPS)
+        processor = cls.read(files)
+        return processor if max_image_tokens is None else processor.capped(max_image_tokens)
+
+    @classmethod
+    @abstractmethod
+    def read(cls, files: PictureFiles) -> Self:
+        """Read a folder's files; what no family's processor leaves out has been checked.
+
+        Raises:
+            ConfigError: if a file that is needed is missing, or a value cannot be honoured.
+        """
+
+    @abstractmethod
+    def capped(self, max_image_tokens: int) -> Self:
+        """Return a processor whose pictures take at most so many tokens.
+
+        Raises:
+            ConfigError: if no picture can be that small.
+        """
 
     @property
+    @abstractmethod
     def max_num_tokens(self) -> int:
         """Most tokens any picture can take (for memory planning)."""
 
     @property
+    @abstractmethod
     def max_grid(self) -> tuple[int, int, int]:
         """Grid of the picture that has most patches (for memory planning)."""
 
-    def prepare(self, images: Sequence[Image.Image]) -> tuple[ImageInput, ...]:
-        """Prepare all pictures of one conversation; their number may matter.
+    @abstractmethod
+    def prepare(self, visuals: Sequence[Visual]) -> tuple[ImageInput, ...]:
+        """Prepare all pictures and videos of one conversation; their number may matter.
+
+        Args:
+            visuals: Pictures of any mode, converted to RGB as `multimodal.image` does, and videos.
+
+        Returns:
+            One input a picture. A video is one input too, or one a frame in a family that shows
+            videos so (`ModelConfig.shows_frames`).
 
         Raises:
             ImageError: if a picture is of a shape the family does not take.
         """
-
-
-def read_fields(folder: Path) -> Fields | None:
-    """Return what preprocessor_config.json (hub) or processor_config.json (transformers 5) says.
-
-    Returns:
-        The image processor's values, None where the folder has neither file.
-
-    Raises:
-        ConfigError: if a file is damaged or describes something else.
-    """
-    for name, key in zip(CONFIG_NAMES, (None, "image_processor"), strict=True):
-        file = folder / name
-        if not file.is_file():
-            continue
-        try:
-            values: Any = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError:
-            raise ConfigError(f"{file} is not valid JSON") from None
-        if key is not None and isinstance(values, dict):
-            values = values.get(key)
-        if isinstance(values, dict):
-            return Fields(values, "", name)
-        raise ConfigError(f"{file} does not describe an image processor")
-    return None
-
-
-def required_fields(folder: Path) -> Fields:
-    """Return `read_fields`; raise ConfigError where there is neither file."""
-    fields = read_fields(folder)
-    if fields is None:
-        raise ConfigError(
-            f"{folder} has neither {' nor '.join(CONFIG_NAMES)}: "
-            "how pictures are prepared is part of a checkpoint"
-        )
-    return fields
 
 
 def check_steps(fields: Fields, names: Sequence[str]) -> None:
@@ -94,36 +191,6 @@ def check_steps(fields: Fields, names: Sequence[str]) -> None:
     for name in names:
         if not fields.boolean(name, default=True):
             fields.refuse(name, False, "true: nothing else is implemented")
-
-
-def read_resample(fields: Fields) -> int:
-    """Return PIL's number of the resampling filter."""
-    resample = fields.integer("resample", default=int(Image.Resampling.BICUBIC), low=0)
-    if resample not in list(Image.Resampling):
-        fields.refuse("resample", resample, "a resampling filter of PIL, 0 to 5")
-    return resample
-
-
-def read_normalisation(
-    fields: Fields, mean: Sequence[float], std: Sequence[float]
-) -> Mapping[str, Any]:
-    """Return `image_mean`, `image_std` and `rescale_factor`, as arguments of a processor."""
-    deviations = fields.numbers("image_std", 3, default=std)
-    if min(deviations) <= 0:
-        fields.refuse("image_std", list(deviations), "three numbers above 0")
-    return {
-        "image_mean": fields.numbers("image_mean", 3, default=mean),
-        "image_std": deviations,
-        "rescale_factor": fields.number("rescale_factor", default=1 / 255),
-    }
-
-
-def pixel_table(
-    mean: Sequence[float], std: Sequence[float], rescale_factor: float
-) -> npt.NDArray[np.float32]:
-    """Return `[3, 256]` float32: what each pixel value becomes, in transformers' rounding."""
-    scaled = (np.arange(256, dtype=np.float64) * rescale_factor).astype(np.float32)
-    return (scaled - np.array(mean, np.float32)[:, None]) / np.array(std, np.float32)[:, None]
 
 
 def cut_tiles(
@@ -135,7 +202,7 @@ def cut_tiles(
         tiles: `[tiles, side, side, 3]` uint8; a rest of `side` beyond whole patches is left out, as
             a convolution does.
         patch_size: p.
-        table: From `pixel_table`.
+        table: From `PixelRule.table`.
 
     Returns:
         `[tiles * (side / p)**2, 3 * p * p]` float32, row-major within each tile.

@@ -1,7 +1,8 @@
 """InternVL2's pictures: stretched to the best grid of square tiles, a thumbnail last (for `chat`).
 
 The result is bit for bit that of transformers' `GotOcr2ImageProcessorPil`, which its InternVL uses.
-Every picture of a conversation may take all tiles. Not here: decoding, videos.
+Every picture of a conversation may take all tiles; a frame of a video is one tile. Not here:
+decoding, and the lines "Frame1: " that stand before the frames of a video (`multimodal.chat`).
 
 Source: OpenGVLab/InternVL `dynamic_preprocess`; transformers 5.24
 `models/got_ocr2/image_processing_pil_got_ocr2.py`.
@@ -13,28 +14,23 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from mgvq_runtime.checkpoint.files import read_json
 from mgvq_runtime.errors import ConfigError
 from mgvq_runtime.models.config_fields import Fields
-from mgvq_runtime.multimodal.image import to_rgb
+from mgvq_runtime.multimodal.image import Visual, to_rgb
 from mgvq_runtime.multimodal.processors.base import (
-    check_steps,
+    ImageProcessor,
+    PictureFiles,
+    PixelRule,
     cut_tiles,
-    pixel_table,
-    read_fields,
-    read_normalisation,
-    read_resample,
 )
 from mgvq_runtime.request import ImageInput
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+IMAGENET = PixelRule((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 MAX_TILES = 1000
 """More than any model was trained with; bounds the number of grids that are tried."""
 
@@ -70,7 +66,7 @@ def select_grid(
 
 
 @dataclass(frozen=True)
-class InternVL2ImageProcessor:
+class InternVL2ImageProcessor(ImageProcessor):
     """Cuts pictures into tiles; call `prepare` with all of a conversation."""
 
     tile_size: int = 448
@@ -83,30 +79,19 @@ class InternVL2ImageProcessor:
     """Most tiles of one picture, the thumbnail not counted."""
     has_thumbnail: bool = True
     """Whether a picture of several tiles is followed by the whole of it as one tile."""
-    image_mean: tuple[float, ...] = IMAGENET_MEAN
-    image_std: tuple[float, ...] = IMAGENET_STD
-    rescale_factor: float = 1 / 255
-    resample: int = int(Image.Resampling.BICUBIC)
+    pixels: PixelRule = IMAGENET
+    video_pixels: PixelRule = IMAGENET
 
     @classmethod
-    def from_folder(
-        cls, path: str | Path, max_image_tokens: int | None = None
-    ) -> InternVL2ImageProcessor:
+    def read(cls, files: PictureFiles) -> InternVL2ImageProcessor:
         """Read config.json, and the image processor's file where there is one.
 
         How pictures are cut stands in the hub's config.json, or in transformers' file.
 
-        Args:
-            path: A checkpoint folder.
-            max_image_tokens: Most tokens of one picture.
-
         Raises:
-            ConfigError: if a value cannot be honoured, or a picture cannot be that small.
+            ConfigError: if a value cannot be honoured.
         """
-        top = Fields(read_json(Path(path) / "config.json"), "")
-        vision = Fields(top.mapping("vision_config", default={}), "vision_config.")
-        fields = read_fields(Path(path)) or Fields({}, "", "preprocessor_config.json")
-        check_steps(fields, ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"))
+        top, vision, fields = files.config, files.vision, files.images
         is_hub = top.has("llm_config")
         rules, word = (top, "dynamic_patch") if is_hub else (fields, "patches")
         tile_size = vision.square("image_size", default=448)
@@ -116,17 +101,16 @@ class InternVL2ImageProcessor:
             rules.refuse(f"max_{word}", max_tiles, f"at most {MAX_TILES}")
         # transformers' processor always cuts; what its image processor's file says is overridden.
         is_cut = top.boolean("dynamic_image_size", default=True) if is_hub else True
-        processor = cls(
+        return cls(
             tile_size=tile_size,
             patch_size=vision.square("patch_size", default=14),
             merge_size=round(1 / top.number("downsample_ratio", default=0.5)),
             min_tiles=rules.integer(f"min_{word}", default=1) if is_cut else 1,
             max_tiles=max_tiles if is_cut else 1,
             has_thumbnail=top.boolean("use_thumbnail", default=False) if is_hub else True,
-            resample=read_resample(fields),
-            **read_normalisation(fields, IMAGENET_MEAN, IMAGENET_STD),
+            pixels=PixelRule.from_fields(fields, IMAGENET),
+            video_pixels=PixelRule.from_fields(files.videos, IMAGENET),
         )
-        return processor if max_image_tokens is None else processor.capped(max_image_tokens)
 
     def capped(self, max_image_tokens: int) -> InternVL2ImageProcessor:
         """Return a processor whose pictures take at most so many tokens.
@@ -161,35 +145,43 @@ class InternVL2ImageProcessor:
         side = self.tile_size // self.patch_size
         return self.max_num_tokens // self.tile_tokens, side, side
 
-    def prepare(self, images: Sequence[Image.Image]) -> tuple[ImageInput, ...]:
-        """Prepare all pictures of one conversation, each by itself.
+    def prepare(self, visuals: Sequence[Visual]) -> tuple[ImageInput, ...]:
+        """Prepare all pictures of one conversation, each by itself; a video gives one a frame.
 
         Args:
-            images: Of any mode; converted to RGB as `multimodal.image` does.
+            visuals: Pictures of any mode, converted to RGB as `multimodal.image` does, and videos.
         """
-        return tuple(self._cut(to_rgb(image)) for image in images)
+        inputs: list[ImageInput] = []
+        for visual in visuals:
+            if isinstance(visual, Image.Image):
+                inputs.append(self._cut(to_rgb(visual)))
+            else:
+                inputs += [self._frame(to_rgb(frame)) for frame in visual]
+        return tuple(inputs)
 
     def _cut(self, picture: Image.Image) -> ImageInput:
         s = self.tile_size
         limits = (self.min_tiles, self.max_tiles)
         columns, rows = select_grid(picture.height, picture.width, s, *limits)
-        pixels = self._resized(picture, rows * s, columns * s)
+        pixels = self.pixels.resized(picture, rows * s, columns * s)
         tiles = pixels.reshape(rows, s, columns, s, 3).transpose(0, 2, 1, 3, 4)
         tiles = tiles.reshape(-1, s, s, 3)  # [tiles, s, s, 3]
         if self.has_thumbnail and len(tiles) > 1:
-            tiles = np.concatenate((tiles, self._resized(picture, s, s)[None]))
-        table = pixel_table(self.image_mean, self.image_std, self.rescale_factor)
-        side = s // self.patch_size
+            tiles = np.concatenate((tiles, self.pixels.resized(picture, s, s)[None]))
+        return self._input(tiles, self.pixels)
+
+    def _frame(self, picture: Image.Image) -> ImageInput:
+        """Make one tile of a frame of a video."""
+        tile = self.video_pixels.resized(picture, self.tile_size, self.tile_size)
+        return self._input(tile[None], self.video_pixels)
+
+    def _input(self, tiles: npt.NDArray[np.uint8], rule: PixelRule) -> ImageInput:
+        side = self.tile_size // self.patch_size
         return ImageInput(
-            cut_tiles(tiles, self.patch_size, table),
+            cut_tiles(tiles, self.patch_size, rule.table()),
             (len(tiles), side, side),
             len(tiles) * self.tile_tokens,
         )
-
-    def _resized(self, picture: Image.Image, height: int, width: int) -> npt.NDArray[np.uint8]:
-        if picture.size != (width, height):
-            picture = picture.resize((width, height), Image.Resampling(self.resample))
-        return np.asarray(picture)
 
 
 def _check_sizes(fields: Fields, tile_size: int) -> None:

@@ -1,7 +1,7 @@
 """LLaVA-OneVision's pictures: anyres tiles of one picture, whole pictures of several (for `chat`).
 
 The result is bit for bit that of transformers' `LlavaOnevisionImageProcessorPil`, and the number of
-tokens that of its processor. Not here: decoding, videos.
+tokens that of its processor. A frame of a video is one tile, whatever its shape.
 
 Source: transformers 5.24 `models/llava_onevision/`: `image_processing_pil_llava_onevision.py` and
 `processing_llava_onevision.py`.
@@ -13,27 +13,24 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from mgvq_runtime.checkpoint.files import read_json
 from mgvq_runtime.errors import ConfigError
 from mgvq_runtime.models.config_fields import Fields
-from mgvq_runtime.multimodal.image import to_rgb
+from mgvq_runtime.multimodal.image import Visual, to_rgb
 from mgvq_runtime.multimodal.processors.base import (
+    ImageProcessor,
+    PictureFiles,
+    PixelRule,
     check_steps,
     cut_tiles,
-    pixel_table,
-    read_fields,
-    read_normalisation,
-    read_resample,
 )
-from mgvq_runtime.request import ImageInput, TileLayout
+from mgvq_runtime.request import FrameLayout, ImageInput, TileLayout
 
-HALF = (0.5, 0.5, 0.5)
+HALF = PixelRule((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 MAX_TILES_A_SIDE = 64
 SHRINK_ABOVE = 1.1
 """Features are interpolated where their side is more than this times the largest allowed."""
@@ -78,7 +75,7 @@ def unpadded(size: Size, grid: Size) -> Size:
 
 
 @dataclass(frozen=True)
-class LlavaOnevisionImageProcessor:
+class LlavaOnevisionImageProcessor(ImageProcessor):
     """Cuts pictures into tiles; call `prepare` with all of a conversation."""
 
     pinpoints: tuple[Size, ...]
@@ -88,45 +85,34 @@ class LlavaOnevisionImageProcessor:
     patch_size: int = 14
     max_tiles: int | None = 9
     """Features of more tiles than this are interpolated down; None never does."""
-    image_mean: tuple[float, ...] = HALF
-    image_std: tuple[float, ...] = HALF
-    rescale_factor: float = 1 / 255
-    resample: int = int(Image.Resampling.BICUBIC)
+    pixels: PixelRule = HALF
+    video_pixels: PixelRule = HALF
 
     @classmethod
-    def from_folder(
-        cls, path: str | Path, max_image_tokens: int | None = None
-    ) -> LlavaOnevisionImageProcessor:
+    def read(cls, files: PictureFiles) -> LlavaOnevisionImageProcessor:
         """Read config.json, and preprocessor_config.json or processor_config.json over it.
 
         lmms-lab's folders have config.json alone.
 
-        Args:
-            path: A checkpoint folder.
-            max_image_tokens: Leaves out the canvases that can take more tokens than this.
-
         Raises:
-            ConfigError: if a value cannot be honoured, or a picture cannot be that small.
+            ConfigError: if a value cannot be honoured.
         """
-        top = Fields(read_json(Path(path) / "config.json"), "")
-        vision = Fields(top.mapping("vision_config", default={}), "vision_config.")
+        top, vision, fields = files.config, files.vision, files.images
         tile_size = vision.square("image_size", default=384)
-        fields = read_fields(Path(path)) or Fields({}, "", "preprocessor_config.json")
-        check_steps(fields, ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb", "do_pad"))
+        check_steps(fields, ("do_pad",))
         size = Fields(fields.mapping("size", default={}), "size.", fields.file)
         for key in ("height", "width", "shortest_edge"):
             if size.integer(key, default=tile_size) != tile_size:
                 size.refuse(key, size.values[key], f"{tile_size}, the vision tower's image_size")
         holder = fields if fields.has("image_grid_pinpoints") else top
-        processor = cls(
+        return cls(
             pinpoints=_pinpoints(holder, tile_size),
             tile_size=tile_size,
             patch_size=vision.square("patch_size", default=14),
             max_tiles=_max_tiles(top),
-            resample=read_resample(fields),
-            **read_normalisation(fields, HALF, HALF),
+            pixels=PixelRule.from_fields(fields, HALF),
+            video_pixels=PixelRule.from_fields(files.videos, HALF),
         )
-        return processor if max_image_tokens is None else processor.capped(max_image_tokens)
 
     def capped(self, max_image_tokens: int) -> LlavaOnevisionImageProcessor:
         """Return a processor whose pictures take at most so many tokens.
@@ -168,18 +154,33 @@ class LlavaOnevisionImageProcessor:
         kept = unpadded((height, width), (rows * self.side, columns * self.side))
         return TileLayout(rows, columns, kept, self._shrunk(kept))
 
-    def prepare(self, images: Sequence[Image.Image]) -> tuple[ImageInput, ...]:
-        """Prepare all pictures of one conversation: a single one is cut into tiles, several not.
+    def prepare(self, visuals: Sequence[Visual]) -> tuple[ImageInput, ...]:
+        """Prepare a conversation: a single picture is cut into tiles, several are not.
 
         Args:
-            images: Of any mode; converted to RGB as `multimodal.image` does.
+            visuals: Pictures of any mode, converted to RGB as `multimodal.image` does, and videos.
         """
-        pictures = [to_rgb(image) for image in images]
-        if len(pictures) == 1:
-            layout = self.layout_of(pictures[0].height, pictures[0].width)
-            if layout is not None:
-                return (self._tiled(pictures[0], layout),)
-        return tuple(self._whole(picture) for picture in pictures)
+        num_pictures = sum(isinstance(visual, Image.Image) for visual in visuals)
+        return tuple(
+            self._picture(to_rgb(visual), is_only=num_pictures == 1)
+            if isinstance(visual, Image.Image)
+            else self._video(visual)
+            for visual in visuals
+        )
+
+    def _picture(self, picture: Image.Image, is_only: bool) -> ImageInput:
+        layout = self.layout_of(picture.height, picture.width) if is_only else None
+        return self._whole(picture) if layout is None else self._tiled(picture, layout)
+
+    def _video(self, frames: Sequence[Image.Image]) -> ImageInput:
+        """Make one tile of each frame; the model halves each side of their features."""
+        s, rule = self.tile_size, self.video_pixels
+        tiles = np.stack([rule.resized(to_rgb(frame), s, s) for frame in frames])  # [F, s, s, 3]
+        layout = FrameLayout(side=-(-self.side // 2))
+        num_tokens = len(tiles) * layout.side**2 + 1
+        patches = cut_tiles(tiles, self.patch_size, rule.table())
+        grid = (len(tiles), self.side, self.side)
+        return ImageInput(patches, grid, num_tokens, layout, is_video=True)
 
     def _tiled(self, picture: Image.Image, layout: TileLayout) -> ImageInput:
         """Cut one picture into the whole and its tiles."""
@@ -192,10 +193,12 @@ class LlavaOnevisionImageProcessor:
             width = min(math.ceil(picture.width * scale_height), canvas[1])
         pixels = np.zeros((*canvas, 3), np.uint8)
         top, left = (canvas[0] - height) // 2, (canvas[1] - width) // 2
-        pixels[top : top + height, left : left + width] = self._resized(picture, height, width)
+        pixels[top : top + height, left : left + width] = self.pixels.resized(
+            picture, height, width
+        )
         s = self.tile_size
         tiles = pixels.reshape(layout.rows, s, layout.columns, s, 3).transpose(0, 2, 1, 3, 4)
-        whole = self._resized(picture, s, s)[None]  # [1, s, s, 3]
+        whole = self.pixels.resized(picture, s, s)[None]  # [1, s, s, 3]
         tiles = np.concatenate((whole, tiles.reshape(-1, s, s, 3)))
         height, width = layout.shrunk
         return self._input(tiles, self.side**2 + height * (width + 1), layout)
@@ -203,24 +206,18 @@ class LlavaOnevisionImageProcessor:
     def _whole(self, picture: Image.Image) -> ImageInput:
         """Pad one of several pictures to a square and make it one tile."""
         longest = max(picture.size)
-        colour = tuple(int(mean * 255) for mean in self.image_mean)
+        colour = tuple(int(mean * 255) for mean in self.pixels.mean)
         square = Image.new("RGB", (longest, longest), colour)
         place = ((longest - picture.width) // 2, (longest - picture.height) // 2)
         square.paste(picture, place)
-        tile = self._resized(square, self.tile_size, self.tile_size)
+        tile = self.pixels.resized(square, self.tile_size, self.tile_size)
         return self._input(tile[None], self.side**2 + 1, None)
 
     def _input(
         self, tiles: npt.NDArray[np.uint8], num_tokens: int, layout: TileLayout | None
     ) -> ImageInput:
-        table = pixel_table(self.image_mean, self.image_std, self.rescale_factor)
-        patches = cut_tiles(tiles, self.patch_size, table)
+        patches = cut_tiles(tiles, self.patch_size, self.pixels.table())
         return ImageInput(patches, (len(tiles), self.side, self.side), num_tokens, layout)
-
-    def _resized(self, picture: Image.Image, height: int, width: int) -> npt.NDArray[np.uint8]:
-        if picture.size != (width, height):
-            picture = picture.resize((width, height), Image.Resampling(self.resample))
-        return np.asarray(picture)
 
     def _shrunk(self, kept: Size) -> Size:
         """Return the size features are interpolated to, the same where they are few enough."""

@@ -1,17 +1,18 @@
 """Qwen2-VL's pictures: resize to a multiple of 28, cut into 14x14 patches (called by `chat`).
 
 The result is bit for bit that of transformers' `Qwen2VLImageProcessorPil`: the same rounding, the
-same PIL bicubic, the same float32 values, the same patch order. Not here: decoding, videos.
+same PIL bicubic, the same float32 values, the same patch order. Two frames of a video are one patch
+deep; a picture is a video of two equal frames. Not here: decoding, the choice of frames.
 
-Source: transformers 5.23 `models/qwen2_vl/image_processing_pil_qwen2_vl.py`.
+Source: transformers 5.24 `models/qwen2_vl/image_processing_pil_qwen2_vl.py` and
+`video_processing_qwen2_vl.py`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -19,19 +20,17 @@ from PIL import Image
 
 from mgvq_runtime.errors import ConfigError, ImageError
 from mgvq_runtime.models.config_fields import Fields
-from mgvq_runtime.multimodal.image import to_rgb
+from mgvq_runtime.multimodal.image import Visual, to_rgb
 from mgvq_runtime.multimodal.processors.base import (
-    check_steps,
-    pixel_table,
-    read_normalisation,
-    read_resample,
-    required_fields,
+    CONFIG_NAMES,
+    ImageProcessor,
+    PictureFiles,
+    PixelRule,
 )
 from mgvq_runtime.request import ImageInput
 
 MAX_ASPECT_RATIO = 200
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+CLIP = PixelRule((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 DEFAULT_MIN_PIXELS = 56 * 56
 DEFAULT_MAX_PIXELS = 28 * 28 * 1280
 
@@ -75,63 +74,69 @@ def smart_resize(
 
 
 @dataclass(frozen=True)
-class Qwen2VLImageProcessor:
-    """Cuts pictures into patches; call it with a PIL image."""
+class Qwen2VLImageProcessor(ImageProcessor):
+    """Cuts pictures and videos into patches; call it with a PIL image."""
 
     min_pixels: int = DEFAULT_MIN_PIXELS
     """Least area after resizing."""
     max_pixels: int = DEFAULT_MAX_PIXELS
-    """Most area after resizing."""
+    """Most area after resizing: of a picture, and of all temporal patches of a video together."""
     patch_size: int = 14
     temporal_patch_size: int = 2
+    """Frames in one patch."""
     merge_size: int = 2
     """Patches along each side of one merged patch, which is one token."""
-    image_mean: tuple[float, ...] = CLIP_MEAN
-    image_std: tuple[float, ...] = CLIP_STD
-    rescale_factor: float = 1 / 255
-    resample: int = int(Image.Resampling.BICUBIC)
+    frame_min_pixels: int = DEFAULT_MIN_PIXELS
+    """Least area of a frame of a video, which comes before the most of all together."""
+    frame_max_pixels: int = DEFAULT_MAX_PIXELS
+    """Most area of a frame of a video."""
+    pixels: PixelRule = CLIP
+    video_pixels: PixelRule = CLIP
 
     @classmethod
-    def from_folder(
-        cls, path: str | Path, max_image_tokens: int | None = None
-    ) -> Qwen2VLImageProcessor:
+    def read(cls, files: PictureFiles) -> Qwen2VLImageProcessor:
         """Read preprocessor_config.json (hub) or processor_config.json (transformers 5).
-
-        Args:
-            path: A checkpoint folder.
-            max_image_tokens: Caps the area a picture is resized to, at this many tokens.
 
         Raises:
             ConfigError: if neither file is there, or a value in it cannot be honoured.
         """
-        fields = required_fields(Path(path))
-        check_steps(fields, ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"))
-        size = Fields(fields.mapping("size", default={}), "size.", fields.file)
-        shortest = size.integer("shortest_edge", default=DEFAULT_MIN_PIXELS)
-        longest = size.integer("longest_edge", default=DEFAULT_MAX_PIXELS)
-        processor = cls(
-            min_pixels=fields.integer("min_pixels", default=shortest),
-            max_pixels=fields.integer("max_pixels", default=longest),
+        fields, videos = files.images, files.videos
+        if not fields.values:
+            raise ConfigError(
+                f"{files.folder} has neither {' nor '.join(CONFIG_NAMES)} with an image processor: "
+                "how pictures are prepared is part of a checkpoint"
+            )
+        min_pixels, max_pixels = _areas(fields)
+        frame_min_pixels, frame_max_pixels = _areas(videos)
+        return cls(
+            min_pixels=min_pixels,
+            max_pixels=max_pixels,
             patch_size=fields.square("patch_size", default=14),
             temporal_patch_size=fields.square("temporal_patch_size", default=2),
             merge_size=fields.integer("merge_size", default=2),
-            resample=read_resample(fields),
-            **read_normalisation(fields, CLIP_MEAN, CLIP_STD),
+            frame_min_pixels=frame_min_pixels,
+            frame_max_pixels=frame_max_pixels,
+            pixels=PixelRule.from_fields(fields, CLIP),
+            video_pixels=PixelRule.from_fields(videos, CLIP),
         )
-        return processor if max_image_tokens is None else processor.capped(max_image_tokens)
 
     def capped(self, max_image_tokens: int) -> Qwen2VLImageProcessor:
         """Return a processor whose pictures are resized to at most so many tokens.
+
+        A video is resized so too, but no frame below its own least area: a long one takes more.
 
         Raises:
             ConfigError: if the cap is below one token.
         """
         if max_image_tokens < 1:
             raise ConfigError(f"max_image_tokens must be at least 1, got {max_image_tokens}")
-        max_pixels = min(self.max_pixels, max_image_tokens * self.factor**2)
-        values = {**self.__dict__, "max_pixels": max_pixels}
-        values["min_pixels"] = min(self.min_pixels, max_pixels)
-        return type(self)(**values)
+        most = min(self.max_pixels, max_image_tokens * self.factor**2)
+        return replace(
+            self,
+            min_pixels=min(self.min_pixels, most),
+            max_pixels=most,
+            frame_min_pixels=min(self.frame_min_pixels, most),
+        )
 
     @property
     def factor(self) -> int:
@@ -162,9 +167,12 @@ class Qwen2VLImageProcessor:
         size = smart_resize(height, width, self.factor, self.min_pixels, self.max_pixels)
         return 1, size[0] // self.patch_size, size[1] // self.patch_size
 
-    def prepare(self, images: Sequence[Image.Image]) -> tuple[ImageInput, ...]:
-        """Prepare all pictures of one conversation, each by itself; see `__call__`."""
-        return tuple(self(image) for image in images)
+    def prepare(self, visuals: Sequence[Visual]) -> tuple[ImageInput, ...]:
+        """Prepare a conversation, each picture and video by itself; see `__call__`."""
+        return tuple(
+            self(visual) if isinstance(visual, Image.Image) else self._video(visual)
+            for visual in visuals
+        )
 
     def __call__(self, image: Image.Image) -> ImageInput:
         """Resize, normalise and cut a picture.
@@ -180,24 +188,53 @@ class Qwen2VLImageProcessor:
             ImageError: if one side is more than 200 times the other.
         """
         image = to_rgb(image)
-        t, rows, columns = self.grid_of(image.height, image.width)
-        size = (columns * self.patch_size, rows * self.patch_size)
-        if size != image.size:
-            image = image.resize(size, Image.Resampling(self.resample))
-        pixels = np.asarray(image)  # [rows * patch, columns * patch, 3] uint8
-        patches = self._cut(pixels, rows, columns)
-        return ImageInput(patches, (t, rows, columns), rows * columns // self.merge_size**2)
+        _, rows, columns = self.grid_of(image.height, image.width)
+        size = (rows * self.patch_size, columns * self.patch_size)
+        frames = self.pixels.resized(image, *size)[None]  # [1, height, width, 3] uint8
+        return self._input(frames, (1, rows, columns), self.pixels)
 
-    def _cut(
-        self, pixels: npt.NDArray[np.uint8], rows: int, columns: int
-    ) -> npt.NDArray[np.float32]:
-        """Cut uint8 pixels into normalised patches `[rows * columns, 3 * T * p * p]` float32."""
-        m, p = self.merge_size, self.patch_size
-        blocks = pixels.reshape(rows // m, m, p, columns // m, m, p, 3)
-        blocks = blocks.transpose(0, 3, 1, 4, 6, 2, 5)  # [rows/m, columns/m, m, m, 3, p, p]
-        codes = blocks.reshape(rows * columns, 3, 1, p * p)  # [P, 3, 1, p * p] uint8
-        table = pixel_table(self.image_mean, self.image_std, self.rescale_factor)
-        patches = np.empty((rows * columns, 3, self.temporal_patch_size, p * p), np.float32)
-        for channel in range(3):  # a still picture fills every frame of its temporal patch
+    def _video(self, frames: Sequence[Image.Image]) -> ImageInput:
+        """Resize all frames alike and cut them; the last is repeated to fill its patch."""
+        if len({frame.size for frame in frames}) > 1:
+            sizes = ", ".join(sorted({f"{frame.width} x {frame.height}" for frame in frames}))
+            raise ImageError(f"the frames of a video must be of one size, got {sizes[:200]}")
+        t = -(-len(frames) // self.temporal_patch_size)
+        # As transformers shares a video's area out among its frames, with `cap_pixels_per_frame`.
+        least, share = self.frame_min_pixels, min(self.frame_max_pixels, self.max_pixels // t)
+        areas = (least, max(share, int(1.05 * least)))
+        size = smart_resize(frames[0].height, frames[0].width, self.factor, *areas)
+        pixels = [self.video_pixels.resized(to_rgb(frame), *size) for frame in frames]
+        pixels += [pixels[-1]] * (t * self.temporal_patch_size - len(pixels))
+        grid = (t, size[0] // self.patch_size, size[1] // self.patch_size)
+        return self._input(np.stack(pixels), grid, self.video_pixels, is_video=True)
+
+    def _input(
+        self,
+        frames: npt.NDArray[np.uint8],
+        grid: tuple[int, int, int],
+        rule: PixelRule,
+        is_video: bool = False,
+    ) -> ImageInput:
+        """Cut `frames [F, height, width, 3]`; a single one fills every layer of its patches."""
+        (t, rows, columns), m, p = grid, self.merge_size, self.patch_size
+        blocks = frames.reshape(t, -1, rows // m, m, p, columns // m, m, p, 3)
+        blocks = blocks.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7)  # [t, rows/m, columns/m, m, m, 3, ...]
+        num_patches = t * rows * columns
+        codes = blocks.reshape(num_patches, 3, -1, p * p)  # [P, 3, 1 or temporal, p * p] uint8
+        table = rule.table()
+        patches = np.empty((num_patches, 3, self.temporal_patch_size, p * p), np.float32)
+        for channel in range(3):
             patches[:, channel] = table[channel][codes[:, channel]]
-        return patches.reshape(rows * columns, -1)
+        flat = patches.reshape(num_patches, -1)
+        return ImageInput(flat, grid, num_patches // m**2, is_video=is_video)
+
+
+def _areas(fields: Fields) -> tuple[int, int]:
+    """Read the least and the most area, in the spelling of either file."""
+    size = Fields(fields.mapping("size", default={}), "size.", fields.file)
+    least = size.integer("shortest_edge", default=DEFAULT_MIN_PIXELS)
+    most = size.integer("longest_edge", default=DEFAULT_MAX_PIXELS)
+    return (
+        fields.integer("min_pixels", default=least),
+        fields.integer("max_pixels", default=most),
+    )

@@ -41,7 +41,7 @@ def test_an_unquantized_folder(
     head_dim = config["hidden_size"] // config["num_attention_heads"]
     kv_numbers = 2 * config["num_hidden_layers"] * config["num_key_value_heads"] * head_dim
     assert report["memory"]["kv_token_half_bytes"] == 2 * kv_numbers
-    assert report["memory"]["max_image_tokens"] >= 12845056 // 28**2
+    assert report["memory"]["max_image_tokens"] == 1280  # what a server takes, not the hub's file
     assert "Qwen2VLForConditionalGeneration (unquantized)" in out
 
 

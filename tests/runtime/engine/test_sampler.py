@@ -26,7 +26,7 @@ class NoText:
 def sequence(params: SamplingParams, seed: int = 0, num_tokens: int = 3) -> Sequence:
     request = Request("r", Prompt.from_token_ids([1] * num_tokens), params)
     output = OutputText(NoText(), params, (), 5)
-    return Sequence(request, 5, seed, image_token_id=None, output=output)
+    return Sequence(request, 5, seed, placeholder_ids=(), output=output)
 
 
 def plain_filter(

@@ -29,7 +29,7 @@ class NoText:
 def make_sequence(name: str, num_prompt: int, max_tokens: int) -> Sequence:
     request = Request(name, Prompt.from_token_ids([1] * num_prompt), SamplingParams())
     output = OutputText(NoText(), request.sampling_params, (), max_tokens)
-    return Sequence(request, max_tokens, seed=0, image_token_id=None, output=output)
+    return Sequence(request, max_tokens, seed=0, placeholder_ids=(), output=output)
 
 
 @dataclass

@@ -61,7 +61,9 @@ def test_the_worst_case_runs_as_large_as_it_says(
     model = loaded_tiny_model[0]
     seen = []
     encode, forward = model.encode_images, type(model).forward
-    monkeypatch.setattr(model, "encode_images", lambda p, g: seen.append(len(p)) or encode(p, g))
+    monkeypatch.setattr(
+        model, "encode_images", lambda p, g, **kw: seen.append(len(p)) or encode(p, g, **kw)
+    )
     monkeypatch.setattr(
         type(model), "forward", lambda self, x, b: seen.append(len(x)) or forward(self, x, b)
     )

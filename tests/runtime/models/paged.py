@@ -39,7 +39,7 @@ def start(model: CausalLM, ids: Sequence[int], patches: Tensor, grids: Sequence[
     """Embed a prompt, its images included."""
     config = model.config
     merge = config.vision_config.spatial_merge_size
-    positions, delta = mrope_positions(ids, grids, config.image_token_id, merge)
+    positions, delta = mrope_positions(ids, grids, config.placeholder_ids, merge)
     token_ids = torch.tensor(ids)
     embeds = model.embed(token_ids).clone()
     if grids:

@@ -84,7 +84,6 @@ def test_flat_and_nested_read_alike() -> None:
         ({"rope_scaling": {"mrope_section": [2, 3, 4]}}, "sum to head_dim / 2 = 8"),
         ({"rope_parameters": {"rope_type": "dynamic"}}, "rope_parameters.rope_type must be"),
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings must be true or false"),
-        ({"image_token_id": 512}, "image_token_id 512 is outside the vocabulary of 512"),
         ({"vision": {"hidden_size": 32}}, "vision_config.hidden_size must be the decoder's 64"),
         ({"vision": {"num_heads": 3}}, r"embed_dim \(32\) is not divisible by 4 \* num_heads"),
         ({"vision": {"hidden_act": "relu"}}, "vision_config.hidden_act must be 'quick_gelu'"),

@@ -49,7 +49,7 @@ def changed(config: dict[str, Any], changes: Change) -> dict[str, Any]:
         ({"projector_hidden_act": "relu"}, "projector_hidden_act must be 'gelu'"),
         ({"multimodal_projector_bias": False}, "multimodal_projector_bias must be true"),
         ({"text_config.model_type": "llama"}, "text_config.model_type must be 'qwen2', got"),
-        ({"image_token_index": 512}, "image_token_index 512 is outside the vocabulary of 512"),
+        ({"image_token_index": -1}, "image_token_index must be an integer of at least 0"),
         ({"vision_config.model_type": "clip_vision_model"}, "model_type must be 'siglip_vis"),
         ({"vision_config.num_attention_heads": 5}, r"hidden_size \(32\) is not divisible by"),
         ({"vision_config.num_channels": 1}, "num_channels must be 3: pictures are RGB"),

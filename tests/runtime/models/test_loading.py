@@ -83,14 +83,13 @@ def test_other_dtypes(tiny_qwen2_vl_folder: Path, dtype: torch.dtype) -> None:
 
 
 def test_every_misfit_is_listed(tiny_qwen2_vl_folder: Path, tmp_path: Path) -> None:
-    """Three wrong shapes and two missing blocks, in one error."""
-    config = {"intermediate_size": 96, "num_hidden_layers": 3, "vocab_size": 500}
+    """Two wrong shapes and a missing block, in one error."""
+    config = {"intermediate_size": 96, "num_hidden_layers": 3}
     folder = edited(tiny_qwen2_vl_folder, tmp_path / "a", **config)
     with pytest.raises(CheckpointError) as error:
         load_model(folder)
     message = "\n".join(error.value.problems)
     for expected in (
-        "model.embed_tokens.weight is [512, 64], expected [500, 64]",
         "model.layers.0.mlp.gate_up_proj.weight is [256, 64], expected [192, 64]",
         "model.layers.1.mlp.down_proj.weight is [64, 128], expected [64, 96]",
         "model.layers.2.self_attn.qkv_proj.bias [128] is not in the checkpoint",
@@ -105,11 +104,55 @@ def test_more_layers_than_the_config_says(tiny_qwen2_vl_folder: Path, tmp_path: 
         load_model(folder)
 
 
-def test_untied_head_must_be_there(tiny_qwen2_vl_folder: Path, tmp_path: Path) -> None:
-    folder = edited(tiny_qwen2_vl_folder, tmp_path / "a", tie_word_embeddings=False)
-    message = r"lm_head.weight \[512, 64\] is not in the checkpoint"
+@pytest.mark.parametrize("said", [480, 600])
+def test_the_token_table_says_how_long_the_vocabulary_is(
+    tiny_qwen2_vl_folder: Path, tmp_path: Path, said: int
+) -> None:
+    """Tables are padded, or tokens were added and the file was not told."""
+    model = load_model(edited(tiny_qwen2_vl_folder, tmp_path / "a", vocab_size=said))
+    as_it_was = load_model(tiny_qwen2_vl_folder)
+    assert model.config == as_it_was.config
+    assert model.config.text_config.vocab_size == 512
+    ours, theirs = (dict(each.named_parameters()) for each in (model, as_it_was))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_longer_head_than_table_is_an_error(tiny_qwen2_vl_folder: Path, tmp_path: Path) -> None:
+    def lengthen(tensors: Tensors) -> None:
+        tensors["lm_head.weight"] = torch.zeros(520, 64)
+
+    folder = edited(tiny_qwen2_vl_folder, tmp_path / "a", lengthen, tie_word_embeddings=False)
+    message = r"lm_head.weight is \[520, 64\], expected \[512, 64\]"
     with pytest.raises(CheckpointError, match=message):
         load_model(folder)
+
+
+def test_other_widths_stay_errors(tiny_qwen2_vl_folder: Path, tmp_path: Path) -> None:
+    def narrow(tensors: Tensors) -> None:
+        name = "model.embed_tokens.weight"
+        tensors[name] = tensors[name][:500, :60].contiguous()
+
+    message = r"model.embed_tokens.weight is \[500, 60\], expected \[512, 64\]"
+    with pytest.raises(CheckpointError, match=message):
+        load_model(edited(tiny_qwen2_vl_folder, tmp_path / "a", narrow))
+
+
+def test_placeholders_are_tokens_of_the_table(tiny_qwen2_vl_folder: Path, tmp_path: Path) -> None:
+    """A picture's must be there; without one for videos, a model takes none."""
+    folder = edited(tiny_qwen2_vl_folder, tmp_path / "a", image_token_id=512)
+    with pytest.raises(ConfigError, match="image_token_id 512 is outside the vocabulary of 512"):
+        load_model(folder)
+    model = load_model(edited(tiny_qwen2_vl_folder, tmp_path / "b", video_token_id=512))
+    assert model.config.video_token_id is None
+    assert load_model(tiny_qwen2_vl_folder).config.video_token_id is not None
+
+
+def test_a_head_that_is_not_there_is_the_table(tiny_qwen2_vl_folder: Path, tmp_path: Path) -> None:
+    model = load_model(edited(tiny_qwen2_vl_folder, tmp_path / "a", tie_word_embeddings=False))
+    assert model.config == load_model(tiny_qwen2_vl_folder).config
+    hidden = torch.randn(2, 64)
+    assert torch.equal(model.logits(hidden), hidden @ model.model.embed_tokens.weight.T)
 
 
 def test_tied_head_may_be_repeated_but_not_differ(
@@ -229,6 +272,20 @@ def test_quantized_model_is_its_decoded_self(quantized: tuple[Path, Path]) -> No
     error = (logits[0][:num_prompt] - logits[1][:num_prompt]).abs().max()
     assert error < 1e-4 * logits[1].abs().max()
     assert (logits[0] - logits[1]).abs().max() < 2e-3 * logits[1].abs().max()
+
+
+def test_a_quantized_table_says_how_long_the_vocabulary_is(
+    quantized: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """The config a checkpoint was written with may be wrong there, as its source's was."""
+    source = open_checkpoint(quantized[0])
+    spec = source.quantization
+    assert spec is not None
+    config = {**source.config, "vocab_size": 500, "tie_word_embeddings": False}
+    del config["quantization_config"]
+    write_checkpoint(tmp_path / "q", config, spec, source.tensors(), source.vq_weights(), [])
+    model = load_model(tmp_path / "q")
+    assert model.config == load_model(quantized[0]).config
 
 
 def test_quantized_table_gives_the_asked_dtype(quantized: tuple[Path, Path]) -> None:

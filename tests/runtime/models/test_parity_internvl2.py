@@ -123,8 +123,8 @@ def reference_logits(reference: Any, case: Case, new_ids: tuple[int, ...] = ()) 
     images: dict[str, Any] = {}
     if case.pictures:
         processor = GotOcr2ImageProcessorPil(
-            image_mean=list(PROCESSOR.image_mean),
-            image_std=list(PROCESSOR.image_std),
+            image_mean=list(PROCESSOR.pixels.mean),
+            image_std=list(PROCESSOR.pixels.std),
             size={"height": 56, "width": 56},
             crop_to_patches=True,
         )

@@ -1,4 +1,4 @@
-"""Random conversations with pictures, and transformers' processors to render them with."""
+"""Random conversations with pictures and videos; transformers' processors to render them with."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from tests.runtime.multimodal.tiled_sizes import random_picture
 
 WORDS = ["red", " circles", "\n", "  ", "picture?", "é", "画像", "'s", "7", "\t", "What", "! ", "<"]
 IMAGE: dict[str, Any] = {"type": "image"}
+VIDEO: dict[str, Any] = {"type": "video"}
 
 
-def random_conversation(seed: int, most_images: int) -> list[dict[str, Any]]:
+def random_conversation(seed: int, most_images: int, most_videos: int = 0) -> list[dict[str, Any]]:
     """Return up to three turns, and a system message now and then; content in parts."""
     rng = random.Random(seed)
 
@@ -32,7 +33,9 @@ def random_conversation(seed: int, most_images: int) -> list[dict[str, Any]]:
         for _ in range(rng.randint(1, 4)):
             is_image = left > 0 and rng.random() < 0.35
             left -= is_image
-            content.append(IMAGE if is_image else text())
+            is_video = most_videos > 0 and not is_image and rng.random() < 0.35
+            most_videos -= is_video
+            content.append(IMAGE if is_image else VIDEO if is_video else text())
         messages.append({"role": "user", "content": content})
     return messages
 
@@ -46,19 +49,21 @@ def random_pictures(messages: list[dict[str, Any]], seed: int) -> list[Image.Ima
     ]
 
 
-def hf_processor(base: type, folder: Path, images: Any, template: str, **settings: Any) -> Any:
-    """Return a processor of transformers without its video part, which needs torchvision."""
+def hf_processor(
+    base: type, folder: Path, images: Any, template: str, videos: Any = None, **settings: Any
+) -> Any:
+    """Return a processor of transformers, with another video part: its own needs torchvision."""
     from transformers import AutoTokenizer
 
-    class ImagesOnly(base):  # type: ignore[misc,valid-type]
+    class WithoutTorchvision(base):  # type: ignore[misc,valid-type]
         def check_argument_for_proper_class(self, *_: Any) -> None:
             pass
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    return ImagesOnly(
+    return WithoutTorchvision(
         image_processor=images,
         tokenizer=tokenizer,
-        video_processor=None,
+        video_processor=videos,
         chat_template=template,
         **settings,
     )

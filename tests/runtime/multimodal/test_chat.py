@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +9,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mgvq_runtime.checkpoint.reader import open_checkpoint
 from mgvq_runtime.errors import ImageError, RequestError
 from mgvq_runtime.models.config import Qwen2VLConfig
+from mgvq_runtime.models.loading import model_config
 from mgvq_runtime.multimodal.chat import ChatProcessor
 from mgvq_runtime.multimodal.processors.qwen2_vl import Qwen2VLImageProcessor
 from mgvq_runtime.tokenizer import Tokenizer
 from tests.runtime.conftest import hub_config
+from tests.runtime.multimodal.random_conversations import random_conversation
 
+NUM_CONVERSATIONS = 500
 IMAGE: dict[str, Any] = {"type": "image"}
+VIDEO: dict[str, Any] = {"type": "video"}
 
 
 def text(value: str) -> dict[str, Any]:
@@ -70,7 +74,7 @@ def reference(tiny_qwen2_vl_folder: Path) -> Any:
 def pictures(messages: list[dict[str, Any]], seed: int = 0) -> list[Image.Image]:
     generator = np.random.default_rng(seed)
     count = sum(part == IMAGE for m in messages for part in m["content"] if m["content"])
-    sizes = generator.integers(20, 400, (count, 2)).tolist()
+    sizes = generator.integers(20, 200, (count, 2)).tolist()
     return [
         Image.fromarray(generator.integers(0, 256, (height, width, 3), dtype=np.uint8))
         for height, width in sizes
@@ -102,14 +106,21 @@ def test_ids_and_patches_are_transformers_own(
 
 
 def test_random_conversations(processor: ChatProcessor, reference: Any) -> None:
-    rng = random.Random(4)
-    words = ["red", " circles", "\n", "  ", "picture?", "é", "画像", "'s", "7", "\t", "What", "!"]
-    for seed in range(30):
-        content = [
-            IMAGE if rng.random() < 0.3 else text("".join(rng.choices(words, k=6)))
-            for _ in range(rng.randint(1, 5))
-        ]
-        compare(processor, reference, [{"role": "user", "content": content}], seed)
+    num_pictures = [0, 0, 0, 0]
+    for seed in range(NUM_CONVERSATIONS):
+        messages = random_conversation(seed, most_images=3)
+        num_pictures[len(pictures(messages, seed))] += 1
+        compare(processor, reference, messages, seed)
+    assert min(num_pictures) > 20
+
+
+def test_the_familys_own_cap_where_nobody_says(tiny_qwen2_vl_folder: Path) -> None:
+    """The hub's file would allow 16,384 tokens."""
+    checkpoint = open_checkpoint(tiny_qwen2_vl_folder)
+    for asked, most in ((None, 1280), (300, 300)):
+        made = ChatProcessor.from_checkpoint(checkpoint, model_config(checkpoint), asked)
+        assert made.image_processor is not None
+        assert made.image_processor.max_num_tokens == most
 
 
 def test_text_alone_counts_up(processor: ChatProcessor) -> None:
@@ -156,15 +167,16 @@ def test_open_and_closed_conversations(processor: ChatProcessor) -> None:
         ([], 0, "at least one message", "messages"),
         ([{"content": "hi"}], 0, r"messages\[0\] must have a role", "messages[0].role"),
         ([{"role": "user"}], 0, "a string or a list of parts", "messages[0].content"),
-        ([{"role": "user", "content": ["hi"]}], 0, "type must be text or image", None),
+        ([{"role": "user", "content": ["hi"]}], 0, "type must be text, image or video", None),
         (
-            [{"role": "user", "content": [{"type": "video"}]}],
+            [{"role": "user", "content": [{"type": "video_url"}]}],
             0,
-            "must be text or image, got 'video'",
+            "must be text, image or video, got 'video_url'",
             "messages[0].content[0].type",
         ),
         ([{"role": "user", "content": [{"type": "text"}]}], 0, "text must be a string", None),
         ([{"role": "user", "content": [IMAGE]}], 0, "1 image parts, 0 images", "messages"),
+        ([{"role": "user", "content": [VIDEO]}], 0, "1 video parts, 0 videos", "messages"),
         ([{"role": "user", "content": "hi"}], 1, "0 image parts, 1 images", "messages"),
     ],
 )

@@ -12,6 +12,7 @@ import pytest
 from mgvq_runtime.checkpoint.reader import open_checkpoint
 from mgvq_runtime.errors import ConfigError, TokenizerError
 from mgvq_runtime.models.loading import model_config
+from mgvq_runtime.models.registry import FAMILIES
 from mgvq_runtime.multimodal.chat import ChatProcessor
 from mgvq_runtime.multimodal.processors.internvl2 import InternVL2ImageProcessor, select_grid
 from tests.runtime.family_folders import (
@@ -43,7 +44,7 @@ PICTURE = "<img><IMG_CONTEXT></img>"
 def reference_images(**changes: Any) -> Any:
     from transformers import GotOcr2ImageProcessorPil
 
-    mean, std = list(PUBLISHED.image_mean), list(PUBLISHED.image_std)
+    mean, std = list(PUBLISHED.pixels.mean), list(PUBLISHED.pixels.std)
     size = {"height": 448, "width": 448}
     return GotOcr2ImageProcessorPil(
         **{"image_mean": mean, "image_std": std, "size": size, "crop_to_patches": True, **changes}
@@ -164,6 +165,9 @@ def test_caps() -> None:
         for width, height in random_sizes(6, seed=5, longest=900):
             (image,) = capped.prepare([random_picture(width, height, 0)])
             assert image.num_tokens <= cap
+    most = FAMILIES["InternVLChatModel"].max_image_tokens
+    assert most is not None
+    assert PUBLISHED.capped(most).max_tiles == 6
     assert PUBLISHED.capped(1280).max_tiles == 4
     assert PUBLISHED.capped(10**6) == PUBLISHED
     assert PUBLISHED.max_grid == (13, 32, 32)

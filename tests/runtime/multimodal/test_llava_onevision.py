@@ -13,6 +13,7 @@ import pytest
 from mgvq_runtime.checkpoint.reader import open_checkpoint
 from mgvq_runtime.errors import ConfigError, TokenizerError
 from mgvq_runtime.models.loading import model_config
+from mgvq_runtime.models.registry import FAMILIES
 from mgvq_runtime.multimodal.chat import ChatProcessor
 from mgvq_runtime.multimodal.processors.llava_onevision import (
     LlavaOnevisionImageProcessor,
@@ -179,6 +180,10 @@ def test_caps(folder: Path) -> None:
             for image in capped.prepare([random_picture(width, height, 0)])
         ]
         assert max(counts) <= cap
+    most = FAMILIES["LlavaOnevisionForConditionalGeneration"].max_image_tokens
+    assert most is not None
+    small = [p for p in PUBLISHED.pinpoints if p[0] * p[1] <= 4 * 384**2]
+    assert PUBLISHED.capped(most).pinpoints == tuple(small)
     assert PUBLISHED.capped(1484).pinpoints == ()
     assert PUBLISHED.capped(1485).pinpoints == ((384, 384),)
     assert PUBLISHED.max_grid == (37, 27, 27)

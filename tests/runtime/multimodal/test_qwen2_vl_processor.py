@@ -134,7 +134,7 @@ def test_transformers_5_files(tmp_path: Path) -> None:
     saved = next(tmp_path.glob("*processor_config.json"))
     values = json.loads(saved.read_text())
     assert "size" in str(values)
-    expected = Qwen2VLImageProcessor(min_pixels=3136, max_pixels=12845056)
+    expected = Qwen2VLImageProcessor(3136, 12845056, frame_max_pixels=12845056)
     assert Qwen2VLImageProcessor.from_folder(tmp_path) == expected
     nested = tmp_path / "nested"
     nested.mkdir()
