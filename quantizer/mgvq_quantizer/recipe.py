@@ -80,7 +80,7 @@ class QuantRecipe:
     """Rounds of re-assignment and least-squares refit of codebooks and row scales."""
     descent_sweeps: int = 2
     """Coordinate descent passes over the codes after each assignment."""
-    max_codebook_overhead: float = 0.15
+    max_codebook_overhead: float = 0.05
     """Bits a weight a matrix may spend on tables of its own; above it they are shared by kind."""
     permute: bool = True
     """Order input channels by sensitivity, sorted or interleaved, and store the order."""
