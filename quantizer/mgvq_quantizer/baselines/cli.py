@@ -40,10 +40,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 parsed.seeds,
                 [read_checkpoint(text) for text in parsed.checkpoint],
                 Options(
-                    parsed.calibration,
-                    parsed.questions,
-                    parsed.limit,
-                    resolve_device(parsed.device, torch.cuda.device_count()),
+                    calibration=parsed.calibration,
+                    questions=parsed.questions,
+                    limit=parsed.limit,
+                    tuning_steps=parsed.tuning_steps,
+                    device=resolve_device(parsed.device, torch.cuda.device_count()),
                 ),
                 bar.set_description_str,
             )
@@ -124,6 +125,13 @@ def build_parser() -> argparse.ArgumentParser:
     add("--calibration", type=Path, metavar="FILE", help="as for mgvq-quantize")
     add("--questions", type=Path, metavar="FILE", help="as for mgvq-eval (default: the model's)")
     add("--limit", type=int, metavar="N", help="most questions, drawn at random (default: all)")
+    add(
+        "--tuning-steps",
+        type=int,
+        default=0,
+        metavar="N",
+        help="steps of end-to-end tuning for every baseline, as ours gets 200 (default: 0)",
+    )
     add("--device", default="auto", help="auto, cpu or cuda (default: auto)")
     add("--num-threads", type=int, metavar="N", help="CPU threads of torch")
     return parser

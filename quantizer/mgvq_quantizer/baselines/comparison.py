@@ -17,15 +17,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mgvq_quantizer.archive import Archive
-from mgvq_quantizer.baselines.interface import Fisher, NotDefined
+from mgvq_quantizer.baselines.interface import Fisher, NotDefined, Quantized
 from mgvq_quantizer.baselines.methods import Method
-from mgvq_quantizer.baselines.through_model import fishers_of, quantize_decoder
+from mgvq_quantizer.baselines.through_model import bits_per_weight, fishers_of, quantize_decoder
+from mgvq_quantizer.baselines.tuned import tune_decoder
 from mgvq_quantizer.batches import encode_pictures, unique_pictures
 from mgvq_quantizer.evaluate import Examiner, Marks, bits_by_group, to_dense
-from mgvq_quantizer.pipeline import _batches, _Data, _read_data
+from mgvq_quantizer.pipeline import _batches, _Data, _read_data, _reference
 from mgvq_quantizer.questions import find_questions
 from mgvq_quantizer.recipe import QuantRecipe
+from mgvq_quantizer.tuning import Reference
 from mgvq_quantizer.work_folder import ResumeError
 from mgvq_runtime import __version__
 from mgvq_runtime.checkpoint.files import fingerprint_folder
@@ -143,13 +147,15 @@ def compare(
         DataError: if calibration data or questions cannot be used.
         ResumeError: if the folder belongs to a comparison of something else.
     """
-    bench = _Bench(model, options or Options(), progress)
+    options = options or Options()
+    bench = _Bench(model, options, progress)
+    tuned = f", tuned {options.tuning_steps} steps" if options.tuning_steps else ""
     comparison = Comparison(output, bench.facts)
     opened = [(label, open_checkpoint(path)) for label, path in checkpoints]
     ours = [(checkpoint, _checkpoint_row(label, checkpoint)) for label, checkpoint in opened]
     _check_distinct([row for _, row in ours])
     theirs = [
-        (method, Row(method.label, target, seed))
+        (method, Row(method.label + tuned, target, seed))
         for target in bits
         for method in methods
         for seed in (seeds if method.is_random else seeds[:1])
@@ -172,6 +178,8 @@ class Options:
     questions: Path | None = None
     limit: int | None = None
     """Most questions."""
+    tuning_steps: int = 0
+    """Steps of end-to-end tuning that every baseline gets; its rows are labelled so."""
     device: str = "cpu"
 
 
@@ -184,7 +192,8 @@ class _Bench:
             raise CheckpointError(f"{model} is quantized already: give the original checkpoint")
         self._device, self._progress = options.device, progress
         graph = self._dense()
-        data = _read_data(model, graph, QuantRecipe(tuning_steps=0), options.calibration)
+        self._recipe = QuantRecipe(tuning_steps=options.tuning_steps)
+        data = _read_data(model, graph, self._recipe, options.calibration)
         questions = find_questions(options.questions, [model])
         self.facts = {
             "model": model.name,
@@ -196,12 +205,13 @@ class _Bench:
             "tool_version": __version__,
         }
         self._data: _Data = data
-        self._features = encode_pictures(graph, unique_pictures(data.train), options.device)
+        self._features = encode_pictures(graph, unique_pictures(data.all), options.device)
         self._batches = _batches(data.train, next(graph.parameters()).device)
         self._examiner = Examiner(
             model, Archive(questions), options.limit, 0, options.device, show_progress=False
         )
         self._fishers: dict[str, Fisher] = {}
+        self._reference: Reference | None = None
 
     def run(self, method: Method, row: Row) -> Row:
         """Quantize a fresh model and examine it."""
@@ -212,7 +222,7 @@ class _Bench:
             self._progress("gradients of the calibration answers")
             self._fishers = fishers_of(graph, self._data.train, self._features)
         try:
-            spent = quantize_decoder(
+            results = quantize_decoder(
                 graph,
                 method.quantize,
                 row.target,
@@ -225,16 +235,35 @@ class _Bench:
         except NotDefined as error:
             self._progress(f"{what}: not defined")
             return dataclasses.replace(row, undefined=str(error))
+        if self._recipe.tuning_steps:
+            self._tune(graph, results, lambda text: self._progress(f"{what}: {text}"))
         self._progress(f"{what}: asking questions")
-        marks = self._examiner.examine(graph)
-        seconds = time.monotonic() - started
-        return dataclasses.replace(row, bits_per_weight=spent, marks=marks, seconds=seconds)
+        return dataclasses.replace(
+            row,
+            bits_per_weight=bits_per_weight(results),
+            marks=self._examiner.examine(graph),
+            seconds=time.monotonic() - started,
+        )
 
     def run_checkpoint(self, opened: Checkpoint, row: Row) -> Row:
         """Examine an MGVQ checkpoint."""
         started = time.monotonic()
         marks = self._examiner.examine(to_dense(fill_model(opened, self._device)))
         return dataclasses.replace(row, marks=marks, seconds=time.monotonic() - started)
+
+    def _tune(
+        self, graph: CausalLM, results: Mapping[str, Quantized], progress: Callable[[str], None]
+    ) -> None:
+        """Tune a quantized decoder against the dense model, which is asked once."""
+        data = self._data
+        if self._reference is None:
+            everything = _batches(data.all, self._batches[0].token_ids.device)
+            with torch.no_grad():
+                self._reference, _ = _reference(self._dense(), everything, self._features)
+        samples = ([*data.train, *data.swapped], data.heldout)
+        tune_decoder(
+            graph, results, self._reference, samples, self._features, self._recipe, progress
+        )
 
     def _dense(self) -> CausalLM:
         return fill_model(self._source, self._device)

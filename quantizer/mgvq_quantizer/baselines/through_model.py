@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from mgvq_quantizer.baselines.interface import Baseline, Fisher, Layer
+from mgvq_quantizer.baselines.interface import Baseline, Fisher, Layer, Quantized
 from mgvq_quantizer.batches import Features, TokenBatch, embed, make_batch
 from mgvq_quantizer.calibration import Sample
 from mgvq_quantizer.statistics import Run, input_moment, record_calls
@@ -34,7 +34,7 @@ def quantize_decoder(
     features: Features,
     fishers: Mapping[str, Fisher],
     progress: Callable[[str], None],
-) -> float:
+) -> dict[str, Quantized]:
     """Replace the decoder's matrices by their quantized values.
 
     Args:
@@ -48,30 +48,33 @@ def quantize_decoder(
         progress: told the name of each matrix.
 
     Returns:
-        Stored bits a weight, in full.
+        The quantized matrices by name.
 
     Raises:
         NotDefined: if the method has no setting for a matrix.
     """
-    bits = weights = 0
+    results: dict[str, Quantized] = {}
 
     def visit(i: int, runs: Sequence[Run]) -> None:
-        nonlocal bits, weights
         for name, linear in decoder_linears(model, i).items():
             progress(name)
             moment = input_moment(name, linear, runs)
             layer = Layer(linear.weight.float(), moment, fishers.get(name))
-            result = quantize(layer, target, seeded(seed, name))
-            linear.weight.copy_(result.weight)
-            bits += result.bits
-            weights += linear.weight.numel()
+            results[name] = quantize(layer, target, seeded(seed, name))
+            linear.weight.copy_(results[name].weight)
 
     layers = model.model.layers
     runs: list[Run] = [
         partial(model, embed(model, batch, features), batch.forward) for batch in batches
     ]
     walk_blocks(layers, record_calls(layers[0], runs), visit)
-    return bits / weights
+    return results
+
+
+def bits_per_weight(results: Mapping[str, Quantized]) -> float:
+    """Return stored bits a weight of quantized matrices, in full."""
+    bits = sum(result.bits for result in results.values())
+    return bits / sum(result.weight.numel() for result in results.values())
 
 
 def decoder_linears(model: CausalLM, block: int) -> dict[str, nn.Linear]:
