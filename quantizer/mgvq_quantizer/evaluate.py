@@ -9,6 +9,7 @@ on the same pictures have in common runs once (`shared_prefix`).
 
 from __future__ import annotations
 
+import hashlib
 import math
 import time
 from collections import defaultdict
@@ -166,6 +167,12 @@ class Examiner:
         self._reference = to_dense(fill_model(opened, device))
         self._processor = ChatProcessor.from_checkpoint(opened, self._reference.config)
         self._reference_states: dict[int, Tensor] = {}
+
+    @property
+    def fingerprint(self) -> str:
+        """Tells apart draws of questions."""
+        asked = [(q.kind, q.images, q.text, q.answer) for q in self._questions]
+        return hashlib.blake2b(repr(asked).encode(), digest_size=16).hexdigest()
 
     @torch.no_grad()
     def examine(self, model: CausalLM) -> Marks:

@@ -57,7 +57,7 @@ def test_the_command_compares_and_adds_to_what_is_there(
     printed = capsys.readouterr().out
     assert (output / "compare.md").read_text() in printed
     with Image.open(output / "compare.png") as picture:
-        assert picture.size == (1080, 720)
+        assert picture.size == (1350, 720)
 
     asked = []
     run = comparison._Bench.run

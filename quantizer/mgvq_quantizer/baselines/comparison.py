@@ -44,6 +44,19 @@ OURS = "MGVQ"
 
 
 @dataclass(frozen=True)
+class Options:
+    """What rows are calibrated on and asked, and where."""
+
+    calibration: Path | None = None
+    questions: Path | None = None
+    limit: int | None = None
+    """Most questions."""
+    tuning_steps: int = 0
+    """Steps of end-to-end tuning that every baseline gets; its rows are labelled so."""
+    device: str = "cpu"
+
+
+@dataclass(frozen=True)
 class Row:
     """One quantizer at one rate with one seed, and what became of the model."""
 
@@ -170,19 +183,6 @@ def compare(
     return comparison.rows
 
 
-@dataclass(frozen=True)
-class Options:
-    """What rows are calibrated on and asked, and where."""
-
-    calibration: Path | None = None
-    questions: Path | None = None
-    limit: int | None = None
-    """Most questions."""
-    tuning_steps: int = 0
-    """Steps of end-to-end tuning that every baseline gets; its rows are labelled so."""
-    device: str = "cpu"
-
-
 class _Bench:
     """A dense model with everything that rows share, made once."""
 
@@ -195,6 +195,9 @@ class _Bench:
         self._recipe = QuantRecipe(tuning_steps=options.tuning_steps)
         data = _read_data(model, graph, self._recipe, options.calibration)
         questions = find_questions(options.questions, [model])
+        self._examiner = Examiner(
+            model, Archive(questions), options.limit, 0, options.device, show_progress=False
+        )
         self.facts = {
             "model": model.name,
             "model_fingerprint": fingerprint_folder(model),
@@ -202,14 +205,12 @@ class _Bench:
             "calibration_fingerprint": data.fingerprint,
             "questions": questions.name,
             "limit": options.limit,
+            "questions_fingerprint": self._examiner.fingerprint,
             "tool_version": __version__,
         }
         self._data: _Data = data
         self._features = encode_pictures(graph, unique_pictures(data.all), options.device)
         self._batches = _batches(data.train, next(graph.parameters()).device)
-        self._examiner = Examiner(
-            model, Archive(questions), options.limit, 0, options.device, show_progress=False
-        )
         self._fishers: dict[str, Fisher] = {}
         self._reference: Reference | None = None
 

@@ -119,7 +119,7 @@ def plot(rows: Sequence[Row], file: Path) -> None:
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7.2, 4.8), dpi=150, layout="constrained")
+    figure = Figure(figsize=(9.0, 4.8), dpi=150, layout="constrained")
     axes = figure.add_subplot()
     curves: dict[str, list[Line]] = {}
     for line in lines_of(rows):
@@ -149,5 +149,5 @@ def plot(rows: Sequence[Row], file: Path) -> None:
     axes.set_xlabel("bits a decoder weight, in full")
     axes.set_ylabel("KL from the unquantized model, nats an answer token")
     axes.grid(visible=True, which="both", alpha=0.25)
-    axes.legend(fontsize=8)
+    figure.legend(fontsize=8, loc="outside right upper")
     figure.savefig(file)

@@ -8,7 +8,7 @@ quantized here and stays.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -125,15 +125,11 @@ def tune_decoder(
 
     before = best = measure()
     kept, share = knobs.copy(), 1.0
-    rng = np.random.default_rng(recipe.seed)
     optimizer = knobs.optimizer(recipe, share)
-    queue: list[list[Sample]] = []
-    for step in range(1, recipe.tuning_steps + 1):
-        if not queue:
-            shuffled = [samples[0][i] for i in rng.permutation(len(samples[0]))]
-            queue = split_batches(shuffled, recipe.tuning_batch_tokens)
+    steps = range(1, recipe.tuning_steps + 1)
+    for step, part in zip(steps, _shuffled(samples[0], recipe), strict=False):
         optimizer.zero_grad()
-        loss(make_batch(queue.pop(), device)).backward()  # type: ignore[no-untyped-call]
+        loss(make_batch(part, device)).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         if step % max(1, recipe.tuning_steps // _CHECKS) == 0 or step == recipe.tuning_steps:
             now = measure()
@@ -149,6 +145,14 @@ def tune_decoder(
         for name, value in knobs.parameters(stored=True).items():
             model.get_parameter(name).copy_(value)
     return before, best
+
+
+def _shuffled(samples: Sequence[Sample], recipe: QuantRecipe) -> Iterator[list[Sample]]:
+    """Deal out all samples in batches, again and again, each time in another order."""
+    rng = np.random.default_rng(recipe.seed)
+    while True:
+        order = [samples[i] for i in rng.permutation(len(samples))]
+        yield from reversed(split_batches(order, recipe.tuning_batch_tokens))
 
 
 def _of_student(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
