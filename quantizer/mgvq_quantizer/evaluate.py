@@ -1,14 +1,15 @@
 """How far a checkpoint is from its reference, and how many questions it gets right.
 
-Called by `evaluate_cli` and `benchmarks`. Answers are fed to the model (teacher forcing): the
-divergence is measured on every answer token, the end token included, and a model answers exactly
-right if and only if each of these tokens is its most probable one - which is what greedy
-generation does, without generating. Pictures are encoded once, and the prompt that questions on
-the same pictures have in common runs once (`shared_prefix`).
+Called by `evaluate_cli`, `baselines` and `benchmarks`. Answers are fed to the model (teacher
+forcing): the divergence is measured on every answer token, the end token included, and a model
+answers exactly right if and only if each of these tokens is its most probable one - which is what
+greedy generation does, without generating. Pictures are encoded once, and the prompt that questions
+on the same pictures have in common runs once (`shared_prefix`).
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 import time
 from collections import defaultdict
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from mgvq_kernels import ops
@@ -48,8 +49,8 @@ _LOGIT_ROWS = 512
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """The outcome; fields are the keys of the JSON line."""
+class Marks:
+    """What a model said to the questions."""
 
     kl: float
     """KL(reference || checkpoint) in nats, mean over answer tokens."""
@@ -67,6 +68,12 @@ class Evaluation:
     """Questions."""
     n_tokens: int
     """Answer tokens, end tokens included."""
+
+
+@dataclass(frozen=True)
+class Evaluation(Marks):
+    """The outcome for a checkpoint; fields are the keys of the JSON line."""
+
     bits_per_weight: float
     """Of the decoder's linear layers, in full."""
     bits_per_weight_by_group: dict[str, float]
@@ -114,23 +121,81 @@ def evaluate(
     """
     started = time.monotonic()
     archive = Archive(find_questions(questions, [checkpoint, reference]))
-    rows = load_questions(archive, limit, seed)
     opened = open_checkpoint(checkpoint)
-    models = (to_dense(fill_model(opened, device)), to_dense(load(reference, device)))
-    processor = ChatProcessor.from_checkpoint(open_checkpoint(reference), models[1].config)
-    sums = _Sums()
-    with tqdm(total=len(rows), unit="question", disable=not show_progress) as bar:
-        for chunk in _chunks(rows):
-            asked = _prepare(archive, chunk, processor)
-            exam = make_exam(asked, processor.config.image_token_id, device)
-            _mark(exam, models, sums)
-            bar.update(len(chunk))
-    return _finish(sums, opened, time.monotonic() - started)
+    model = to_dense(fill_model(opened, device))
+    examiner = Examiner(reference, archive, limit, seed, device, show_progress)
+    marks = examiner.examine(model)
+    bits = bits_by_group(opened)
+    return Evaluation(
+        **vars(marks),
+        bits_per_weight=bits["decoder"],
+        bits_per_weight_by_group=bits,
+        file_bytes=sum(f.stat().st_size for f in opened.path.glob("*.safetensors")),
+        seconds=time.monotonic() - started,
+    )
 
 
-def load(path: Path, device: str) -> CausalLM:
-    """Open and fill a checkpoint folder."""
-    return fill_model(open_checkpoint(path), device)
+class Examiner:
+    """Puts the same questions to one model after another, beside one reference."""
+
+    def __init__(
+        self,
+        reference: Path,
+        archive: Archive,
+        limit: int | None = None,
+        seed: int = 0,
+        device: str = "cpu",
+        show_progress: bool = True,
+    ) -> None:
+        """Load the reference and draw the questions.
+
+        Args:
+            reference: a checkpoint folder.
+            archive: the opened question file.
+            limit: as in `evaluate`.
+            seed: as in `evaluate`.
+            device: as in `evaluate`.
+            show_progress: as in `evaluate`.
+
+        Raises:
+            CheckpointError: if the reference cannot be loaded.
+            DataError: if there are no questions.
+        """
+        self._archive, self._device, self._silent = archive, device, not show_progress
+        self._questions = load_questions(archive, limit, seed)
+        opened = open_checkpoint(reference)
+        self._reference = to_dense(fill_model(opened, device))
+        self._processor = ChatProcessor.from_checkpoint(opened, self._reference.config)
+        self._reference_states: dict[int, Tensor] = {}
+
+    @property
+    def fingerprint(self) -> str:
+        """Tells apart draws of questions."""
+        asked = [(q.kind, q.images, q.text, q.answer) for q in self._questions]
+        return hashlib.blake2b(repr(asked).encode(), digest_size=16).hexdigest()
+
+    @torch.no_grad()
+    def examine(self, model: CausalLM) -> Marks:
+        """Ask a model everything; the reference is asked the first time only.
+
+        Args:
+            model: in dense arithmetic, on the examiner's device.
+
+        Raises:
+            DataError: if a row or picture cannot be used.
+        """
+        sums = _Sums()
+        bar = tqdm(total=len(self._questions), unit="question", disable=self._silent)
+        with bar:
+            for i, chunk in enumerate(_chunks(self._questions)):
+                asked = _prepare(self._archive, chunk, self._processor)
+                exam = make_exam(asked, self._processor.config.image_token_id, self._device)
+                if i not in self._reference_states:
+                    self._reference_states[i] = answer_states(self._reference, exam)
+                states = (answer_states(model, exam), self._reference_states[i])
+                _mark(exam, (model, self._reference), states, sums)
+                bar.update(len(chunk))
+        return _finish(sums)
 
 
 def to_dense(model: CausalLM) -> CausalLM:
@@ -197,9 +262,11 @@ def _prompt(
     return build_prompt(tokenizer.encode_chat(question.messages), images, config)
 
 
-def _mark(exam: Exam, models: tuple[CausalLM, CausalLM], sums: _Sums) -> None:
-    """Run both models over some questions and add up what they say."""
-    ours, theirs = (answer_states(model, exam) for model in models)  # [A, D] each
+def _mark(
+    exam: Exam, models: tuple[CausalLM, CausalLM], states: tuple[Tensor, Tensor], sums: _Sums
+) -> None:
+    """Add up what both models say, given the final states `[A, D]` of each."""
+    ours, theirs = states
     targets = exam.targets.to(ours.device)  # [A]
     divergences, agreed, right, reference_right = [], [], [], []
     for start in range(0, len(targets), _LOGIT_ROWS):
@@ -220,15 +287,14 @@ def _mark(exam: Exam, models: tuple[CausalLM, CausalLM], sums: _Sums) -> None:
             store[asked.kind].append(bool(marks.all()))
 
 
-def _finish(sums: _Sums, checkpoint: Checkpoint, seconds: float) -> Evaluation:
+def _finish(sums: _Sums) -> Marks:
     tokens, n = sum(sums.tokens), len(sums.tokens)
     kl = sum(sums.kl) / tokens
     spread = sum((k - kl * t) ** 2 for k, t in zip(sums.kl, sums.tokens, strict=True))
     flags = [flag for kind in sums.right.values() for flag in kind]
     accuracy = sum(flags) / n
     reference = sum(sum(kind) for kind in sums.reference_right.values()) / n
-    bits = bits_by_group(checkpoint)
-    return Evaluation(
+    return Marks(
         kl=kl,
         kl_se=math.sqrt(spread) / tokens,
         top1_agreement=sums.agreed / tokens,
@@ -239,10 +305,6 @@ def _finish(sums: _Sums, checkpoint: Checkpoint, seconds: float) -> Evaluation:
         reference_accuracy_by_kind=_means(sums.reference_right),
         n=n,
         n_tokens=tokens,
-        bits_per_weight=bits["decoder"],
-        bits_per_weight_by_group=bits,
-        file_bytes=sum(f.stat().st_size for f in checkpoint.path.glob("*.safetensors")),
-        seconds=seconds,
     )
 
 

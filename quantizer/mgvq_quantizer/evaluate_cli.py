@@ -1,4 +1,7 @@
-"""The command `mgvq-eval`: a checkpoint against its reference; the last line is one JSON object."""
+"""The command `mgvq-eval`: a checkpoint against its reference; the last line is one JSON object.
+
+`mgvq-eval compare` is `baselines.cli`.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from mgvq_quantizer.baselines import cli
 from mgvq_quantizer.evaluate import Evaluation, evaluate
 from mgvq_runtime.config import resolve_device
 from mgvq_runtime.env import debug_tracebacks
@@ -23,7 +27,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0, 2 for what the user can put right, 130 after Ctrl-C.
     """
-    parsed = build_parser().parse_args(arguments)
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words[:1] == ["compare"]:
+        return cli.main(words[1:])
+    parsed = build_parser().parse_args(words)
     try:
         if parsed.num_threads is not None:
             torch.set_num_threads(parsed.num_threads)
@@ -55,7 +62,8 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the parser."""
     parser = argparse.ArgumentParser(
         prog="mgvq-eval",
-        description="Compare a checkpoint with its reference on questions about pictures.",
+        description="Compare a checkpoint with its reference on questions about pictures. "
+        "mgvq-eval compare --help: published quantizers side by side.",
         allow_abbrev=False,
     )
     add = parser.add_argument

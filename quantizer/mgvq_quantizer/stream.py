@@ -145,12 +145,12 @@ class Stream:
         batches: Sequence[TokenBatch] = (),
     ) -> Calls:
         """Quantize block after block; return the calls that would enter one more."""
-        for i, block in enumerate(blocks):
-            runs: list[Run] = [partial(block, *call) for call in calls]
+
+        def visit(i: int, runs: Sequence[Run]) -> None:
             for name in self._linears(f"{prefix}.{i}"):
                 self._matrix(name, runs, weights=self._weights(name, batches))
-            calls = [_next_call(call, block(*call)) for call in calls]
-        return calls
+
+        return walk_blocks(blocks, calls, visit)
 
     def _matrix(
         self,
@@ -206,6 +206,25 @@ class Stream:
             generator = seeded(self.recipe.seed, f"order of {plan.name}")
             order = channel_order(weight, moment, plan.layout, self.recipe, generator)
         return Problem(weight, moment, order, plan.layout, plan.tables)
+
+
+def walk_blocks(
+    blocks: nn.ModuleList, calls: Calls, visit: Callable[[int, Sequence[Run]], None]
+) -> Calls:
+    """Go through blocks; each is called with what the changed ones before it produce.
+
+    Args:
+        blocks: called one after another.
+        calls: arguments of the first block, one tuple a run.
+        visit: given a block's number and its runs; may change its weights.
+
+    Returns:
+        The calls that would enter one more block.
+    """
+    for i, block in enumerate(blocks):
+        visit(i, [partial(block, *call) for call in calls])
+        calls = [_next_call(call, block(*call)) for call in calls]
+    return calls
 
 
 def seeded(seed: int, label: str) -> torch.Generator:

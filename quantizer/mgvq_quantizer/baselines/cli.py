@@ -1,0 +1,137 @@
+"""The command `mgvq-eval compare` (called by `evaluate_cli`)."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from mgvq_quantizer.baselines.comparison import FILE_NAME, OURS, Options, compare
+from mgvq_quantizer.baselines.methods import METHODS, find_methods
+from mgvq_quantizer.baselines.tables import markdown, plot, require_matplotlib
+from mgvq_runtime.config import resolve_device
+from mgvq_runtime.env import debug_tracebacks
+from mgvq_runtime.errors import ConfigError, MgvqError
+
+_RATES = (1.0, 8.0)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run `mgvq-eval compare`.
+
+    Returns:
+        The exit status: 0, 2 for what the user can put right, 130 after Ctrl-C.
+    """
+    parsed = build_parser().parse_args(arguments)
+    try:
+        require_matplotlib()
+        if parsed.num_threads is not None:
+            torch.set_num_threads(parsed.num_threads)
+        with tqdm(bar_format="{desc} [{elapsed}]", leave=False) as bar:
+            rows = compare(
+                parsed.model,
+                parsed.output,
+                find_methods(parsed.methods.split(",")),
+                read_rates(parsed.bits),
+                parsed.seeds,
+                [read_checkpoint(text) for text in parsed.checkpoint],
+                Options(
+                    calibration=parsed.calibration,
+                    questions=parsed.questions,
+                    limit=parsed.limit,
+                    tuning_steps=parsed.tuning_steps,
+                    device=resolve_device(parsed.device, torch.cuda.device_count()),
+                ),
+                bar.set_description_str,
+            )
+    except MgvqError as error:
+        if debug_tracebacks():
+            raise
+        print(f"mgvq-eval: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(
+            f"\nmgvq-eval: stopped. Finished rows lie in {parsed.output / FILE_NAME}; the same "
+            "command goes on from there.",
+            file=sys.stderr,
+        )
+        return 130
+    table = markdown(rows)
+    (parsed.output / "compare.md").write_text(table)
+    plot(rows, parsed.output / "compare.png")
+    print(table)
+    print(f"written to {parsed.output}: {FILE_NAME}, compare.md, compare.png")
+    return 0
+
+
+def read_checkpoint(text: str) -> tuple[str, Path]:
+    """Return label and folder of "LABEL=DIR" or "DIR"."""
+    label, equals, folder = text.partition("=")
+    return (label, Path(folder)) if equals else (OURS, Path(text))
+
+
+def read_rates(text: str) -> list[float]:
+    """Return the rates of a list such as "2.0,2.25".
+
+    Raises:
+        ConfigError: if a part is no number from 1 to 8.
+    """
+    try:
+        rates = [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise ConfigError(f"--bits takes numbers with commas between, got {text!r}") from error
+    for rate in rates:
+        if not _RATES[0] <= rate <= _RATES[1]:
+            raise ConfigError(f"--bits must lie between 1 and 8, got {rate:g}")
+    return rates
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser."""
+    parser = argparse.ArgumentParser(
+        prog="mgvq-eval compare",
+        description="Quantize a model's decoder with published methods and compare them, with "
+        "MGVQ checkpoints of the same model, at the bits they really cost.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--model", type=Path, required=True, metavar="DIR", help="dense checkpoint folder")
+    add("--output", type=Path, required=True, metavar="DIR", help="folder; finished rows are kept")
+    add(
+        "--methods",
+        default=",".join(METHODS),
+        metavar="NAMES",
+        help="baselines, with commas between (default: %(default)s)",
+    )
+    add(
+        "--bits",
+        default="2.0,2.25,3.0",
+        metavar="RATES",
+        help="bits a weight in full, with commas between (default: %(default)s)",
+    )
+    add("--seeds", type=int, nargs="+", default=[0], metavar="N", help="seeds (default: 0)")
+    add(
+        "--checkpoint",
+        action="append",
+        default=[],
+        metavar="[LABEL=]DIR",
+        help="an MGVQ checkpoint of the model, as a row; may be repeated. Those of one label and "
+        "rate are averaged over their seeds (default label: MGVQ)",
+    )
+    add("--calibration", type=Path, metavar="FILE", help="as for mgvq-quantize")
+    add("--questions", type=Path, metavar="FILE", help="as for mgvq-eval (default: the model's)")
+    add("--limit", type=int, metavar="N", help="most questions, drawn at random (default: all)")
+    add(
+        "--tuning-steps",
+        type=int,
+        default=0,
+        metavar="N",
+        help="steps of end-to-end tuning for every baseline, as ours gets 200 (default: 0)",
+    )
+    add("--device", default="auto", help="auto, cpu or cuda (default: auto)")
+    add("--num-threads", type=int, metavar="N", help="CPU threads of torch")
+    return parser

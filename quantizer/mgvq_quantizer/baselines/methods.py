@@ -1,0 +1,54 @@
+"""The table of baselines that `mgvq-eval compare` knows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from mgvq_quantizer.baselines.gptvq import gptvq
+from mgvq_quantizer.baselines.interface import Baseline
+from mgvq_quantizer.baselines.quip import quip
+from mgvq_quantizer.baselines.rsavq import rsavq
+from mgvq_quantizer.baselines.scalar import gptq, rtn
+from mgvq_quantizer.baselines.vptq import vptq
+from mgvq_runtime.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Method:
+    """A baseline and what running it takes."""
+
+    name: str
+    label: str
+    """What tables and plots call it."""
+    quantize: Baseline
+    is_random: bool = True
+    """Whether a seed makes a difference; without, one seed is run."""
+    needs_fisher: bool = False
+
+
+METHODS = {
+    method.name: method
+    for method in (
+        Method("rtn", "RTN, clip search", rtn, is_random=False),
+        Method("gptq", "GPTQ, act-order", gptq, is_random=False),
+        Method("gptvq-2d", "GPTVQ, 2-D", partial(gptvq, dim=2)),
+        Method("gptvq-4d", "GPTVQ, 4-D", partial(gptvq, dim=4)),
+        Method("vptq", "VPTQ-like", vptq),
+        Method("quip", "LDLQ + E8P (QuIP#-like)", quip),
+        Method("rsavq", "RSAVQ-like", rsavq, needs_fisher=True),
+    )
+}
+
+
+def find_methods(names: Sequence[str]) -> list[Method]:
+    """Return methods by name.
+
+    Raises:
+        ConfigError: if a name is not known; lists those that are.
+    """
+    for name in names:
+        if name not in METHODS:
+            raise ConfigError(f"{name!r} is no known method: choose from {', '.join(METHODS)}")
+    return [METHODS[name] for name in names]

@@ -1,0 +1,159 @@
+"""End-to-end tuning of a baseline's stored numbers, as `tuning` does it to ours (for `comparison`).
+
+Scales, offsets and codebooks of the decoder's matrices, its norms and biases; codes are frozen. The
+same loss, calibration conversations, number of steps, relative step sizes and choice of the best
+held-out state as ours get, with the numbers as they would be stored. The token table is not
+quantized here and stays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mgvq_quantizer.baselines.interface import Quantized, Values
+from mgvq_quantizer.batches import Features, TokenBatch, make_batch, split_batches
+from mgvq_quantizer.calibration import Sample
+from mgvq_quantizer.recipe import QuantRecipe
+from mgvq_quantizer.tuning import (
+    _CHECKS,
+    _EVALUATION_TOKENS,
+    _SMALLER,
+    Reference,
+    _divergences,
+    _Student,
+    heldout_kl,
+)
+from mgvq_runtime.models.causal_lm import CausalLM
+
+_CODEBOOKS = "codebook"
+"""Stored numbers whose names begin so take the recipe's steps for codebooks, others for scales."""
+
+
+class _Knobs:
+    """All trainable tensors of a model: `start + unit * delta`, so that one step size fits all."""
+
+    def __init__(self, model: CausalLM, results: Mapping[str, Quantized]) -> None:
+        self._results = results
+        self._starts: dict[tuple[str, str], Tensor] = {}
+        for name, result in results.items():
+            for part, value in result.values.items():
+                self._starts[name, part] = value
+        for name, parameter in model.named_parameters():
+            if not name.startswith("visual.") and parameter.dim() == 1:
+                self._starts["", name] = parameter.detach().clone()
+        self._units = {
+            key: start.square().mean().sqrt().clamp_min(1e-6) for key, start in self._starts.items()
+        }
+        self.deltas = {
+            key: torch.zeros_like(start, requires_grad=True) for key, start in self._starts.items()
+        }
+
+    def optimizer(self, recipe: QuantRecipe, share: float) -> torch.optim.Adam:
+        """Return a fresh Adam with `share` of the recipe's step sizes."""
+        books = [delta for (_, part), delta in self.deltas.items() if part.startswith(_CODEBOOKS)]
+        rest = [d for (_, part), d in self.deltas.items() if not part.startswith(_CODEBOOKS)]
+        groups = [
+            {"params": books, "lr": share * recipe.codebook_lr},
+            {"params": rest, "lr": share * recipe.scale_lr},
+        ]
+        return torch.optim.Adam([g for g in groups if g["params"]], betas=(0.9, 0.98))
+
+    def copy(self) -> list[Tensor]:
+        """Return the present state."""
+        return [delta.detach().clone() for delta in self.deltas.values()]
+
+    @torch.no_grad()
+    def put(self, state: Sequence[Tensor]) -> None:
+        """Go back to a state that `copy` returned."""
+        for delta, old in zip(self.deltas.values(), state, strict=True):
+            delta.copy_(old)
+
+    def parameters(self, *, stored: bool = False) -> dict[str, Tensor]:
+        """Return the model's parameters by name, for gradients, or as they would be stored."""
+        values = {key: s + self._units[key] * self.deltas[key] for key, s in self._starts.items()}
+        parameters = {
+            name: value.half().float() if stored else value
+            for (matrix, name), value in values.items()
+            if not matrix
+        }
+        for name, result in self._results.items():
+            mine: Values = {part: values[name, part] for part in result.values}
+            parameters[f"{name}.weight"] = result.decode(result.store(mine) if stored else mine)
+        return parameters
+
+
+@torch.enable_grad()
+def tune_decoder(
+    model: CausalLM,
+    results: Mapping[str, Quantized],
+    reference: Reference,
+    samples: tuple[Sequence[Sample], Sequence[Sample]],
+    features: Features,
+    recipe: QuantRecipe,
+    progress: Callable[[str], None],
+) -> tuple[float, float]:
+    """Adjust the stored numbers of a quantized decoder, and put the best state into the model.
+
+    Args:
+        model: the quantized model; matrices, norms and biases of its decoder are replaced.
+        results: its quantized matrices by name.
+        reference: what the unquantized model says about all samples.
+        samples: to train on; held out.
+        features: rows of every picture.
+        recipe: steps and step sizes.
+        progress: told what happens, in words.
+
+    Returns:
+        KL on the held-out samples before and after.
+    """
+    device = reference.head.device
+    student, knobs = _Student(model), _Knobs(model, results)
+    held = [make_batch(part, device) for part in split_batches(samples[1], _EVALUATION_TOKENS)]
+
+    @torch.no_grad()
+    def measure() -> float:
+        values = _of_student(knobs.parameters(stored=True))
+        return heldout_kl(student, values, held, features, reference)
+
+    def loss(batch: TokenBatch) -> Tensor:
+        values = _of_student(knobs.parameters())
+        return _divergences(student, values, batch, features, reference).mean()
+
+    before = best = measure()
+    kept, share = knobs.copy(), 1.0
+    optimizer = knobs.optimizer(recipe, share)
+    steps = range(1, recipe.tuning_steps + 1)
+    for step, part in zip(steps, _shuffled(samples[0], recipe), strict=False):
+        optimizer.zero_grad()
+        loss(make_batch(part, device)).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        if step % max(1, recipe.tuning_steps // _CHECKS) == 0 or step == recipe.tuning_steps:
+            now = measure()
+            progress(f"tuning, step {step}/{recipe.tuning_steps}, held-out KL {now:.4f}")
+            if now < best:
+                best, kept = now, knobs.copy()
+            else:
+                share *= _SMALLER
+                knobs.put(kept)
+                optimizer = knobs.optimizer(recipe, share)
+    knobs.put(kept)
+    with torch.no_grad():
+        for name, value in knobs.parameters(stored=True).items():
+            model.get_parameter(name).copy_(value)
+    return before, best
+
+
+def _shuffled(samples: Sequence[Sample], recipe: QuantRecipe) -> Iterator[list[Sample]]:
+    """Deal out all samples in batches, again and again, each time in another order."""
+    rng = np.random.default_rng(recipe.seed)
+    while True:
+        order = [samples[i] for i in rng.permutation(len(samples))]
+        yield from reversed(split_batches(order, recipe.tuning_batch_tokens))
+
+
+def _of_student(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {f"model.{name}": value for name, value in parameters.items()}

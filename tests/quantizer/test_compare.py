@@ -1,0 +1,235 @@
+"""Quantizers side by side on a tiny model: rows, resuming, table, plot, refusals."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from mgvq_quantizer import evaluate_cli
+from mgvq_quantizer.baselines import comparison, tables
+from mgvq_quantizer.baselines.cli import main, read_checkpoint, read_rates
+from mgvq_quantizer.baselines.comparison import Comparison, Row, compare
+from mgvq_quantizer.baselines.interface import Layer, Quantized
+from mgvq_quantizer.baselines.methods import Method, find_methods
+from mgvq_quantizer.baselines.rsavq import channel_scores, rsavq
+from mgvq_quantizer.baselines.through_model import decoder_linears, fishers_of
+from mgvq_quantizer.baselines.tuned import tune_decoder
+from mgvq_quantizer.batches import embed, encode_pictures, make_batch, unique_pictures
+from mgvq_quantizer.calibration import load_conversations, prepare
+from mgvq_quantizer.evaluate import Marks, evaluate
+from mgvq_quantizer.report import Report
+from mgvq_quantizer.work_folder import ResumeError
+from mgvq_runtime.checkpoint.reader import open_checkpoint
+from mgvq_runtime.errors import CheckpointError, ConfigError
+from mgvq_runtime.models.causal_lm import CausalLM
+from mgvq_runtime.models.loading import load_model
+from mgvq_runtime.multimodal.chat import ChatProcessor
+
+MARKS = Marks(0.1, 0.01, 0.9, 0.8, 0.02, 0.85, {"all": 0.8}, {"all": 0.85}, 100, 300)
+
+
+def test_the_command_compares_and_adds_to_what_is_there(
+    dense: Path,
+    quantized: tuple[Path, Report],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    output = tmp_path / "out"
+    words = ["compare", "--model", str(dense), "--output", str(output), "--bits", "2.25,4.25"]
+    words += ["--device", "cpu", "--limit", "6", "--checkpoint", f"ours={quantized[0]}"]
+    assert evaluate_cli.main([*words, "--methods", "rtn,gptq"]) == 0
+    first = json.loads((output / "compare.json").read_text())["rows"]
+    by_key = {(row["label"], row["target"]): row for row in first}
+    assert by_key["ours", 2.0]["quantized"] == "decoder, embedding, projector, vision"
+    assert by_key["ours", 2.0]["marks"]["kl"] == pytest.approx(
+        evaluate(quantized[0], dense, limit=6, show_progress=False).kl, rel=1e-6
+    )
+    coarse, fine = (by_key["RTN, clip search", bits]["marks"]["kl"] for bits in (2.25, 4.25))
+    assert 0.0 < fine < 0.5 * coarse
+    printed = capsys.readouterr().out
+    assert (output / "compare.md").read_text() in printed
+    with Image.open(output / "compare.png") as picture:
+        assert picture.size == (1350, 720)
+
+    asked = []
+    run = comparison._Bench.run
+
+    def note(bench: comparison._Bench, method: Method, row: Row) -> Row:
+        asked.append((method.name, row.target, row.seed))
+        return run(bench, method, row)
+
+    monkeypatch.setattr(comparison._Bench, "run", note)
+    assert evaluate_cli.main([*words, "--methods", "rtn,quip", "--seeds", "0", "1"]) == 0
+    assert asked == [("quip", 2.25, 0), ("quip", 2.25, 1), ("quip", 4.25, 0), ("quip", 4.25, 1)]
+    rows = json.loads((output / "compare.json").read_text())["rows"]
+    assert rows[: len(first)] == first
+    assert "E8P has no setting" in rows[-1]["undefined"]
+    assert "| LDLQ + E8P (QuIP#-like) | 4.25 | not defined |" in capsys.readouterr().out
+
+    assert evaluate_cli.main([*words, "--limit", "5"]) == 2
+    assert "limit = 6, this run has 5" in capsys.readouterr().err
+
+
+def test_every_matrix_of_the_decoder_is_quantized_on_what_the_others_left(dense: Path) -> None:
+    bench = comparison._Bench(dense, comparison.Options(limit=2), lambda text: None)
+
+    def run(factor: float) -> tuple[Row, list[torch.Tensor]]:
+        """Multiply every matrix instead of quantizing it; return the moments that were seen."""
+        seen: list[torch.Tensor] = []
+
+        def multiply(layer: Layer, target: float, generator: torch.Generator) -> Quantized:
+            seen.append(layer.moment)
+            return Quantized({"w": factor * layer.weight}, lambda values: values["w"], 3)
+
+        return bench.run(Method("x", "X", multiply), Row("X", 2.0, 0)), seen
+
+    same, kept = run(1.0)
+    assert same.marks is not None
+    assert same.marks.kl == pytest.approx(0.0, abs=1e-6)
+    row, moments = run(2.0)
+    model = load_model(dense)
+    names = [n for i in range(len(model.model.layers)) for n in decoder_linears(model, i)]
+    weights = sum(model.get_submodule(name).weight.numel() for name in names)
+    assert len(moments) == len(names) == 4 * len(model.model.layers)
+    assert row.bits_per_weight == pytest.approx(3 * len(names) / weights)
+    assert torch.allclose(kept[0], moments[0]), "nothing before the first matrix is changed"
+    grown = float(moments[3].trace() / kept[3].trace())
+    assert grown > 4, "gate and up are doubled before down_proj's inputs are looked at"
+
+
+def test_tuning_lowers_what_a_baseline_lost_and_keeps_its_codes(
+    dense: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outcomes: list[tuple[float, float]] = []
+    tuned_results: list[Mapping[str, Quantized]] = []
+    models: list[CausalLM] = []
+
+    def note(model: CausalLM, results: Mapping[str, Quantized], *rest: Any) -> tuple[float, float]:
+        outcomes.append(tune_decoder(model, results, *rest))
+        tuned_results.append(results)
+        models.append(model)
+        return outcomes[-1]
+
+    monkeypatch.setattr(comparison, "tune_decoder", note)
+    bench = comparison._Bench(dense, comparison.Options(limit=4, tuning_steps=12), lambda _: None)
+    method = find_methods(["gptvq-2d"])[0]
+    row = bench.run(method, Row(method.label, 2.25, 0))
+    ((before, after),) = outcomes
+    assert after < 0.95 * before
+    assert row.marks is not None
+    assert 2.25 * 0.9 <= (row.bits_per_weight or 0) <= 2.25 * 1.05
+    for name, result in tuned_results[0].items():
+        old, new = result.weight, models[0].get_submodule(name).weight
+        groups = {}  # equal pairs of old weights have one code and one codebook in their rows
+        for pair, now in zip(old[0, :16].view(-1, 2), new[0, :16].view(-1, 2), strict=True):
+            assert torch.equal(groups.setdefault(tuple(pair.tolist()), now), now), name
+    norm = models[0].model.norm.weight
+    assert torch.equal(norm, norm.half().float())
+
+
+def test_a_fisher_is_the_sum_over_plain_backwards(dense: Path) -> None:
+    model = load_model(dense)
+    processor = ChatProcessor.from_checkpoint(open_checkpoint(dense), model.config, 64)
+    _, conversations = load_conversations(None, dense)
+    samples = prepare(conversations[:3], processor, processor.tokenizer)
+    features = encode_pictures(model, unique_pictures(samples), "cpu")
+    fishers = fishers_of(model, samples, features)
+    name = "model.layers.1.mlp.down_proj"
+    weight = model.get_submodule(name).weight
+    gradients = []
+    for sample in samples:
+        weight.requires_grad_(True)
+        batch = make_batch([sample], "cpu")
+        states = model(embed(model, batch, features), batch.forward)
+        chances = model.logits(states[batch.answer_rows]).log_softmax(-1)
+        tokens = torch.from_numpy(sample.token_ids[sample.is_answer.astype(bool)])
+        (-chances[torch.arange(len(tokens)), tokens].sum()).backward()
+        gradients.append(weight.grad.double())
+        weight.grad = None
+    G = torch.stack(gradients)
+    O, I = weight.shape  # noqa: E741
+    assert torch.allclose(fishers[name].gradient, G.mean(0), rtol=1e-3, atol=1e-7)
+    expected = torch.einsum("soi,spi->op", G, G) / (3 * I)
+    assert torch.allclose(fishers[name].outputs, expected, rtol=1e-3, atol=1e-9)
+    expected = torch.einsum("soi,soj->ij", G, G) / (3 * O)
+    assert torch.allclose(fishers[name].inputs, expected, rtol=1e-3, atol=1e-9)
+
+    damped = fishers[name].outputs + 0.01 * fishers[name].outputs.trace() / O * torch.eye(O)
+    scores = channel_scores(fishers[name])
+    column = fishers[name].gradient[:, 5]
+    kronecker = damped * (fishers[name].inputs[5, 5] + 0.01 * fishers[name].inputs.trace() / I)
+    by_hand = 0.5 * column @ torch.linalg.inv(kronecker) @ column
+    assert float(scores[5]) == pytest.approx(float(by_hand), rel=1e-6)
+    layer = Layer(weight.detach(), torch.eye(I, dtype=torch.float64), fishers[name])
+    result = rsavq(layer, 4.0, torch.Generator().manual_seed(0))
+    assert 0.9 * 4 <= result.bits / (O * I) <= 1.05 * 4
+    assert float((result.weight - layer.weight).square().mean()) < 0.05 * float(
+        layer.weight.square().mean()
+    )
+
+
+def test_rows_of_one_label_are_averaged_and_checkpoints_replaced(tmp_path: Path) -> None:
+    folder = Comparison(tmp_path, {"model": "m"})
+    for seed, kl in ((0, 0.1), (1, 0.3)):
+        marks = dataclasses.replace(MARKS, kl=kl)
+        folder.add(Row("A", 2.0, seed, bits_per_weight=2.0625, marks=marks))
+    folder.add(Row("B", 2.0, 0, undefined="no"))
+    folder.add(Row("ours", 2.0, 0, source="old", bits_per_weight=2.0, marks=MARKS))
+    assert not folder.has(Row("ours", 2.0, 0, source="new"))
+    folder.add(Row("ours", 2.0, 0, "new", bits_per_weight=2.0, marks=MARKS))
+    again = Comparison(tmp_path, {"model": "m"})
+    assert again.rows == folder.rows
+    assert [row.source for row in again.rows if row.label == "ours"] == ["new"]
+    lines = tables.markdown(again.rows).splitlines()
+    assert lines[2] == "| ours | 2 | 2.000 | 0.1000 | 90.00% | 80.00% | 1 |"
+    assert lines[3].startswith("| A | 2 | 2.062 | 0.2000 ± 0.1414 |")
+    assert lines[4] == "| B | 2 | not defined | | | | |"
+    assert "85.00%" in lines[-1]
+    with pytest.raises(ResumeError, match="model = 'm', this run has 'n'"):
+        Comparison(tmp_path, {"model": "n"})
+    (tmp_path / "compare.json").write_text("{")
+    with pytest.raises(ResumeError, match="cannot be read"):
+        Comparison(tmp_path, {"model": "m"})
+
+
+def test_what_cannot_be_compared_is_refused(
+    dense: Path, quantized: tuple[Path, Report], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(ConfigError, match="no known method: choose from rtn, gptq"):
+        find_methods(["awq"])
+    with pytest.raises(ConfigError, match="between 1 and 8, got 0.5"):
+        read_rates("2,0.5")
+    with pytest.raises(ConfigError, match="numbers with commas"):
+        read_rates("two")
+    assert read_checkpoint("a=b/c") == ("a", Path("b/c"))
+    assert read_checkpoint("b/c") == ("MGVQ", Path("b/c"))
+    with pytest.raises(CheckpointError, match="quantized already"):
+        compare(quantized[0], tmp_path / "x", [], [], [])
+    with pytest.raises(CheckpointError, match="not quantized"):
+        compare(dense, tmp_path / "x", [], [], [], [("ours", dense)])
+    twice = [("ours", quantized[0]), ("ours", quantized[0])]
+    with pytest.raises(ConfigError, match="tell them apart with --checkpoint LABEL=DIR"):
+        compare(dense, tmp_path / "x", [], [], [], twice)
+    words = ["--model", str(dense), "--output", str(tmp_path / "y"), "--methods", "rtn,none"]
+    assert main(words) == 2
+    assert "'none' is no known method" in capsys.readouterr().err
+
+
+def test_an_interrupted_comparison_says_how_to_go_on(
+    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(comparison._Bench, "run", interrupt)
+    words = ["--model", str(dense), "--output", str(tmp_path), "--device", "cpu", "--limit", "2"]
+    assert main(words) == 130
+    assert "compare.json; the same command goes on" in capsys.readouterr().err
