@@ -22,7 +22,13 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from mgvq_runtime import MediaLimits, __version__
 from mgvq_serve.admission import Admission
 from mgvq_serve.body import content_length, read_json_body
-from mgvq_serve.chat import ChatService, PromptBuilder, ServedModel, model_not_found
+from mgvq_serve.chat import (
+    ChatService,
+    GrammarCompiler,
+    PromptBuilder,
+    ServedModel,
+    model_not_found,
+)
 from mgvq_serve.disconnect import ClientDisconnectedError, watch_disconnect
 from mgvq_serve.engine_thread import EngineLike, EngineThread
 from mgvq_serve.errors import ApiError, engine_dead, unavailable
@@ -50,6 +56,10 @@ class ServableEngine(EngineLike, Protocol):
     @property
     def chat_processor(self) -> PromptBuilder:
         """Turns messages and pictures into prompts."""
+
+    @property
+    def grammars(self) -> GrammarCompiler:
+        """Compiles forms of answers."""
 
     @property
     def max_model_len(self) -> int:
@@ -103,6 +113,7 @@ def create_app(
         ServedModel(model_name, engine.max_model_len, int(time.time())),
         EngineThread(engine),
         engine.chat_processor,
+        engine.grammars,
         ImageLoader(limits, settings.allowed_local_media_path),
         Admission(max_num_seqs, settings.max_queue, MAX_OPEN_BODIES * max_body_bytes),
         settings.limit_images,
