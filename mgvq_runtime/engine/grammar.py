@@ -30,7 +30,8 @@ end; with up to 24 characters it did so at every place that allows them."""
 MAX_GRAMMAR_CHARS = 256 * 1024
 COMPILE_STACK_BYTES = 256 << 20
 """llguidance follows chains of rules and `$ref`s by recursion: on the usual stack of 8 MiB a chain
-of 3,000 to 4,000 ends the process (1.9.1, x86-64); the longest text allowed needs under 128 MiB."""
+of 3,000 to 4,000 ends the process; one of 17,576 rules takes between 32 and 64 MiB, and the longest
+text allowed has room for twice as many (llguidance 1.9.1, x86-64)."""
 MAX_CACHED_GRAMMARS = 32
 
 
