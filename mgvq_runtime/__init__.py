@@ -23,6 +23,7 @@ _HOME_OF = {
     "Request": "mgvq_runtime.request",
     "RequestOutput": "mgvq_runtime.request",
     "SamplingParams": "mgvq_runtime.request",
+    "StructuredOutputsParams": "mgvq_runtime.structured_outputs",
     "TokenLogprob": "mgvq_runtime.request",
     "add_config_arguments": "mgvq_runtime.config",
     "config_from_arguments": "mgvq_runtime.config",
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
         SamplingParams,
         TokenLogprob,
     )
+    from mgvq_runtime.structured_outputs import StructuredOutputsParams
 
 __all__ = [
     "LLM",
@@ -58,6 +60,7 @@ __all__ = [
     "Request",
     "RequestOutput",
     "SamplingParams",
+    "StructuredOutputsParams",
     "TokenLogprob",
     "__version__",
     "add_config_arguments",

@@ -114,7 +114,7 @@ class LLM:
         self,
         messages: Sequence[Message],
         sampling_params: SamplingParams | None = None,
-        use_tqdm: bool = False,
+        use_tqdm: bool = True,
     ) -> ChatReply: ...
 
     @overload
@@ -122,14 +122,14 @@ class LLM:
         self,
         messages: Sequence[Sequence[Message]],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
-        use_tqdm: bool = False,
+        use_tqdm: bool = True,
     ) -> list[ChatReply]: ...
 
     def chat(
         self,
         messages: Sequence[Message] | Sequence[Sequence[Message]],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
-        use_tqdm: bool = False,
+        use_tqdm: bool = True,
     ) -> ChatReply | list[ChatReply]:
         """Answer one conversation, or a list of them together.
 
@@ -139,7 +139,7 @@ class LLM:
                 `{"type": "image", "image": PIL image or path}`, a video `{"type": "video", "video":
                 [PIL images or paths, one a frame]}`.
             sampling_params: How tokens are chosen: one for all, or one a conversation.
-            use_tqdm: Whether to show a progress bar.
+            use_tqdm: Whether a list shows a progress bar; it does so on a terminal only.
 
         Returns:
             One reply, or a list of them in the order of the conversations. In a list, a
@@ -158,7 +158,7 @@ class LLM:
         self,
         prompts: str,
         sampling_params: SamplingParams | None = None,
-        use_tqdm: bool = False,
+        use_tqdm: bool = True,
     ) -> ChatReply: ...
 
     @overload
@@ -166,21 +166,21 @@ class LLM:
         self,
         prompts: list[str],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
-        use_tqdm: bool = False,
+        use_tqdm: bool = True,
     ) -> list[ChatReply]: ...
 
     def generate(
         self,
         prompts: str | list[str],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
-        use_tqdm: bool = False,
+        use_tqdm: bool = True,
     ) -> ChatReply | list[ChatReply]:
         """Continue plain text, without a chat template and without pictures.
 
         Args:
             prompts: A text, or a list of texts.
             sampling_params: How tokens are chosen: one for all, or one a text.
-            use_tqdm: Whether to show a progress bar.
+            use_tqdm: Whether a list shows a progress bar; it does so on a terminal only.
 
         Returns:
             One reply, or a list of them, as `chat`.
@@ -226,7 +226,8 @@ class LLM:
         queue = iter(enumerate(zip(asked, params, strict=True)))
         replies: dict[int, ChatReply] = {}
         running: dict[str, int] = {}
-        progress = tqdm(total=len(asked), unit="answer", disable=not use_tqdm)
+        is_hidden = True if is_single or not use_tqdm else None  # None: unless on a terminal
+        progress = tqdm(total=len(asked), unit="answer", disable=is_hidden)
         try:
             while len(replies) < len(asked):
                 while len(running) < 2 * self.engine.config.max_num_seqs:

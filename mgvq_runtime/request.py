@@ -7,7 +7,8 @@ decoded and cut by `mgvq_runtime.multimodal`.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
@@ -15,10 +16,12 @@ import numpy as np
 import numpy.typing as npt
 
 from mgvq_runtime.errors import RequestError
+from mgvq_runtime.structured_outputs import StructuredOutputsParams
 
 MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 16
 MAX_SEED = 2**63 - 1
+MAX_LOGIT_BIAS = 100.0
 
 
 @dataclass(frozen=True)
@@ -99,16 +102,30 @@ class SamplingParams:
     """Keep this many tokens; 0 or -1 keeps all."""
     min_p: float = 0.0
     """Drop tokens less probable than this share of the most probable one."""
+    repetition_penalty: float = 1.0
+    """Above 1 weakens tokens that prompt or answer have already; 1 is off."""
+    frequency_penalty: float = 0.0
+    """Taken off a token's logit for each time the answer has it."""
+    presence_penalty: float = 0.0
+    """Taken off the logit of every token that the answer has."""
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    """Added to the logits of these tokens, from -100 to 100."""
     seed: int | None = None
     """The same seed, prompt and parameters give the same text, whatever else is running."""
     stop: tuple[str, ...] = ()
     """Strings that end the answer; the text ends before them."""
     stop_token_ids: tuple[int, ...] = ()
     """Token ids that end the answer, besides the model's own end tokens."""
+    include_stop_str_in_output: bool = False
+    """Keep the stop string, or the text of the stop token, at the end of the text."""
+    min_tokens: int = 0
+    """Tokens before which nothing ends the answer but max_tokens or the end of its form."""
     ignore_eos: bool = False
     """Go on past the model's end token, up to max_tokens."""
     logprobs: int | None = None
     """None: off. 0: of the chosen token. n: also of the n most probable tokens."""
+    structured_outputs: StructuredOutputsParams | None = None
+    """The form the whole text must have; the answer ends where the form is complete."""
 
     def __post_init__(self) -> None:
         _check_int("max_tokens", self.max_tokens, 1, None)
@@ -118,10 +135,24 @@ class SamplingParams:
             raise RequestError("top_p must be greater than 0 and at most 1, got 0", param="top_p")
         _check_int("top_k", self.top_k, -1, None)
         _check_float("min_p", self.min_p, 0.0, 1.0)
+        _check_float("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
+        _check_float("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        _check_float("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        object.__setattr__(self, "logit_bias", _checked_bias(self.logit_bias))
+        _check_int("min_tokens", self.min_tokens, 0, self.max_tokens)
         if self.seed is not None:
             _check_int("seed", self.seed, -MAX_SEED - 1, MAX_SEED)
         if self.logprobs is not None:
             _check_int("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+        self._check_stop()
+        form = self.structured_outputs
+        if form is not None and not isinstance(form, StructuredOutputsParams):
+            raise RequestError(
+                f"structured_outputs must be StructuredOutputsParams, got {type(form).__name__}",
+                param="structured_outputs",
+            )
+
+    def _check_stop(self) -> None:
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
         object.__setattr__(self, "stop", tuple(self.stop))
@@ -142,6 +173,12 @@ class SamplingParams:
     def is_greedy(self) -> bool:
         """Whether the most probable token is taken without drawing."""
         return self.temperature == 0.0
+
+    @property
+    def has_penalty(self) -> bool:
+        """Whether the tokens so far make a difference to the next."""
+        penalties = (self.repetition_penalty, self.frequency_penalty, self.presence_penalty)
+        return penalties != (1.0, 0.0, 0.0)
 
 
 class FinishReason(Enum):
@@ -204,6 +241,19 @@ def _check_int(name: str, value: Any, low: int, high: int | None) -> None:
     if value < low or (high is not None and value > high):
         allowed = f"at least {low}" if high is None else f"from {low} to {high}"
         raise RequestError(f"{name} must be {allowed}, got {value}", param=name)
+
+
+def _checked_bias(bias: Any) -> dict[int, float]:
+    """Return a copy of a bias: later changes to the caller's do not reach a running request."""
+    if not isinstance(bias, Mapping):
+        raise RequestError(
+            f"logit_bias must map token ids to numbers, got {type(bias).__name__}",
+            param="logit_bias",
+        )
+    for token_id, value in bias.items():
+        _check_int("logit_bias", token_id, 0, None)
+        _check_float("logit_bias", value, -MAX_LOGIT_BIAS, MAX_LOGIT_BIAS)
+    return dict(bias)
 
 
 def _check_float(name: str, value: Any, low: float, high: float) -> None:

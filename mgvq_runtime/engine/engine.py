@@ -18,6 +18,8 @@ import torch
 from mgvq_runtime.cache.block_manager import BlockManager
 from mgvq_runtime.cache.kv_cache import KVCache
 from mgvq_runtime.config import EngineConfig, ResolvedConfig
+from mgvq_runtime.engine.grammar import GrammarCompiler
+from mgvq_runtime.engine.logits_processor import make_logits_processor
 from mgvq_runtime.engine.memory import (
     MemorySummary,
     decode_bytes,
@@ -43,6 +45,9 @@ NOT_FINITE = (
     "the model's output for this request was not finite (NaN or infinity): the picture, the "
     "checkpoint or the activation type may be at fault; other requests are not affected"
 )
+OUT_OF_GRAMMAR = (
+    "the grammar of this request became too complex to follow; simplify it, its repetitions first"
+)
 
 
 class Engine:
@@ -59,6 +64,8 @@ class Engine:
         self.model_config: ModelConfig = model.config
         self.chat_processor = chat_processor
         self.tokenizer: Tokenizer = chat_processor.tokenizer
+        self.grammars = GrammarCompiler(self.tokenizer, model.config.text_config.vocab_size)
+        """Compiles the forms of answers; what other threads compile here before `add` is cached."""
         device = torch.device(config.device)
         cache = KVCache(
             model_facts(model.config, is_quantized=False),
@@ -98,7 +105,8 @@ class Engine:
 
         Raises:
             ContextLengthError: if prompt and one new token are longer than `max_model_len`.
-            RequestError: if the id is in use or the prompt does not fit the model.
+            RequestError: if the id is in use, the prompt does not fit the model, or the form of
+                the answer is wrong.
             EngineDeadError: if an earlier step failed.
         """
         self._check_alive()
@@ -122,6 +130,7 @@ class Engine:
         seed = self._seeds.getrandbits(63) if params.seed is None else params.seed
         placeholder_ids = self.model_config.placeholder_ids
         sequence = Sequence(request, max_tokens, seed, placeholder_ids, output)
+        sequence.logits_processor = make_logits_processor(request, self.grammars)
         self._scheduler.add(sequence)
         self._sequences[request.request_id] = sequence
 
@@ -192,14 +201,21 @@ class Engine:
 
     def _commit_sample(self, sequence: Sequence, drawn: Sample) -> RequestOutput:
         if drawn.token_id == BAD_ROW:
-            self._end(sequence)
-            text = sequence.output.flush()
-            return self._output(sequence, text, (), FinishReason.ERROR, error=NOT_FINITE)
+            return self._fail(sequence, NOT_FINITE)
+        processor = sequence.logits_processor
+        if processor is not None and not processor.push(drawn.token_id):
+            return self._fail(sequence, OUT_OF_GRAMMAR)
         sequence.token_ids.append(drawn.token_id)
         text, reason = sequence.output.push(drawn.token_id)
         if reason is not None:
             self._end(sequence)
         return self._output(sequence, text, (drawn,), reason)
+
+    def _fail(self, sequence: Sequence, error: str) -> RequestOutput:
+        """End one request with an error; the others go on."""
+        self._end(sequence)
+        text = sequence.output.flush()
+        return self._output(sequence, text, (), FinishReason.ERROR, error=error)
 
     def _output(
         self,

@@ -40,7 +40,9 @@ class OutputText:
         self._stop_strings = params.stop
         ends = () if params.ignore_eos else eos_token_ids
         self._stop_token_ids = frozenset((*params.stop_token_ids, *ends))
-        self._hidden_token_ids = self._stop_token_ids | frozenset(eos_token_ids)
+        self._eos_token_ids = frozenset(eos_token_ids)
+        self._keeps_stop = params.include_stop_str_in_output
+        self._min_tokens = params.min_tokens
         self._max_tokens = max_tokens
         self._num_tokens = 0
         self._held = ""
@@ -52,10 +54,11 @@ class OutputText:
             The text it releases, and why the answer ends here, if it does.
         """
         self._num_tokens += 1
-        if token_id in self._stop_token_ids:
-            return self._finish(FinishReason.STOP)
-        if token_id not in self._hidden_token_ids:
+        is_stop = token_id in self._stop_token_ids
+        if token_id not in self._eos_token_ids and (self._keeps_stop or not is_stop):
             self._held += self._detokenizer.push(token_id)
+        if is_stop:
+            return self._finish(FinishReason.STOP)
         if self._cut_at_stop_string():
             return self._held, FinishReason.STOP
         if self._num_tokens >= self._max_tokens:
@@ -74,11 +77,14 @@ class OutputText:
         return text, reason
 
     def _cut_at_stop_string(self) -> bool:
-        """Cut the held text before the first stop string in it; return whether there was one."""
-        starts = [self._held.find(stop) for stop in self._stop_strings]
-        found = [start for start in starts if start >= 0]
+        """Cut the held text at the first stop string in it; return whether there was one."""
+        if self._num_tokens <= self._min_tokens:
+            return False
+        places = [(self._held.find(stop), len(stop)) for stop in self._stop_strings]
+        found = [place for place in places if place[0] >= 0]
         if found:
-            self._held = self._held[: min(found)]
+            start, length = min(found)
+            self._held = self._held[: start + length if self._keeps_stop else start]
         return bool(found)
 
     def _release(self) -> str:

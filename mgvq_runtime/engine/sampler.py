@@ -1,6 +1,7 @@
 """Which token comes next (called by `Engine.step`).
 
-Greedy, temperature, top-k, top-p, min-p. A draw uses one random number made from the request's
+Greedy, or temperature, top-k, top-p and min-p, in that order; what a request changes before is in
+`logits_processor`. A draw uses one random number made from the request's
 seed and the token's position alone, so a request's text does not depend on what else runs, nor on
 a preemption. Rows whose logits hold a NaN or an infinity get no token. Nothing here knows text.
 """
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
+from mgvq_runtime.engine.logits_processor import process_logits
 from mgvq_runtime.engine.sequence import Sequence
 
 BAD_ROW = -1
@@ -43,10 +45,13 @@ def sample(logits: torch.Tensor, sequences: Items[Sequence]) -> list[Sample]:
         R samples, with log-probabilities where the request asked for them.
     """
     best, token_ids = logits.max(dim=-1)  # [R], [R]: NaN wins every comparison
+    processed = process_logits(logits, [sequence.logits_processor for sequence in sequences])
+    if processed is not logits:
+        token_ids = processed.argmax(dim=-1)
     params = [sequence.request.sampling_params for sequence in sequences]
     drawn = [row for row, how in enumerate(params) if not how.is_greedy]
     if drawn:
-        token_ids[drawn] = _draw(logits[drawn], [sequences[row] for row in drawn])
+        token_ids[drawn] = _draw(processed[drawn], [sequences[row] for row in drawn])
     samples = [
         Sample(token_id if math.isfinite(value) else BAD_ROW)
         for token_id, value in zip(token_ids.tolist(), best.tolist(), strict=True)

@@ -16,6 +16,7 @@ from mgvq_runtime.request import Request
 if TYPE_CHECKING:
     import torch
 
+    from mgvq_runtime.engine.logits_processor import LogitsProcessor
     from mgvq_runtime.engine.output import OutputText
 
 
@@ -27,6 +28,7 @@ class Sequence:
         "block_table",
         "image_embeds",
         "image_ends",
+        "logits_processor",
         "max_tokens",
         "num_computed",
         "num_prompt_tokens",
@@ -65,6 +67,7 @@ class Sequence:
         self.num_computed = 0
         self.block_table: list[int] = []
         self.output = output
+        self.logits_processor: LogitsProcessor | None = None
         ids = np.asarray(self.token_ids, dtype=np.int64)
         self.placeholders: npt.NDArray[np.int64] = (
             np.flatnonzero(np.isin(ids, placeholder_ids)) if prompt.images else ids[:0]

@@ -7,11 +7,10 @@ Routes read the request and choose the shape of the response; what a request mea
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import FileResponse, JSONResponse, Response
@@ -19,22 +18,19 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from mgvq_runtime import MediaLimits, __version__
-from mgvq_serve.admission import Admission
+from mgvq_runtime import __version__
 from mgvq_serve.body import content_length, read_json_body
-from mgvq_serve.chat import ChatService, PromptBuilder, ServedModel, model_not_found
+from mgvq_serve.chat import ChatService, ServedModel, model_not_found
 from mgvq_serve.disconnect import ClientDisconnectedError, watch_disconnect
-from mgvq_serve.engine_thread import EngineLike, EngineThread
 from mgvq_serve.errors import ApiError, engine_dead, unavailable
-from mgvq_serve.media import ImageLoader
 from mgvq_serve.middleware import ApiKeyMiddleware, LastResortMiddleware, RequestIdMiddleware
 from mgvq_serve.protocol import ChatRequest
+from mgvq_serve.service import ServableEngine, build_service
 from mgvq_serve.settings import ServerSettings
 from mgvq_serve.stream import EventStream
 
 WEB_DIR = Path(__file__).parent / "web"
 CLIENT_CLOSED_REQUEST = 499  # nobody reads it; the access log shows it
-MAX_OPEN_BODIES = 4  # bodies of the largest size that may be held at the same time
 PAGE_HEADERS = {
     "content-security-policy": "default-src 'none'; style-src 'unsafe-inline'; "
     "script-src 'unsafe-inline'; img-src 'self' data: blob:; connect-src 'self'; "
@@ -42,18 +38,6 @@ PAGE_HEADERS = {
     "x-content-type-options": "nosniff",
     "cache-control": "no-cache",
 }
-
-
-class ServableEngine(EngineLike, Protocol):
-    """What a server needs of `mgvq_runtime.Engine`."""
-
-    @property
-    def chat_processor(self) -> PromptBuilder:
-        """Turns messages and pictures into prompts."""
-
-    @property
-    def max_model_len(self) -> int:
-        """Longest prompt plus answer, in tokens."""
 
 
 class ServeApp:
@@ -95,20 +79,7 @@ def create_app(
         pictures: Example pictures that the chat page offers.
     """
     max_body_bytes = int(settings.max_body_mb * 1e6)
-    limits = MediaLimits(
-        max_image_bytes=int(settings.max_image_mb * 1e6),
-        max_image_pixels=settings.max_image_pixels,
-    )
-    service = ChatService(
-        ServedModel(model_name, engine.max_model_len, int(time.time())),
-        EngineThread(engine),
-        engine.chat_processor,
-        ImageLoader(limits, settings.allowed_local_media_path),
-        Admission(max_num_seqs, settings.max_queue, MAX_OPEN_BODIES * max_body_bytes),
-        settings.limit_images,
-        settings.limit_frames,
-        settings.media_threads,
-    )
+    service = build_service(engine, settings, model_name, max_num_seqs)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:

@@ -18,8 +18,15 @@ from typing import Any, Protocol
 
 from PIL import Image
 
-from mgvq_runtime import FinishReason, Prompt, Request, RequestOutput, TokenLogprob
-from mgvq_runtime.errors import ContextLengthError, MgvqError, TokenizerError
+from mgvq_runtime import (
+    FinishReason,
+    Prompt,
+    Request,
+    RequestOutput,
+    StructuredOutputsParams,
+    TokenLogprob,
+)
+from mgvq_runtime.errors import ContextLengthError, MgvqError, RequestError, TokenizerError
 from mgvq_runtime.multimodal.image import Visual
 from mgvq_serve.admission import Admission
 from mgvq_serve.engine_thread import EngineThread, Mailbox
@@ -41,6 +48,8 @@ from mgvq_serve.protocol import (
     sampling_params,
     usage_body,
 )
+from mgvq_serve.settings import ServerSettings
+from mgvq_serve.structured import AskedForm, asked_form
 
 MAX_CHARS_PER_TOKEN = 256  # no vocabulary we know has a longer token; a million tokens take 2-5 s
 PARSE_IN_POOL_BYTES = 256 * 1024  # a larger body takes a millisecond or more: off the event loop
@@ -51,6 +60,13 @@ class PromptBuilder(Protocol):
 
     def prepare(self, messages: list[dict[str, Any]], visuals: list[Visual]) -> Prompt:
         """Return token ids, patches and positions of a conversation."""
+
+
+class GrammarCompiler(Protocol):
+    """What is needed of the runtime's grammars."""
+
+    def compile(self, params: StructuredOutputsParams) -> object:
+        """Compile a form and keep it for the engine; safe in any thread."""
 
 
 @dataclass(frozen=True)
@@ -71,20 +87,20 @@ class ChatService:
         model: ServedModel,
         engine: EngineThread,
         chat_processor: PromptBuilder,
+        grammars: GrammarCompiler,
         images: ImageLoader,
         admission: Admission,
-        limit_images: int,
-        limit_frames: int,
-        media_threads: int,
+        settings: ServerSettings,
     ) -> None:
         """Wire the parts together; `close` ends the thread pool."""
         self.model = model
         self.engine = engine
         self.admission = admission
         self._chat_processor = chat_processor
+        self._grammars = grammars
         self._images = images
-        self._limit_images, self._limit_frames = limit_images, limit_frames
-        self._pool = ThreadPoolExecutor(media_threads, thread_name_prefix="mgvq-media")
+        self._settings = settings
+        self._pool = ThreadPoolExecutor(settings.media_threads, thread_name_prefix="mgvq-media")
 
     def close(self) -> None:
         """End the pool; images that are being decoded are finished, waiting ones dropped."""
@@ -109,18 +125,25 @@ class ChatService:
         if request.model != self.model.name:
             raise model_not_found(request.model, self.model.name)
         num_images, num_frames = count_visuals(request.messages)
-        if num_images > self._limit_images:
-            message = f"at most {self._limit_images} images in one request, got {num_images}"
+        if num_images > self._settings.limit_images:
+            message = (
+                f"at most {self._settings.limit_images} images in one request, got {num_images}"
+            )
             raise ApiError(400, message, param="messages", code="too_many_images")
-        if num_frames > self._limit_frames:
-            message = f"at most {self._limit_frames} frames in one request, got {num_frames}"
+        if num_frames > self._settings.limit_frames:
+            message = (
+                f"at most {self._settings.limit_frames} frames in one request, got {num_frames}"
+            )
             raise ApiError(400, message, param="messages", code="too_many_frames")
         self._check_text_length(request.messages)
+        form = asked_form(request)
         stack.enter_context(self.admission.admit(request.num_choices))
         call_id = f"chatcmpl-{uuid.uuid4().hex}"
         try:
+            if form is not None:
+                await loop.run_in_executor(self._pool, self._compile, form)
             prompt = await loop.run_in_executor(self._pool, self._prepare, request.messages)
-            mailbox = await self.engine.submit(self._requests(call_id, request, prompt))
+            mailbox = await self.engine.submit(self._requests(call_id, request, form, prompt))
         except MgvqError as error:
             raise from_runtime_error(error, "messages") from error
         stack.callback(self.engine.release, mailbox)
@@ -139,6 +162,13 @@ class ChatService:
         if fewest_tokens > self.model.max_model_len:
             error = ContextLengthError(fewest_tokens, self.model.max_model_len)
             raise from_runtime_error(error)
+
+    def _compile(self, form: AskedForm) -> None:
+        """Check a form before its pictures, and not in the engine's thread, which has others."""
+        try:
+            self._grammars.compile(form.params)
+        except RequestError as error:
+            raise ApiError(400, str(error), param=form.param, code=error.code) from error
 
     def _prepare(self, messages: list[Message]) -> Prompt:
         """Decode pictures and build the prompt (in a thread of the pool)."""
@@ -183,12 +213,14 @@ class ChatService:
         self._images.check_total(images, param)
         return images[-1]
 
-    def _requests(self, call_id: str, request: ChatRequest, prompt: Prompt) -> list[Request]:
+    def _requests(
+        self, call_id: str, request: ChatRequest, form: AskedForm | None, prompt: Prompt
+    ) -> list[Request]:
         room = self.model.max_model_len - len(prompt.token_ids)
         if room < 1:
             raise ContextLengthError(len(prompt.token_ids), self.model.max_model_len)
         return [
-            Request(f"{call_id}-{choice}", prompt, sampling_params(request, room, choice))
+            Request(f"{call_id}-{choice}", prompt, sampling_params(request, form, room, choice))
             for choice in range(request.num_choices)
         ]
 

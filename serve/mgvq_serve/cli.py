@@ -17,7 +17,11 @@ from typing import TYPE_CHECKING
 
 from mgvq_runtime import EngineConfig, add_config_arguments, config_from_arguments
 from mgvq_runtime.errors import MgvqError
-from mgvq_serve.settings import ServerSettings
+from mgvq_serve.settings import (
+    ServerSettings,
+    add_settings_arguments,
+    settings_from_arguments,
+)
 
 if TYPE_CHECKING:
     from mgvq_runtime import Engine
@@ -37,23 +41,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--port", type=int, default=8000, help="port (default: 8000; 0: a free one)"
     )
-    group = parser.add_argument_group("server")
-    for field in fields(ServerSettings):
-        kind = {"int": int, "float": float}.get(str(field.type).split(" ")[0], str)
-        kind = Path if "Path" in str(field.type) else kind
-        shown = "" if field.default is None else f" (default: {field.default})"
-        group.add_argument(
-            "--" + field.name.replace("_", "-"),
-            type=kind,
-            default=field.default,
-            metavar=_METAVARS[kind],
-            help=field.metadata["help"] + shown,
-        )
+    add_settings_arguments(parser, [field.name for field in fields(ServerSettings)])
     add_config_arguments(parser)
     return parser
-
-
-_METAVARS: dict[type, str] = {int: "N", float: "N", str: "TEXT", Path: "DIR"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -61,8 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(name)s: %(message)s")
     try:
-        values = {f.name: getattr(arguments, f.name) for f in fields(ServerSettings)}
-        settings = ServerSettings(**values)
+        settings = settings_from_arguments(arguments)
         config = config_from_arguments(arguments)
         engine = _load(config)
     except MgvqError as error:

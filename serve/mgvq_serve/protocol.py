@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, Validatio
 
 from mgvq_runtime import SamplingParams, TokenLogprob, __version__
 from mgvq_serve.errors import ApiError, shorten, unsupported
+from mgvq_serve.structured import AskedForm, StructuredFields
 
 log = logging.getLogger("mgvq_serve")
 
@@ -80,7 +81,7 @@ class StreamOptions(_Wire):
     include_usage: bool = False
 
 
-class ChatRequest(_Wire):
+class ChatRequest(StructuredFields):
     """Body of POST /v1/chat/completions."""
 
     model_config = ConfigDict(extra="allow")
@@ -96,9 +97,15 @@ class ChatRequest(_Wire):
     top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
     top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=100, allow_inf_nan=False)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)] | None = None
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
     seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
     stop: str | list[str] | None = None
     stop_token_ids: list[Annotated[int, Field(ge=0, lt=2**31)]] | None = None
+    include_stop_str_in_output: bool | None = None
+    min_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     ignore_eos: bool | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
@@ -126,29 +133,19 @@ NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "continue_final_message": (False,),
     "documents": ([],),
     "echo": (False,),
-    "frequency_penalty": (0,),
     "function_call": ("none", "auto"),
     "functions": ([],),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "guided_json": (),
-    "guided_regex": (),
+    "guided_decoding_backend": ("auto", "guidance"),
     "length_penalty": (1,),
-    "logit_bias": ({},),
     "logits_processors": ([],),
-    "min_tokens": (0,),
     "mm_processor_kwargs": ({},),
     "modalities": (["text"],),
     "prediction": (),
-    "presence_penalty": (0,),
     "prompt_logprobs": (0,),
     "reasoning_effort": ("none",),
-    "repetition_penalty": (1,),
-    "response_format": ({"type": "text"},),
     "return_token_ids": (False,),
     "skip_special_tokens": (True,),
     "store": (False,),
-    "structured_outputs": ({},),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
     "truncate_prompt_tokens": (),
@@ -192,7 +189,7 @@ def _field_path(location: tuple[int | str, ...]) -> str | None:
             skip_next = ".content[" in path  # the tag of the content part follows its index
         elif skip_next or (step in ("parts", "string") and path.endswith(".content")):
             skip_next = False
-        elif step not in ("str", "list[str]"):
+        elif step not in ("str", "list[str]", "dict[str,any]"):
             path += f".{step}" if path else step
     return path or None
 
@@ -231,11 +228,14 @@ def count_visuals(messages: list[Message]) -> tuple[int, int]:
     return num_images, sum(len(part.video) for part in parts if isinstance(part, VideoPart))
 
 
-def sampling_params(request: ChatRequest, max_new_tokens: int, choice: int) -> SamplingParams:
+def sampling_params(
+    request: ChatRequest, form: AskedForm | None, max_new_tokens: int, choice: int
+) -> SamplingParams:
     """Return the engine's parameters for one answer.
 
     Args:
         request: The request.
+        form: The form it asks for.
         max_new_tokens: Room in the context after the prompt: the default and the most.
         choice: Index of the answer; with a seed, each answer gets its own.
 
@@ -253,12 +253,28 @@ def sampling_params(request: ChatRequest, max_new_tokens: int, choice: int) -> S
         top_p=1.0 if request.top_p is None else request.top_p,
         top_k=request.top_k or 0,
         min_p=request.min_p or 0.0,
+        repetition_penalty=request.repetition_penalty or 1.0,
+        frequency_penalty=request.frequency_penalty or 0.0,
+        presence_penalty=request.presence_penalty or 0.0,
+        logit_bias=_logit_bias(request.logit_bias or {}),
         seed=seed,
         stop=tuple(stop or ()),
         stop_token_ids=tuple(request.stop_token_ids or ()),
+        include_stop_str_in_output=bool(request.include_stop_str_in_output),
+        min_tokens=request.min_tokens or 0,
         ignore_eos=bool(request.ignore_eos),
         logprobs=(request.top_logprobs or 0) if request.logprobs else None,
+        structured_outputs=None if form is None else form.params,
     )
+
+
+def _logit_bias(bias: dict[str, float]) -> dict[int, float]:
+    """Return a bias by token id; JSON has no numbers as keys."""
+    for key in bias:
+        if not (key.isascii() and key.isdigit() and len(key) < 10):
+            message = f"logit_bias must map token ids to numbers, got {shorten(key, 40)!r}"
+            raise ApiError(400, message, param="logit_bias")
+    return {int(key): value for key, value in bias.items()}
 
 
 def completion_body(head: Json, choices: list[Json], usage: Usage) -> Json:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import argparse
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -83,3 +85,34 @@ class ServerSettings:
         path = self.allowed_local_media_path
         if path is not None and not path.is_dir():
             raise ConfigError(f"allowed_local_media_path must be a folder; {path} is none")
+
+
+def add_settings_arguments(parser: argparse.ArgumentParser, names: Iterable[str]) -> None:
+    """Add a flag for each of these fields of `ServerSettings`, with its default and its help."""
+    group = parser.add_argument_group("server")
+    by_name = {one.name: one for one in fields(ServerSettings)}
+    for name in names:
+        one = by_name[name]
+        kind = {"int": int, "float": float}.get(str(one.type).split(" ")[0], str)
+        kind = Path if "Path" in str(one.type) else kind
+        shown = "" if one.default is None else f" (default: {one.default})"
+        group.add_argument(
+            "--" + name.replace("_", "-"),
+            type=kind,
+            default=one.default,
+            metavar=_METAVARS[kind],
+            help=one.metadata["help"] + shown,
+        )
+
+
+def settings_from_arguments(arguments: argparse.Namespace) -> ServerSettings:
+    """Return the settings of a command line; a field without a flag keeps its default.
+
+    Raises:
+        ConfigError: if a value makes no sense.
+    """
+    given = {one.name for one in fields(ServerSettings)} & vars(arguments).keys()
+    return ServerSettings(**{name: getattr(arguments, name) for name in given})
+
+
+_METAVARS: dict[type, str] = {int: "N", float: "N", str: "TEXT", Path: "DIR"}

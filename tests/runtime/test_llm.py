@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mgvq_runtime import LLM, FinishReason, SamplingParams
+from mgvq_runtime import LLM, FinishReason, SamplingParams, demo_picture_paths
+from mgvq_runtime import StructuredOutputsParams as Form
 from mgvq_runtime.errors import CheckpointError, ConfigError, ImageError, RequestError
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True)
@@ -56,15 +60,65 @@ def test_many_conversations_come_back_in_order(llm: LLM) -> None:
     assert llm.chat([], GREEDY) == []
 
 
-def test_a_bad_request_in_a_list_fails_alone_and_alone_it_raises(
-    llm: LLM, capsys: pytest.CaptureFixture[str]
-) -> None:
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_list_shows_its_progress_on_a_terminal(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    def shown(file: io.StringIO, asked: Any, **options: Any) -> str:
+        monkeypatch.setattr("sys.stderr", file)
+        llm.chat(asked, GREEDY, **options)
+        return file.getvalue()
+
+    many = [ask("a"), ask("b"), ask("c")]
+    assert "3/3" in shown(Terminal(), many)
+    assert shown(Terminal(), many, use_tqdm=False) == ""
+    assert shown(Terminal(), many[0]) == ""
+    assert shown(io.StringIO(), many, use_tqdm=True) == ""
+
+
+def test_a_form_in_a_list_is_each_conversations_own(llm: LLM) -> None:
+    forms = [Form(regex="[0-9]{3}"), Form(regex="("), Form(choice=["left", "right"])]
+    params = [SamplingParams(structured_outputs=form, max_tokens=20) for form in forms]
+    digits, wrong, side = llm.chat([ask(QUESTION, PICTURE)] * 3, params)
+    assert re.fullmatch("[0-9]{3}", digits.text)
+    assert side.text in ("left", "right")
+    assert wrong.finish_reason is FinishReason.ERROR
+    assert "unclosed group" in (wrong.error or "")
+    with pytest.raises(RequestError, match="unclosed group"):
+        llm.chat(ask(QUESTION), params[1])
+
+
+def test_the_demonstration_model_answers_in_json() -> None:
+    schema = {
+        "type": "object",
+        "properties": {"colour": {"enum": ["red", "blue"]}, "count": {"type": "integer"}},
+        "required": ["colour", "count"],
+        "additionalProperties": False,
+    }
+    params = [
+        SamplingParams(structured_outputs=form, temperature=1.0, seed=seed, max_tokens=200)
+        for seed, form in enumerate([Form(json=schema)] * 3 + [Form(json_object=True)] * 3)
+    ]
+    with LLM(device="cpu", max_model_len=512) as demo:
+        replies = demo.chat([ask(QUESTION, path) for path in demo_picture_paths()], params)
+    whole = [reply for reply in replies if reply.finish_reason is FinishReason.STOP]
+    assert len(whole) >= 3
+    for reply in replies[:3]:
+        value = json.loads(reply.text)
+        assert list(value) == ["colour", "count"]
+        assert value["colour"] in ("red", "blue")
+        assert type(value["count"]) is int
+    assert all(isinstance(json.loads(reply.text), dict) for reply in whole)
+
+
+def test_a_bad_request_in_a_list_fails_alone_and_alone_it_raises(llm: LLM) -> None:
     bad = [ask("x" * 5000), ask("?", "/nowhere.png"), [{"role": "user", "content": 5}]]
-    replies = llm.chat([*bad, ask("fine")], GREEDY, use_tqdm=True)
+    replies = llm.chat([*bad, ask("fine")], GREEDY)
     assert [reply.finish_reason.value for reply in replies] == ["error"] * 3 + ["length"]
     assert "at most 256" in (replies[0].error or "")
     assert "/nowhere.png" in (replies[1].error or "")
-    assert "4/4" in capsys.readouterr().err
     with pytest.raises(RequestError):
         llm.chat(bad[0], GREEDY)
     with pytest.raises(ImageError):

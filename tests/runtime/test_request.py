@@ -32,6 +32,19 @@ from mgvq_runtime.request import Prompt, SamplingParams
         ("logprobs", 21),
         ("stop", ("",)),
         ("stop", tuple("abcdefghijklmnopq")),
+        ("repetition_penalty", 0.0),
+        ("repetition_penalty", math.inf),
+        ("frequency_penalty", 2.5),
+        ("presence_penalty", -2.5),
+        ("presence_penalty", "much"),
+        ("logit_bias", [1]),
+        ("logit_bias", {-1: 1.0}),
+        ("logit_bias", {"5": 1.0}),
+        ("logit_bias", {5: 101.0}),
+        ("logit_bias", {5: math.nan}),
+        ("min_tokens", -1),
+        ("min_tokens", 129),
+        ("structured_outputs", {"regex": "a"}),
         ("stop_token_ids", (-1,)),
         ("stop_token_ids", ("a",)),
     ],
@@ -46,6 +59,13 @@ def test_edges_of_the_ranges_are_taken() -> None:
     params = SamplingParams(top_p=1.0, top_k=-1, min_p=1.0, seed=-(2**63), logprobs=20)
     assert not params.is_greedy
     assert SamplingParams(temperature=0).is_greedy
+
+
+def test_a_bias_is_the_requests_own() -> None:
+    bias = {5: 1.0}
+    params = SamplingParams(logit_bias=bias)
+    bias[6] = 2.0
+    assert params.logit_bias == {5: 1.0}
 
 
 def test_stop_takes_one_string_or_a_list() -> None:

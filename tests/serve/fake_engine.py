@@ -14,7 +14,14 @@ from typing import Any
 
 import numpy as np
 
-from mgvq_runtime import FinishReason, Prompt, Request, RequestOutput, TokenLogprob
+from mgvq_runtime import (
+    FinishReason,
+    Prompt,
+    Request,
+    RequestOutput,
+    StructuredOutputsParams,
+    TokenLogprob,
+)
 from mgvq_runtime.errors import ContextLengthError, RequestError
 
 MAX_MODEL_LEN = 512
@@ -45,6 +52,15 @@ class FakeChatProcessor:
         return Prompt(ids, (), np.zeros((3, len(ids)), np.int64), 0)
 
 
+class FakeGrammars:
+    """Takes every form but those that say "wrong"."""
+
+    def compile(self, params: StructuredOutputsParams) -> None:
+        assert threading.current_thread().name.startswith("mgvq-media")
+        if "wrong" in repr(params):
+            raise RequestError("no such thing", param=f"structured_outputs.{params.kind}")
+
+
 @dataclass
 class _Running:
     request: Request
@@ -55,6 +71,7 @@ class _Running:
 class FakeEngine:
     def __init__(self, max_num_seqs: int = 8, step_s: float = 0.0) -> None:
         self.chat_processor = FakeChatProcessor()
+        self.grammars = FakeGrammars()
         self.max_model_len = MAX_MODEL_LEN
         self.max_num_seqs = max_num_seqs
         self.step_s = step_s

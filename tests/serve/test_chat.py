@@ -6,6 +6,7 @@ import asyncio
 
 import pytest
 
+from mgvq_runtime import StructuredOutputsParams as Form
 from tests.serve.conftest import MODEL, RunningServer, ask, data_url, image_part
 from tests.serve.fake_engine import MAX_MODEL_LEN, TOKENS_PER_IMAGE
 
@@ -108,6 +109,66 @@ def test_sampling_fields_reach_the_engine(server: RunningServer, client) -> None
     assert (params.temperature, params.top_p, params.seed) == (0.5, 0.75, -11)
     assert (params.top_k, params.min_p) == (7, 0.25)
     assert (params.ignore_eos, params.stop_token_ids) == (True, (3, 4))
+
+
+def test_what_changes_logits_reaches_the_engine(server: RunningServer, client) -> None:
+    more = {"repetition_penalty": 1.2, "min_tokens": 2, "include_stop_str_in_output": True}
+    client.chat.completions.create(
+        **ask("x"),
+        frequency_penalty=0.5,
+        presence_penalty=-1,
+        logit_bias={"5": -100, "17": 2.5},
+        extra_body=more,
+    )
+    params = server.engine.requests[-1].sampling_params
+    assert (params.frequency_penalty, params.presence_penalty) == (0.5, -1)
+    assert params.logit_bias == {5: -100, 17: 2.5}
+    assert (params.repetition_penalty, params.min_tokens) == (1.2, 2)
+    assert params.include_stop_str_in_output
+
+
+SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
+FORMS = [
+    ({"response_format": {"type": "json_object"}}, Form(json_object=True)),
+    (
+        {
+            "response_format": {
+                "type": "json_schema",
+                "json_schema": {"name": "n", "strict": True, "schema": SCHEMA},
+            }
+        },
+        Form(json=SCHEMA),
+    ),
+    ({"structured_outputs": {"json": SCHEMA}}, Form(json=SCHEMA)),
+    ({"structured_outputs": {"json_object": True}}, Form(json_object=True)),
+    (
+        {"structured_outputs": {"json": "{}", "whitespace_pattern": " *"}},
+        Form(json={}, whitespace_pattern=" *"),
+    ),
+    (
+        {"structured_outputs": {"json": {}, "disable_any_whitespace": True}},
+        Form(json={}, disable_any_whitespace=True),
+    ),
+    ({"structured_outputs": {"choice": ["a", "b"]}}, Form(choice=["a", "b"])),
+    ({"structured_outputs": {"grammar": 'start: "a"'}}, Form(grammar='start: "a"')),
+    ({"guided_json": SCHEMA}, Form(json=SCHEMA)),
+    (
+        {"guided_json": {}, "guided_whitespace_pattern": "x"},
+        Form(json={}, whitespace_pattern="x"),
+    ),
+    ({"guided_regex": "a+"}, Form(regex="a+")),
+    ({"guided_choice": ["a"], "guided_decoding_backend": "auto"}, Form(choice=["a"])),
+    ({"guided_grammar": 'root ::= "a"'}, Form(grammar='root ::= "a"')),
+    ({"response_format": {"type": "text"}, "structured_outputs": {}}, None),
+]
+
+
+@pytest.mark.parametrize(("fields", "form"), FORMS)
+def test_every_way_to_ask_for_a_form_reaches_the_engine(
+    server: RunningServer, client, fields, form
+) -> None:
+    client.chat.completions.create(**ask("x"), extra_body=fields)
+    assert server.engine.requests[-1].sampling_params.structured_outputs == form
 
 
 def test_several_answers_have_seeds_of_their_own(server: RunningServer, client) -> None:

@@ -38,6 +38,10 @@ def truncated() -> str:
     return "data:image/jpeg;base64," + base64.b64encode(raw[: len(raw) // 2]).decode()
 
 
+def json_schema(schema: Any) -> dict[str, Any]:
+    return {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
+
+
 NOT_AN_IMAGE = "data:image/png;base64," + base64.b64encode(b"hello").decode()
 
 BAD_REQUESTS = {
@@ -128,16 +132,47 @@ BAD_REQUESTS = {
     "stop a number": (ask(stop=5), 400, None, "stop"),
     "stream a word": (ask(stream="yes"), 400, None, "stream"),
     "second answer refused": (ask("refuse", n=2), 400, None, "n"),
+    "presence": (ask(presence_penalty=2.1), 400, None, "presence_penalty"),
+    "frequency": (ask(frequency_penalty=-3), 400, None, "frequency_penalty"),
+    "repetition": (ask(repetition_penalty=0), 400, None, "repetition_penalty"),
+    "bias of a word": (ask(logit_bias={"word": 1}), 400, None, "logit_bias"),
+    "bias too large": (ask(logit_bias={"5": 101}), 400, None, "logit_bias.5"),
+    "bias a list": (ask(logit_bias=[5]), 400, None, "logit_bias"),
+    "more than there may be": (ask(min_tokens=5, max_tokens=4), 400, None, "min_tokens"),
+    # what a form can be
+    "wrong schema": (ask(response_format=json_schema({"type": "wrong"})),
+                     400, None, "response_format.json_schema.schema"),
+    "no schema": (ask(response_format={"type": "json_schema", "json_schema": {"name": "x"}}),
+                  400, None, "response_format.json_schema.schema"),
+    "schema a list": (ask(response_format=json_schema([])),
+                      400, None, "response_format.json_schema.schema"),
+    "no json_schema": (ask(response_format={"type": "json_schema"}),
+                       400, None, "response_format.json_schema"),
+    "unknown format": (ask(response_format={"type": "yaml"}), 400, None, "response_format.type"),
+    "format a word": (ask(response_format="json_object"), 400, None, "response_format"),
+    "wrong regex": (ask(structured_outputs={"regex": "(wrong"}),
+                    400, None, "structured_outputs.regex"),
+    "wrong grammar": (ask(structured_outputs={"grammar": "start: wrong"}),
+                      400, None, "structured_outputs.grammar"),
+    "no choice": (ask(structured_outputs={"choice": []}), 400, None, "structured_outputs.choice"),
+    "two forms in one": (ask(structured_outputs={"regex": "a", "choice": ["a"]}),
+                         400, None, "structured_outputs"),
+    "unknown form": (ask(structured_outputs={"structural_tag": "{}"}),
+                     400, None, "structured_outputs.structural_tag"),
+    "wrong guided json": (ask(guided_json={"type": "wrong"}), 400, None, "guided_json"),
+    "guided json a number": (ask(guided_json=5), 400, None, "guided_json"),
+    "guided json no JSON": (ask(guided_json="{"), 400, None, "guided_json"),
+    "wrong guided regex": (ask(guided_regex="(wrong"), 400, None, "guided_regex"),
+    "wrong guided grammar": (ask(guided_grammar="start: wrong"), 400, None, "guided_grammar"),
+    "guided choice": (ask(guided_choice=[1]), 400, None, "guided_choice[0]"),
+    "two ways": (ask(guided_regex="a", response_format={"type": "json_object"}),
+                 400, None, "guided_regex"),
     # what is known and not served
     "tools": (ask(tools=[{"type": "function"}]), 400, "unsupported", "tools"),
-    "json": (ask(response_format={"type": "json_object"}), 400, "unsupported", "response_format"),
-    "logit_bias": (ask(logit_bias={"5": 1}), 400, "unsupported", "logit_bias"),
-    "presence": (ask(presence_penalty=0.1), 400, "unsupported", "presence_penalty"),
-    "frequency": (ask(frequency_penalty=-1), 400, "unsupported", "frequency_penalty"),
-    "repetition": (ask(repetition_penalty=1.1), 400, "unsupported", "repetition_penalty"),
     "audio": (ask(audio={"voice": "x"}), 400, "unsupported", "audio"),
+    "backend": (ask(guided_decoding_backend="xgrammar"),
+                400, "unsupported", "guided_decoding_backend"),
     "modalities": (ask(modalities=["text", "audio"]), 400, "unsupported", "modalities"),
-    "guided": (ask(guided_json={}), 400, "unsupported", "guided_json"),
 }  # fmt: skip
 
 

@@ -119,4 +119,6 @@ def test_answers_that_take_too_long_end_with_an_error(serve) -> None:
     server.thread.join(5)
     assert not server.thread.is_alive()
     ours = ("mgvq-engine", "mgvq-media")  # the kernels keep threads of their own
-    assert not any(thread.name.startswith(ours) for thread in threading.enumerate())
+    assert wait_until(  # a pool that is shut down ends its threads in its own time
+        lambda: not any(thread.name.startswith(ours) for thread in threading.enumerate())
+    )

@@ -10,9 +10,10 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import httpx
+import pydantic
 import pytest
 from PIL import Image
 
@@ -139,6 +140,54 @@ def test_a_stop_string_ends_before_itself(client) -> None:
     reply = client.chat.completions.create(**ask("hello"), **GREEDY, stop=[stop, "never there"])
     assert reply.choices[0].message.content == text[: text.index(stop)]
     assert reply.choices[0].finish_reason == "stop"
+
+
+class Figure(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(extra="forbid")
+    colour: Literal["red", "blue"]
+    count: Annotated[int, pydantic.Field(ge=0, le=9)]
+    is_round: bool
+
+
+def test_the_clients_own_parser_gets_its_model(client) -> None:
+    for seed in range(3):
+        reply = client.chat.completions.parse(
+            **with_picture(), response_format=Figure, max_tokens=60, seed=seed
+        )
+        assert reply.choices[0].finish_reason == "stop"
+        assert isinstance(reply.choices[0].message.parsed, Figure)
+
+
+def test_a_form_is_kept_in_a_stream_with_several_answers(client) -> None:
+    form = {"structured_outputs": {"regex": "[ab]{3}-[0-9]{2}"}}
+    texts = ["", "", ""]
+    for chunk in client.chat.completions.create(**ask("go"), n=3, stream=True, extra_body=form):
+        texts[chunk.choices[0].index] += chunk.choices[0].delta.content or ""
+    assert all(re.fullmatch("[ab]{3}-[0-9]{2}", text) for text in texts), texts
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"guided_regex": "(a"}, "guided_regex"),
+        ({"structured_outputs": {"grammar": "start: nowhere"}}, "structured_outputs.grammar"),
+        (
+            {
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {"name": "x", "schema": {"type": "ghost"}},
+                }
+            },
+            "response_format.json_schema.schema",
+        ),
+        ({"logit_bias": {"999999": 1}}, "logit_bias"),
+    ],
+)
+def test_what_only_the_engine_knows_to_be_wrong(
+    server: RunningServer, fields: dict[str, Any], param: str
+) -> None:
+    assert check_error(server.post(ask("x", **fields)), 400)["param"] == param
+    assert not server.engine.has_unfinished()
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mgvq_runtime.engine.output import OutputText
@@ -69,6 +69,22 @@ def test_the_earliest_of_several_stop_strings_cuts() -> None:
     assert (pieces, reason) == (["hel"], "stop")
 
 
+def test_what_stopped_an_answer_can_be_kept() -> None:
+    keep = {"include_stop_str_in_output": True}
+    assert run(["one E", "ND two"], stop=("END",), **keep) == (["one ", "END"], "stop")
+    assert run(["xaab"], stop=("ab", "a", "aa"), **keep) == (["xa"], "stop")
+    assert run(["a", "b", "c"], stop_token_ids=(2,), **keep) == (["a", "b"], "stop")
+    assert run(["a", "", "c"], **keep) == (["a", ""], "stop")  # the model's own end has no text
+
+
+def test_min_tokens_lets_early_stop_strings_pass() -> None:
+    assert run(["no", "no", "x", "no", "y"], stop=("no",), min_tokens=2) == (
+        ["no", "no", "x", ""],
+        "stop",
+    )
+    assert run(["a n", "o", "b"], stop=("no",), min_tokens=1) == (["a ", ""], "stop")
+
+
 def test_length_and_abort_release_what_was_held() -> None:
     assert run(["ab E"], stop=("END",), max_tokens=1) == (["ab E"], "length")
     assert run(["ab E"], stop=("END",)) == (["ab ", "E"], "abort")
@@ -83,6 +99,7 @@ def test_a_character_still_incomplete_at_the_end_is_flushed() -> None:
     assert output.push(1) == ("a\ufffd", FinishReason.LENGTH)
 
 
+@settings(deadline=None)
 @given(
     st.text("ab", max_size=30),
     st.lists(st.text("ab", min_size=1, max_size=4), max_size=3),
