@@ -259,8 +259,9 @@ def _plan(
     token = graph.config.image_token_id
     weights = {name: token_weights(gradients[name], data.train, token) for name in names}
     if mixed:
-        train, held = _batches(data.train, device), _batches(data.heldout, device)
-        alone = partial(tuning.divergence_with, graph, held, features, reference)
+        train = _batches(data.train, device)
+        asked = _batches([*data.heldout, *data.train[: 2 * len(data.heldout)]], device)
+        alone = partial(tuning.divergence_with, graph, asked, features, reference)
         evidence = Evidence(train, features, gradients, weights, alone)
 
         def done(name: str) -> None:

@@ -55,7 +55,7 @@ class QuantRecipe:
     """How the bits are spent: one budget for the model, one for each layer, or uniform."""
     global_share: float = 0.7
     """Weight of the end loss against each layer's own error where sensitivity is measured."""
-    guided: bool = True
+    guided: bool = False
     """Weight calibration tokens by their gradients where the decoder is rounded."""
     vision_bits: int = 4
     """Bits a weight of the vision tower and the merger."""
