@@ -23,6 +23,26 @@ def check_float(name: str, dtype: torch.dtype) -> None:
         raise TypeError(f"{name} must be one of {FLOAT_DTYPES}, got {dtype}")
 
 
+def check_linear(
+    x: Tensor, weight: PackedVQ, bias: Tensor | None, residual: Tensor | None, gated: bool
+) -> None:
+    """Ask for activations, bias and residual that go with a packed weight."""
+    if not isinstance(weight, PackedVQ):
+        raise TypeError(f"weight must be a PackedVQ, got {type(weight).__name__}; call pack first")
+    layout = weight.layout
+    shape, width = x.shape, 2 * layout.in_features if gated else layout.in_features
+    if not shape or shape[-1] != width:
+        raise ValueError(f"x must be [..., {width}], got {list(shape)}")
+    if x.device != weight.device:
+        raise ValueError(f"x is on {x.device}, weight is on {weight.device}")
+    if x.dtype not in FLOAT_DTYPES:
+        check_float("x", x.dtype)
+    if bias is not None:
+        check_bias(bias, weight)
+    if residual is not None:
+        check_residual(residual, x, layout.out_features)
+
+
 def check_bias(bias: Tensor, weight: PackedVQ) -> None:
     """Ask for one number per output row of the weight, on its device."""
     if bias.shape != (weight.layout.out_features,):
@@ -31,6 +51,18 @@ def check_bias(bias: Tensor, weight: PackedVQ) -> None:
         check_float("bias", bias.dtype)
     if bias.device != weight.device:
         raise ValueError(f"bias is on {bias.device}, weight is on {weight.device}")
+
+
+def check_residual(residual: Tensor, x: Tensor, out_features: int) -> None:
+    """Ask for what can be added to the product of x and a weight, in x's dtype and place."""
+    shape = (*x.shape[:-1], out_features)
+    if residual.shape != shape:
+        raise ValueError(f"residual must be {list(shape)}, got {list(residual.shape)}")
+    if residual.dtype != x.dtype or residual.device != x.device:
+        raise TypeError(
+            f"residual must be {x.dtype} on {x.device} as x is, got {residual.dtype} on "
+            f"{residual.device}"
+        )
 
 
 def check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
