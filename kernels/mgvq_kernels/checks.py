@@ -138,3 +138,39 @@ def check_paged(
                 f"request {i}: context_len {context_lens[i]} must hold its {end - start} new "
                 f"tokens and fit the {room} slots of block_table"
             )
+
+
+def check_decode(
+    q: Tensor,
+    caches: tuple[Tensor, Tensor],
+    block_table: Tensor,
+    context_lens: Tensor,
+    scales: tuple[Tensor | None, Tensor | None],
+) -> None:
+    """Ask for one query a request and caches, tables and lengths that go with it."""
+    for name, tensor, shape in (("block_table", block_table, 2), ("context_lens", context_lens, 1)):
+        if tensor.dtype != torch.int32:
+            raise TypeError(f"{name} must be int32, got {tensor.dtype}")
+        if tensor.dim() != shape or tensor.shape[0] != q.shape[0] or not tensor.is_contiguous():
+            raise ValueError(
+                f"{name} must be contiguous with one entry for each of {q.shape[0]} requests, got "
+                f"{list(tensor.shape)} with strides {list(tensor.stride())}"
+            )
+    for name, cache, scale in zip(("key", "value"), caches, scales, strict=True):
+        expected = torch.int8 if scale is not None else q.dtype
+        if cache.dtype != expected:
+            raise TypeError(f"{name}_cache must be {expected}, got {cache.dtype}")
+        if cache.dim() != 4 or cache.shape != caches[0].shape or not cache.is_contiguous():
+            raise ValueError(
+                f"{name}_cache must be contiguous [num_blocks, block_size, Hk, Dh] and like the "
+                f"other, got {list(cache.shape)} with strides {list(cache.stride())}"
+            )
+        if q.dim() != 3 or q.shape[2] != cache.shape[3] or q.shape[1] % cache.shape[2]:
+            raise ValueError(f"q {list(q.shape)} does not go with a cache {list(cache.shape)}")
+        if scale is not None and (scale.shape != cache.shape[:3] or scale.dtype != torch.float16):
+            raise ValueError(
+                f"{name}_scales must be {list(cache.shape[:3])} float16, got {list(scale.shape)} "
+                f"{scale.dtype}"
+            )
+    if (scales[0] is None) != (scales[1] is None):
+        raise ValueError("key_scales and value_scales must both be given, or neither")

@@ -6,6 +6,8 @@ computed, wrong arguments raise with what was expected and what came.
 
 from __future__ import annotations
 
+import importlib
+
 import torch
 from torch import Tensor
 
@@ -179,3 +181,46 @@ def paged_attention(
     return reference.paged_attention(
         q, key_cache, value_cache, block_table, cu_seqlens_q, context_lens, scale
     )
+
+
+def paged_attention_decode(
+    q: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_table: Tensor,
+    context_lens: Tensor,
+    scale: float,
+    key_scales: Tensor | None = None,
+    value_scales: Tensor | None = None,
+) -> Tensor:
+    """Attend one new token a request to its cached tokens, lengths read where they lie.
+
+    What `paged_attention` computes for single tokens, for a captured graph: the launch depends on
+    the width of `block_table` alone. A GPU and half precision take the Triton kernel; a request's
+    result then depends on no other request.
+
+    Args:
+        q: `[R, H, Dh]` floating.
+        key_cache: `[num_blocks, block_size, Hk, Dh]` of q's dtype, or int8 with `key_scales`.
+        value_cache: the same.
+        block_table: `[R, max_blocks]` int32: the blocks of each request, in order.
+        context_lens: `[R]` int32 counts of cached tokens, at least 1, the new one included.
+        scale: multiplies the scores.
+        key_scales: `[num_blocks, block_size, Hk]` float16 that int8 keys are multiplied by.
+        value_scales: the same for values.
+
+    Returns:
+        `[R, H, Dh]` in q's dtype.
+
+    Raises:
+        TypeError: if a dtype is not as above.
+        ValueError: if shapes disagree or a cache is not contiguous.
+    """
+    checks.check_decode(
+        q, (key_cache, value_cache), block_table, context_lens, (key_scales, value_scales)
+    )
+    arguments = (key_cache, value_cache, block_table, context_lens, scale, key_scales, value_scales)
+    if q.is_cuda and q.element_size() == 2:
+        kernel = importlib.import_module("mgvq_kernels.triton.paged_attention")
+        return kernel.paged_attention_decode(q.contiguous(), *arguments)
+    return reference.paged_attention_decode(q, *arguments)

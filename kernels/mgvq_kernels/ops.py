@@ -20,6 +20,7 @@ from torch import Tensor
 from mgvq_kernels import checks, dispatch, reference
 from mgvq_kernels.dense_ops import add_rms_norm as add_rms_norm
 from mgvq_kernels.dense_ops import paged_attention as paged_attention
+from mgvq_kernels.dense_ops import paged_attention_decode as paged_attention_decode
 from mgvq_kernels.dense_ops import rms_norm as rms_norm
 from mgvq_kernels.dense_ops import rope as rope
 from mgvq_kernels.dense_ops import swiglu as swiglu
@@ -40,6 +41,7 @@ OPS = (
     "varlen_attention",
     "write_kv",
     "paged_attention",
+    "paged_attention_decode",
 )
 """Every op, each with a reference of the same name and a test."""
 

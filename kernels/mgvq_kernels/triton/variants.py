@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 
-from mgvq_kernels.triton import vq_dequant, vq_embedding, vq_gemm, vq_gemv
+from mgvq_kernels.triton import paged_attention, vq_dequant, vq_embedding, vq_gemm, vq_gemv
 from mgvq_kernels.triton.aot import Variant
 
 WEIGHT = {
@@ -37,6 +37,8 @@ def variants() -> Iterator[Variant]:
             yield gemm(dtype, dims, fused, tokens)
     for dtype, gated in itertools.product(HALVES, (False, True)):
         yield arrange(dtype, gated)
+    for dtype, quantized in itertools.product(HALVES, (False, True)):
+        yield from decode_attention(dtype, quantized)
 
 
 def main_variants() -> Iterator[Variant]:
@@ -47,6 +49,8 @@ def main_variants() -> Iterator[Variant]:
     yield gemm("fp16", 8, True, 64)
     yield gemm("fp16", 4, True, 16)
     yield arrange("fp16", True)
+    yield from decode_attention("fp16", False)
+    yield from decode_attention("fp16", True)
 
 
 def gemv(dtype: str, dims: int, fused: bool) -> Variant:
@@ -127,3 +131,37 @@ def decoders(dtype: str, permuted: bool) -> Iterator[Variant]:
         {"enable_fp_fusion": False},
         aligned=("padded_rows",),
     )
+
+
+def decode_attention(dtype: str, quantized: bool) -> Iterator[Variant]:
+    """Describe the two kernels of decode attention, with heads of 128 and pages of 16 tokens."""
+    mark = f"{dtype}{'-int8' if quantized else ''}"
+    cache = "*i8" if quantized else f"*{dtype}"
+    signature = {
+        "q_ptr": f"*{dtype}",
+        "key_ptr": cache,
+        "value_ptr": cache,
+        "key_scales_ptr": "*fp16",
+        "value_scales_ptr": "*fp16",
+        "block_table_ptr": "*i32",
+        "context_lens_ptr": "*i32",
+        "sums_ptr": "*fp32",
+        "tops_ptr": "*fp32",
+        "out_ptr": f"*{dtype}",
+        "score_scale": "fp32",
+    } | dict.fromkeys(("num_heads", "num_kv_heads", "head_dim", "max_blocks", "splits"), "i32")
+    sizes = {"DIMS": 128, "SPLIT": paged_attention.SPLIT_TOKENS}
+    yield Variant(
+        f"attend_split-{mark}",
+        paged_attention.attend_split_kernel,
+        signature,
+        {"QUANTIZED": quantized, "BLOCK_SIZE": 16, "HEADS": 16, **sizes}
+        | {"TILE": paged_attention.TILE_TOKENS},
+        {},
+        aligned=("head_dim",),
+        wide_loads=True,
+    )
+    if not quantized:
+        yield Variant(
+            f"combine_splits-{mark}", paged_attention.combine_splits_kernel, signature, sizes, {}
+        )
