@@ -50,6 +50,11 @@ class EngineConfig:
     1 GiB on a CPU and what is free on a GPU."""
     max_image_tokens: int | None = 1280
     """Most tokens one picture may cost; a larger picture is scaled down."""
+    max_batch_patches: int = 5120
+    """Most patches of pictures encoded in one step, one picture at least."""
+    image_cache_bytes: int = 128 << 20
+    """Bytes of encoded pictures kept beside the model, and of prepared ones in main memory, for
+    pictures that come again; 0 keeps none."""
     num_threads: int | None = None
     """CPU threads for arithmetic; all cores when not given."""
     seed: int = 0
@@ -95,6 +100,8 @@ _LOWEST = {
     "block_size": 1,
     "kv_cache_bytes": 1,
     "max_image_tokens": 1,
+    "max_batch_patches": 1,
+    "image_cache_bytes": 0,
     "num_threads": 1,
     "seed": 0,
 }
@@ -124,6 +131,8 @@ class ResolvedConfig:
     block_size: int
     num_kv_blocks: int
     """Blocks of the pool, the reserved block 0 included."""
+    max_batch_patches: int
+    image_cache_bytes: int
     seed: int
 
 
@@ -204,6 +213,8 @@ def resolve(
         max_batch_tokens=config.max_batch_tokens,
         block_size=config.block_size,
         num_kv_blocks=num_kv_blocks,
+        max_batch_patches=config.max_batch_patches,
+        image_cache_bytes=config.image_cache_bytes,
         seed=config.seed,
     )
 
@@ -258,6 +269,8 @@ _METAVARS = {
     "block_size": "TOKENS",
     "kv_cache_bytes": "BYTES",
     "max_image_tokens": "TOKENS",
+    "max_batch_patches": "N",
+    "image_cache_bytes": "BYTES",
     "num_threads": "N",
     "seed": "N",
 }
