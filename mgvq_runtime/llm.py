@@ -37,6 +37,8 @@ class Usage:
 
     prompt_tokens: int
     completion_tokens: int
+    cached_tokens: int = 0
+    """Prompt tokens whose keys and values were in the cache."""
 
 
 @dataclass(frozen=True)
@@ -301,7 +303,7 @@ def _joined(outputs: Sequence[RequestOutput]) -> ChatReply:
         text="".join(output.text for output in outputs),
         token_ids=tuple(token_id for output in outputs for token_id in output.token_ids),
         finish_reason=last.finish_reason,
-        usage=Usage(last.num_prompt_tokens, last.num_completion_tokens),
+        usage=Usage(last.num_prompt_tokens, last.num_completion_tokens, last.num_cached_tokens),
         logprobs=logprobs,
         error=last.error,
     )

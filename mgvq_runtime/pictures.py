@@ -1,7 +1,7 @@
 """Takes the pictures out of a conversation (called by `llm.LLM`).
 
-Data URLs, files and PIL images are read here, the network never. Decoding within limits is
-`multimodal.image`, what becomes of the pixels `multimodal.processors`.
+Data URLs, files and PIL images are read here, the network never. Limits and decoding are in
+`multimodal.image`; what becomes of the pixels is `multimodal.processors`' business.
 """
 
 from __future__ import annotations
@@ -15,7 +15,13 @@ from urllib.request import url2pathname
 from PIL import Image, ImageOps
 
 from mgvq_runtime.errors import ImageError, RequestError
-from mgvq_runtime.multimodal.image import MediaLimits, decode_data_url, decode_image, to_rgb
+from mgvq_runtime.multimodal.image import (
+    MediaLimits,
+    Picture,
+    open_data_url,
+    open_image,
+    to_rgb,
+)
 
 Message = Mapping[str, Any]
 """{"role": ..., "content": text, or a list of text and image parts}, as in OpenAI's chat API."""
@@ -23,7 +29,7 @@ Message = Mapping[str, Any]
 
 def take_pictures(
     messages: Sequence[Message], limits: MediaLimits
-) -> tuple[list[Message], list[Image.Image]]:
+) -> tuple[list[Message], list[Picture]]:
     """Read the pictures of a conversation and leave `{"type": "image"}` in their places.
 
     All else stays as it is: `multimodal.chat` says what is wrong with it.
@@ -35,13 +41,13 @@ def take_pictures(
         limits: How large a picture may be.
 
     Returns:
-        The messages without pictures, and the pictures in order, RGB.
+        The messages without pictures, and the pictures in order, decoded only where they came so.
 
     Raises:
         RequestError: if an image part has another form.
         ImageError: if a picture cannot be read.
     """
-    pictures: list[Image.Image] = []
+    pictures: list[Picture] = []
     cleaned: list[Message] = []
     for message in messages:
         parts = message.get("content") if isinstance(message, Mapping) else None
@@ -52,7 +58,7 @@ def take_pictures(
     return cleaned, pictures
 
 
-def _take_part(part: Any, limits: MediaLimits, pictures: list[Image.Image]) -> Any:
+def _take_part(part: Any, limits: MediaLimits, pictures: list[Picture]) -> Any:
     kind = part.get("type") if isinstance(part, Mapping) else None
     if kind == "image_url":
         source = part.get("image_url")
@@ -69,8 +75,8 @@ def _take_part(part: Any, limits: MediaLimits, pictures: list[Image.Image]) -> A
     return {"type": "image"}
 
 
-def open_picture(source: Any, limits: MediaLimits) -> Image.Image:
-    """Return a picture as RGB.
+def open_picture(source: Any, limits: MediaLimits) -> Picture:
+    """Return a PIL image as RGB, anything else undecoded.
 
     Args:
         source: A PIL image, a path, a `file://` URL or a data URL.
@@ -78,7 +84,7 @@ def open_picture(source: Any, limits: MediaLimits) -> Image.Image:
 
     Raises:
         RequestError: if the source is of another kind, such as an http URL.
-        ImageError: if it cannot be read or decoded.
+        ImageError: if it cannot be read or is no picture.
     """
     if isinstance(source, Image.Image):
         return to_rgb(ImageOps.exif_transpose(source))
@@ -91,7 +97,7 @@ def open_picture(source: Any, limits: MediaLimits) -> Image.Image:
         )
     scheme = source.partition(":")[0].lower()
     if scheme == "data":
-        return decode_data_url(source, limits)
+        return open_data_url(source, limits)
     if scheme in ("http", "https"):
         raise RequestError(
             "pictures are not fetched from the network here: download the file and give its path",
@@ -102,10 +108,10 @@ def open_picture(source: Any, limits: MediaLimits) -> Image.Image:
     return _open_file(Path(source), limits)
 
 
-def _open_file(path: Path, limits: MediaLimits) -> Image.Image:
+def _open_file(path: Path, limits: MediaLimits) -> Picture:
     try:
         with path.open("rb") as file:
             data = file.read(limits.max_image_bytes + 1)
     except OSError as error:
         raise ImageError(f"cannot read the picture {path}: {error.strerror}") from None
-    return decode_image(data, limits)
+    return open_image(data, limits)

@@ -49,7 +49,9 @@ def start(
     is_quantized = checkpoint.quantization is not None
     dtype = resolve_dtype(config.dtype, device, is_quantized)
     model = fill_model(checkpoint, device, getattr(torch, dtype))
-    processor = ChatProcessor.from_checkpoint(checkpoint, model.config, config.max_image_tokens)
+    processor = ChatProcessor.from_checkpoint(
+        checkpoint, model.config, config.max_image_tokens, config.image_cache_bytes
+    )
     free_bytes = None
     if device != "cpu":
         run_worst_case(model, processor.image_processor, config, torch.device(device))

@@ -11,10 +11,12 @@ from typing import Any
 
 from PIL import Image
 
+from mgvq_runtime.cache.lru import LRUCache
 from mgvq_runtime.checkpoint.reader import Checkpoint
 from mgvq_runtime.errors import RequestError, TokenizerError
 from mgvq_runtime.models.config import ModelConfig
 from mgvq_runtime.models.registry import find_family
+from mgvq_runtime.multimodal.image import Picture
 from mgvq_runtime.multimodal.processors import ImageProcessor
 from mgvq_runtime.multimodal.prompt import build_prompt
 from mgvq_runtime.request import ImageInput, Prompt
@@ -28,14 +30,27 @@ class ChatProcessor:
     """Turns conversations into prompts of one model."""
 
     def __init__(
-        self, tokenizer: Tokenizer, image_processor: ImageProcessor | None, config: ModelConfig
+        self,
+        tokenizer: Tokenizer,
+        image_processor: ImageProcessor | None,
+        config: ModelConfig,
+        image_cache_bytes: int = 0,
     ) -> None:
-        """Put a model's tokenizer, image processor (None for text alone) and config together."""
+        """Put a model's tokenizer, image processor (None for text alone) and config together.
+
+        Encoded pictures that come again are not decoded and cut again as long as their patches are
+        among the last `image_cache_bytes`.
+        """
         self.tokenizer, self.image_processor, self.config = tokenizer, image_processor, config
+        self._prepared = LRUCache[tuple[bytes, bool], ImageInput](image_cache_bytes)
 
     @classmethod
     def from_checkpoint(
-        cls, checkpoint: Checkpoint, config: ModelConfig, max_image_tokens: int | None = None
+        cls,
+        checkpoint: Checkpoint,
+        config: ModelConfig,
+        max_image_tokens: int | None = None,
+        image_cache_bytes: int = 0,
     ) -> ChatProcessor:
         """Read tokenizer, template and image processor from a checkpoint's folder.
 
@@ -43,6 +58,7 @@ class ChatProcessor:
             checkpoint: An opened folder.
             config: Of its model.
             max_image_tokens: Most tokens one picture may take; None leaves it to the checkpoint.
+            image_cache_bytes: Patches kept for pictures that come again.
 
         Raises:
             TokenizerError: if there is no tokenizer that can be used, or none for pictures.
@@ -58,12 +74,13 @@ class ChatProcessor:
                 f"{config.image_token_id}) is not among the tokenizer's special tokens: "
                 "tokenizer.json or added_tokens.json is of another model"
             )
-        return cls(tokenizer, images.from_folder(checkpoint.path, max_image_tokens), config)
+        processor = images.from_folder(checkpoint.path, max_image_tokens)
+        return cls(tokenizer, processor, config, image_cache_bytes)
 
     def prepare(
         self,
         messages: Sequence[Mapping[str, Any]],
-        images: Sequence[Image.Image] = (),
+        images: Sequence[Picture] = (),
         add_generation_prompt: bool = True,
     ) -> Prompt:
         """Turn a conversation into a prompt.
@@ -71,7 +88,7 @@ class ChatProcessor:
         Args:
             messages: `{"role": ..., "content": text or parts}`; a part is `{"type": "text", "text":
                 ...}` or `{"type": "image"}`, which stands for the next of `images`.
-            images: Decoded pictures, in the order of their parts.
+            images: Pictures, decoded or not, in the order of their parts.
             add_generation_prompt: Whether the assistant's turn is opened at the end.
 
         Returns:
@@ -80,7 +97,7 @@ class ChatProcessor:
         Raises:
             RequestError: if a message is malformed, parts and pictures differ in number, or the
                 model takes no pictures.
-            ImageError: if a picture is narrower than the model takes.
+            ImageError: if a picture is damaged, or narrower than the model takes.
         """
         num_parts = check_messages(messages)
         if num_parts != len(images):
@@ -94,18 +111,33 @@ class ChatProcessor:
         ids = self.tokenizer.encode_chat(messages, add_generation_prompt)
         return build_prompt(ids, inputs, self.config)
 
-    def process(self, images: Sequence[Image.Image]) -> tuple[ImageInput, ...]:
-        """Prepare all pictures of one conversation.
+    def process(self, images: Sequence[Picture]) -> tuple[ImageInput, ...]:
+        """Prepare all pictures of one conversation; several threads may do so at once.
 
         Raises:
             RequestError: if the model takes no pictures.
-            ImageError: if a picture is narrower than the model takes.
+            ImageError: if a picture is damaged, or narrower than the model takes.
         """
         if not images:
             return ()
         if self.image_processor is None:
             raise RequestError("this model reads text alone; leave pictures out", param="messages")
-        return self.image_processor.prepare(images)
+        is_alone = len(images) == 1
+        return tuple(self._prepare_image(self.image_processor, image, is_alone) for image in images)
+
+    def _prepare_image(
+        self, processor: ImageProcessor, image: Picture, is_alone: bool
+    ) -> ImageInput:
+        if isinstance(image, Image.Image):
+            return processor(image, is_alone)
+        key = (image.digest, is_alone)
+        prepared = self._prepared.get(key)
+        if prepared is None:
+            prepared = processor(image.decode(), is_alone)
+            # Reading the digest makes it: here, and not in the one thread everybody waits for.
+            num_bytes = prepared.patches.nbytes + len(prepared.digest)
+            self._prepared.put(key, prepared, num_bytes)
+        return prepared
 
 
 def _as_text(message: Mapping[str, Any]) -> Mapping[str, Any]:

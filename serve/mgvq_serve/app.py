@@ -105,8 +105,7 @@ def create_app(
         engine.chat_processor,
         ImageLoader(limits, settings.allowed_local_media_path),
         Admission(max_num_seqs, settings.max_queue, MAX_OPEN_BODIES * max_body_bytes),
-        settings.limit_images,
-        settings.media_threads,
+        settings,
     )
 
     @asynccontextmanager

@@ -16,13 +16,18 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from PIL import Image
-
-from mgvq_runtime import FinishReason, Prompt, Request, RequestOutput, TokenLogprob
+from mgvq_runtime import (
+    EncodedImage,
+    FinishReason,
+    Prompt,
+    Request,
+    RequestOutput,
+    TokenLogprob,
+)
 from mgvq_runtime.errors import ContextLengthError, MgvqError, TokenizerError
 from mgvq_serve.admission import Admission
 from mgvq_serve.engine_thread import EngineThread, Mailbox
-from mgvq_serve.errors import ApiError, from_runtime_error, internal_error
+from mgvq_serve.errors import ApiError, from_runtime_error, internal_error, timed_out
 from mgvq_serve.media import ImageLoader
 from mgvq_serve.protocol import (
     SYSTEM_FINGERPRINT,
@@ -39,6 +44,7 @@ from mgvq_serve.protocol import (
     sampling_params,
     usage_body,
 )
+from mgvq_serve.settings import ServerSettings
 
 MAX_CHARS_PER_TOKEN = 256  # no vocabulary we know has a longer token; a million tokens take 2-5 s
 PARSE_IN_POOL_BYTES = 256 * 1024  # a larger body takes a millisecond or more: off the event loop
@@ -47,7 +53,7 @@ PARSE_IN_POOL_BYTES = 256 * 1024  # a larger body takes a millisecond or more: o
 class PromptBuilder(Protocol):
     """What is needed of the runtime's chat processor."""
 
-    def prepare(self, messages: list[dict[str, Any]], images: list[Image.Image]) -> Prompt:
+    def prepare(self, messages: list[dict[str, Any]], images: list[EncodedImage]) -> Prompt:
         """Return token ids, patches and positions of a conversation."""
 
 
@@ -71,8 +77,7 @@ class ChatService:
         chat_processor: PromptBuilder,
         images: ImageLoader,
         admission: Admission,
-        limit_images: int,
-        media_threads: int,
+        settings: ServerSettings,
     ) -> None:
         """Wire the parts together; `close` ends the thread pool."""
         self.model = model
@@ -80,8 +85,9 @@ class ChatService:
         self.admission = admission
         self._chat_processor = chat_processor
         self._images = images
-        self._limit_images = limit_images
-        self._pool = ThreadPoolExecutor(media_threads, thread_name_prefix="mgvq-media")
+        self._limit_images = settings.limit_images
+        self._timeout_s = settings.request_timeout or None
+        self._pool = ThreadPoolExecutor(settings.media_threads, thread_name_prefix="mgvq-media")
 
     def close(self) -> None:
         """End the pool; images that are being decoded are finished, waiting ones dropped."""
@@ -135,9 +141,9 @@ class ChatService:
             raise from_runtime_error(error)
 
     def _prepare(self, messages: list[Message]) -> Prompt:
-        """Decode pictures and build the prompt (in a thread of the pool)."""
+        """Read pictures and build the prompt (in a thread of the pool)."""
         plain: list[dict[str, Any]] = []
-        images: list[Image.Image] = []
+        images: list[EncodedImage] = []
         for index, message in enumerate(messages):
             role = "system" if message.role == "developer" else message.role
             if isinstance(message.content, str):
@@ -167,7 +173,14 @@ class ChatService:
         if room < 1:
             raise ContextLengthError(len(prompt.token_ids), self.model.max_model_len)
         return [
-            Request(f"{call_id}-{choice}", prompt, sampling_params(request, room, choice))
+            Request(
+                f"{call_id}-{choice}",
+                prompt,
+                sampling_params(request, room, choice),
+                request.cache_salt,
+                request.priority or 0,
+                self._timeout_s,
+            )
             for choice in range(request.num_choices)
         ]
 
@@ -195,6 +208,8 @@ class _Choice:
 
     def extend(self, output: RequestOutput) -> None:
         """Append what one step added."""
+        if output.finish_reason is FinishReason.TIMEOUT:
+            raise timed_out(output.error or "")
         if output.finish_reason in (FinishReason.ERROR, FinishReason.ABORT):
             raise internal_error("The engine could not finish this answer.")
         self.text += output.text

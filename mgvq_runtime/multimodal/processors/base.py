@@ -45,11 +45,15 @@ class ImageProcessor(Protocol):
     def max_grid(self) -> tuple[int, int, int]:
         """Grid of the picture that has most patches (for memory planning)."""
 
-    def prepare(self, images: Sequence[Image.Image]) -> tuple[ImageInput, ...]:
-        """Prepare all pictures of one conversation; their number may matter.
+    def __call__(self, image: Image.Image, is_alone: bool = True) -> ImageInput:
+        """Cut a picture into patches.
+
+        Args:
+            image: Of any mode; converted to RGB as `multimodal.image` does.
+            is_alone: Whether the conversation has no other picture, where that matters.
 
         Raises:
-            ImageError: if a picture is of a shape the family does not take.
+            ImageError: if it is of a shape the family does not take.
         """
 
 

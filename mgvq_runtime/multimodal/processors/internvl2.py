@@ -10,7 +10,6 @@ Source: OpenGVLab/InternVL `dynamic_preprocess`; transformers 5.24
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -71,7 +70,7 @@ def select_grid(
 
 @dataclass(frozen=True)
 class InternVL2ImageProcessor:
-    """Cuts pictures into tiles; call `prepare` with all of a conversation."""
+    """Cuts pictures into tiles; call it with a PIL image."""
 
     tile_size: int = 448
     """Side of a tile in pixels."""
@@ -161,16 +160,14 @@ class InternVL2ImageProcessor:
         side = self.tile_size // self.patch_size
         return self.max_num_tokens // self.tile_tokens, side, side
 
-    def prepare(self, images: Sequence[Image.Image]) -> tuple[ImageInput, ...]:
-        """Prepare all pictures of one conversation, each by itself.
+    def __call__(self, image: Image.Image, is_alone: bool = True) -> ImageInput:
+        """Cut a picture into tiles, as many as its shape asks for.
 
         Args:
-            images: Of any mode; converted to RGB as `multimodal.image` does.
+            image: Of any mode; converted to RGB as `multimodal.image` does.
+            is_alone: Changes nothing here.
         """
-        return tuple(self._cut(to_rgb(image)) for image in images)
-
-    def _cut(self, picture: Image.Image) -> ImageInput:
-        s = self.tile_size
+        picture, s = to_rgb(image), self.tile_size
         limits = (self.min_tiles, self.max_tiles)
         columns, rows = select_grid(picture.height, picture.width, s, *limits)
         pixels = self._resized(picture, rows * s, columns * s)

@@ -168,18 +168,16 @@ class LlavaOnevisionImageProcessor:
         kept = unpadded((height, width), (rows * self.side, columns * self.side))
         return TileLayout(rows, columns, kept, self._shrunk(kept))
 
-    def prepare(self, images: Sequence[Image.Image]) -> tuple[ImageInput, ...]:
-        """Prepare all pictures of one conversation: a single one is cut into tiles, several not.
+    def __call__(self, image: Image.Image, is_alone: bool = True) -> ImageInput:
+        """Cut a picture that is alone in its conversation into tiles; one of several stays whole.
 
         Args:
-            images: Of any mode; converted to RGB as `multimodal.image` does.
+            image: Of any mode; converted to RGB as `multimodal.image` does.
+            is_alone: Whether the conversation has no other picture.
         """
-        pictures = [to_rgb(image) for image in images]
-        if len(pictures) == 1:
-            layout = self.layout_of(pictures[0].height, pictures[0].width)
-            if layout is not None:
-                return (self._tiled(pictures[0], layout),)
-        return tuple(self._whole(picture) for picture in pictures)
+        picture = to_rgb(image)
+        layout = self.layout_of(picture.height, picture.width) if is_alone else None
+        return self._whole(picture) if layout is None else self._tiled(picture, layout)
 
     def _tiled(self, picture: Image.Image, layout: TileLayout) -> ImageInput:
         """Cut one picture into the whole and its tiles."""

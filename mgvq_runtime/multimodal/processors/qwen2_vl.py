@@ -9,7 +9,6 @@ Source: transformers 5.23 `models/qwen2_vl/image_processing_pil_qwen2_vl.py`.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -162,15 +161,12 @@ class Qwen2VLImageProcessor:
         size = smart_resize(height, width, self.factor, self.min_pixels, self.max_pixels)
         return 1, size[0] // self.patch_size, size[1] // self.patch_size
 
-    def prepare(self, images: Sequence[Image.Image]) -> tuple[ImageInput, ...]:
-        """Prepare all pictures of one conversation, each by itself; see `__call__`."""
-        return tuple(self(image) for image in images)
-
-    def __call__(self, image: Image.Image) -> ImageInput:
+    def __call__(self, image: Image.Image, is_alone: bool = True) -> ImageInput:
         """Resize, normalise and cut a picture.
 
         Args:
             image: Any mode; converted to RGB as `multimodal.image` does.
+            is_alone: Changes nothing here.
 
         Returns:
             Patches `[h * w, 3 * temporal * patch * patch]` float32 in merge order, the grid, and
