@@ -7,7 +7,7 @@ network is never used: a picture is a data URL, a file or a PIL image. HTTP is `
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 from types import TracebackType
@@ -37,8 +37,8 @@ class Usage:
 
     prompt_tokens: int
     completion_tokens: int
-    cached_tokens: int = 0
-    """Prompt tokens whose keys and values were in the cache."""
+    cached_tokens: int = field(default=0, compare=False)
+    """Prompt tokens whose keys and values were in the cache; the answer does not depend on it."""
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from mgvq_runtime.engine.memory import (
     peak_rss_bytes,
     weights_bytes,
 )
+from mgvq_runtime.engine.memory_plan import MemoryPlan
 from mgvq_runtime.engine.model_runner import ModelRunner
 from mgvq_runtime.engine.output import OutputText
 from mgvq_runtime.engine.prompt_check import check_prompt
@@ -87,6 +88,8 @@ class Engine:
         )
         self.max_model_len = min(config.max_model_len, self._blocks.capacity_tokens)
         """Most tokens of prompt and answer together."""
+        self.memory_plan: MemoryPlan | None = None
+        """What every byte was planned for, where `from_checkpoint` made this engine."""
         self._sequences: dict[str, Sequence] = {}
         self._seeds = random.Random(config.seed)
         self._clock = clock
@@ -108,7 +111,10 @@ class Engine:
             CheckpointError: if the folder is missing, damaged or not ours.
             ConfigError: if the settings do not fit this model or this machine.
         """
-        return cls(*start(path, config or EngineConfig()))
+        model, chat_processor, resolved, plan = start(path, config or EngineConfig())
+        engine = cls(model, chat_processor, resolved)
+        engine.memory_plan = plan
+        return engine
 
     def add(self, request: Request) -> None:
         """Queue a request; its tokens come out of later `step`s.
