@@ -37,6 +37,8 @@ from mgvq_runtime.errors import MgvqError
 from mgvq_runtime.pictures import Message, take_pictures
 
 QUESTIONS = ("What is in the picture?", "How many are there, and of which colour?")
+CHAT_PICTURE_SIDE = 1024
+"""Pixels of a picture in a chat; it is scaled down to what the model takes."""
 TARGETS = {"throughput_ratio": 3.0, "second_turn_share": 0.25, "overhead_ms": 1.5}
 """At least the first, at most the others."""
 
@@ -89,8 +91,11 @@ class Bench:
         return num_requests * self.num_new_tokens / elapsed, overheads
 
     def two_turns(self) -> tuple[float, float, int, int]:
-        """Chat about a new picture; returns seconds to each turn's first token, prompt, cached."""
-        conversation = [self._question(self._picture_url(), QUESTIONS[0])]
+        """Chat about a new picture; returns seconds to each turn's first token, prompt, cached.
+
+        The picture is as large as people's are, and answers end where the model ends them.
+        """
+        conversation = [self._question(self._picture_url(CHAT_PICTURE_SIDE), QUESTIONS[0])]
         first_s, answer, _ = self._turn(conversation)
         conversation.append({"role": "assistant", "content": answer})
         conversation.append({"role": "user", "content": QUESTIONS[1]})
@@ -99,7 +104,7 @@ class Bench:
 
     def _turn(self, conversation: Sequence[Message]) -> tuple[float, str, tuple[int, int]]:
         began = time.perf_counter()
-        self._add(self._prompt(conversation), is_shared=True)
+        self._add(self._prompt(conversation), is_chat=True)
         outputs = self.engine.step()
         while not outputs:
             outputs = self.engine.step()
@@ -109,10 +114,12 @@ class Bench:
         text = "".join(output.text for output in outputs)
         return first_s, text, (outputs[0].num_prompt_tokens, outputs[0].num_cached_tokens)
 
-    def _add(self, prompt: Prompt, is_shared: bool = False) -> None:
+    def _add(self, prompt: Prompt, is_chat: bool = False) -> None:
         number = str(next(self._numbers))
-        params = SamplingParams(temperature=0.0, max_tokens=self.num_new_tokens, ignore_eos=True)
-        salt = None if is_shared else number
+        params = SamplingParams(
+            temperature=0.0, max_tokens=self.num_new_tokens, ignore_eos=not is_chat
+        )
+        salt = None if is_chat else number
         self.engine.add(Request(number, prompt, params, cache_salt=salt))
 
     def _prompt(self, conversation: Sequence[Message]) -> Prompt:
@@ -122,11 +129,13 @@ class Bench:
         picture = {"type": "image_url", "image_url": {"url": url}}
         return {"role": "user", "content": [picture, {"type": "text", "text": text}]}
 
-    def _picture_url(self) -> str:
-        """Return a picture nobody has seen: one pixel counts up."""
+    def _picture_url(self, side: int | None = None) -> str:
+        """Return a picture nobody has seen: a corner of it counts up."""
         number = next(self._numbers)
         picture = self.pictures[number % len(self.pictures)].copy()
         picture.paste(tuple(number.to_bytes(3, "big")), (0, 0, 28, 28))
+        if side is not None:
+            picture = picture.resize((side, side), Image.Resampling.BICUBIC)
         file = io.BytesIO()
         picture.save(file, "PNG")
         return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
