@@ -17,6 +17,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,18 @@ class ModelClock:
         return run
 
 
+@dataclass(frozen=True)
+class Throughput:
+    """Of some requests together, in tokens a second."""
+
+    whole: float
+    """From the first step to the last."""
+    decode: float
+    """Once every request has its first token."""
+    overhead_ms: list[float]
+    """Of each step, beyond the model's functions."""
+
+
 class Bench:
     """One engine and what was measured on it."""
 
@@ -77,18 +90,24 @@ class Bench:
         self.clock = ModelClock(engine._runner.model)
         self._numbers = count()
 
-    def throughput(self, num_requests: int) -> tuple[float, list[float]]:
-        """Answer requests together; returns tokens a second and each step's overhead in ms."""
+    def throughput(self, num_requests: int) -> Throughput:
+        """Answer requests together, each about a picture of its own."""
         for _ in range(num_requests):
             self._add(self._prompt([self._question(self._picture_url(), QUESTIONS[0])]))
-        overheads = []
+        overhead_ms: list[float] = []
+        num_tokens, num_begun, decode_began = 0, 0, 0.0
         began = time.perf_counter()
         while self.engine.has_unfinished():
             start, self.clock.seconds = time.perf_counter(), 0.0
-            self.engine.step()
-            overheads.append(1000 * (time.perf_counter() - start - self.clock.seconds))
-        elapsed = time.perf_counter() - began
-        return num_requests * self.num_new_tokens / elapsed, overheads
+            outputs = self.engine.step()
+            now = time.perf_counter()
+            overhead_ms.append(1000 * (now - start - self.clock.seconds))
+            num_tokens += len(outputs)
+            if not decode_began and len(outputs) == num_requests:
+                num_begun, decode_began = num_tokens, now
+        end = time.perf_counter()
+        decode = (num_tokens - num_begun) / (end - decode_began)
+        return Throughput(num_tokens / (end - began), decode, overhead_ms)
 
     def two_turns(self) -> tuple[float, float, int, int]:
         """Chat about a new picture; returns seconds to each turn's first token, prompt, cached.
@@ -143,36 +162,39 @@ class Bench:
 
 def measure(bench: Bench, repeats: int) -> dict[str, Any]:
     """Take all three measurements in turns; the first round only warms up."""
-    alone, together, first, second = [], [], [], []
-    overhead_alone: list[float] = []
-    overhead_together: list[float] = []
+    alone: list[Throughput] = []
+    together: list[Throughput] = []
+    first: list[float] = []
+    second: list[float] = []
     for turn in range(repeats + 1):
-        one, one_overheads = bench.throughput(1)
-        many, many_overheads = bench.throughput(bench.num_requests)
+        one, many = bench.throughput(1), bench.throughput(bench.num_requests)
         first_s, second_s, num_prompt, num_cached = bench.two_turns()
         if turn:
             alone.append(one)
             together.append(many)
             first.append(first_s)
             second.append(second_s)
-            overhead_alone += one_overheads
-            overhead_together += many_overheads
-    ratios = [many / one for many, one in zip(together, alone, strict=True)]
+    ratios = [many.whole / one.whole for many, one in zip(together, alone, strict=True)]
+    decode_ratios = [many.decode / one.decode for many, one in zip(together, alone, strict=True)]
     shares = [later / sooner for later, sooner in zip(second, first, strict=True)]
+    overhead_ms = [ms for many in together for ms in many.overhead_ms]
     return {
-        "tokens_per_s_alone": round(statistics.median(alone), 1),
-        "tokens_per_s_together": round(statistics.median(together), 1),
+        "tokens_per_s_alone": round(statistics.median(one.whole for one in alone), 1),
+        "tokens_per_s_together": round(statistics.median(many.whole for many in together), 1),
         "throughput_ratio": round(statistics.median(ratios), 3),
         "throughput_ratio_min": round(min(ratios), 3),
+        "decode_ratio": round(statistics.median(decode_ratios), 3),
         "first_turn_ms": round(1000 * statistics.median(first), 2),
         "second_turn_ms": round(1000 * statistics.median(second), 2),
         "second_turn_share": round(statistics.median(shares), 3),
         "second_turn_share_max": round(max(shares), 3),
         "second_turn_prompt_tokens": num_prompt,
         "second_turn_cached_tokens": num_cached,
-        "overhead_alone_ms": round(statistics.median(overhead_alone), 3),
-        "overhead_ms": round(statistics.median(overhead_together), 3),
-        "overhead_p95_ms": round(statistics.quantiles(overhead_together, n=20)[-1], 3),
+        "overhead_alone_ms": round(
+            statistics.median(ms for one in alone for ms in one.overhead_ms), 3
+        ),
+        "overhead_ms": round(statistics.median(overhead_ms), 3),
+        "overhead_p95_ms": round(statistics.quantiles(overhead_ms, n=20)[-1], 3),
     }
 
 
@@ -218,7 +240,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--num-threads", type=int)
     parser.add_argument("--requests", type=int, default=8, help="how many run together")
-    parser.add_argument("--new-tokens", type=int, default=48, help="tokens of each answer")
+    parser.add_argument("--new-tokens", type=int, default=128, help="tokens of each answer")
     parser.add_argument("--repeats", type=int, default=9, help="rounds, at least 2")
     parser.add_argument("--output", type=Path, metavar="FILE", help="also write the JSON here")
     return parser
