@@ -23,6 +23,26 @@ def check_float(name: str, dtype: torch.dtype) -> None:
         raise TypeError(f"{name} must be one of {FLOAT_DTYPES}, got {dtype}")
 
 
+def check_linear(
+    x: Tensor, weight: PackedVQ, bias: Tensor | None, residual: Tensor | None, gated: bool
+) -> None:
+    """Ask for activations, bias and residual that go with a packed weight."""
+    if not isinstance(weight, PackedVQ):
+        raise TypeError(f"weight must be a PackedVQ, got {type(weight).__name__}; call pack first")
+    layout = weight.layout
+    shape, width = x.shape, 2 * layout.in_features if gated else layout.in_features
+    if not shape or shape[-1] != width:
+        raise ValueError(f"x must be [..., {width}], got {list(shape)}")
+    if x.device != weight.device:
+        raise ValueError(f"x is on {x.device}, weight is on {weight.device}")
+    if x.dtype not in FLOAT_DTYPES:
+        check_float("x", x.dtype)
+    if bias is not None:
+        check_bias(bias, weight)
+    if residual is not None:
+        check_residual(residual, x, layout.out_features)
+
+
 def check_bias(bias: Tensor, weight: PackedVQ) -> None:
     """Ask for one number per output row of the weight, on its device."""
     if bias.shape != (weight.layout.out_features,):
@@ -31,6 +51,18 @@ def check_bias(bias: Tensor, weight: PackedVQ) -> None:
         check_float("bias", bias.dtype)
     if bias.device != weight.device:
         raise ValueError(f"bias is on {bias.device}, weight is on {weight.device}")
+
+
+def check_residual(residual: Tensor, x: Tensor, out_features: int) -> None:
+    """Ask for what can be added to the product of x and a weight, in x's dtype and place."""
+    shape = (*x.shape[:-1], out_features)
+    if residual.shape != shape:
+        raise ValueError(f"residual must be {list(shape)}, got {list(residual.shape)}")
+    if residual.dtype != x.dtype or residual.device != x.device:
+        raise TypeError(
+            f"residual must be {x.dtype} on {x.device} as x is, got {residual.dtype} on "
+            f"{residual.device}"
+        )
 
 
 def check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -106,3 +138,39 @@ def check_paged(
                 f"request {i}: context_len {context_lens[i]} must hold its {end - start} new "
                 f"tokens and fit the {room} slots of block_table"
             )
+
+
+def check_decode(
+    q: Tensor,
+    caches: tuple[Tensor, Tensor],
+    block_table: Tensor,
+    context_lens: Tensor,
+    scales: tuple[Tensor | None, Tensor | None],
+) -> None:
+    """Ask for one query a request and caches, tables and lengths that go with it."""
+    for name, tensor, shape in (("block_table", block_table, 2), ("context_lens", context_lens, 1)):
+        if tensor.dtype != torch.int32:
+            raise TypeError(f"{name} must be int32, got {tensor.dtype}")
+        if tensor.dim() != shape or tensor.shape[0] != q.shape[0] or not tensor.is_contiguous():
+            raise ValueError(
+                f"{name} must be contiguous with one entry for each of {q.shape[0]} requests, got "
+                f"{list(tensor.shape)} with strides {list(tensor.stride())}"
+            )
+    for name, cache, scale in zip(("key", "value"), caches, scales, strict=True):
+        expected = torch.int8 if scale is not None else q.dtype
+        if cache.dtype != expected:
+            raise TypeError(f"{name}_cache must be {expected}, got {cache.dtype}")
+        if cache.dim() != 4 or cache.shape != caches[0].shape or not cache.is_contiguous():
+            raise ValueError(
+                f"{name}_cache must be contiguous [num_blocks, block_size, Hk, Dh] and like the "
+                f"other, got {list(cache.shape)} with strides {list(cache.stride())}"
+            )
+        if q.dim() != 3 or q.shape[2] != cache.shape[3] or q.shape[1] % cache.shape[2]:
+            raise ValueError(f"q {list(q.shape)} does not go with a cache {list(cache.shape)}")
+        if scale is not None and (scale.shape != cache.shape[:3] or scale.dtype != torch.float16):
+            raise ValueError(
+                f"{name}_scales must be {list(cache.shape[:3])} float16, got {list(scale.shape)} "
+                f"{scale.dtype}"
+            )
+    if (scales[0] is None) != (scales[1] is None):
+        raise ValueError("key_scales and value_scales must both be given, or neither")

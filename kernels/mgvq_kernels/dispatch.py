@@ -17,8 +17,10 @@ GATHER_ROWS = 4
 """Most rows of x that are looked up elsewhere, where each code costs a gather. The same core with
 VBMI switched off, us: 1536x256 70 a row, 180 to decode; 1536x8960 2,100 a row, 8,700 to decode."""
 
-TRITON_GEMV_ROWS = 8
-"""Most rows of x the Triton kernel multiplies straight from codes."""
+TRITON_GEMV_ROWS = 4
+TRITON_GEMM_ROWS = 64
+"""Most rows of x that are multiplied by tables of partial sums, and by codewords on the tensor
+cores; more by slices of the decoded matrix. Set by design, measured on no GPU yet."""
 
 CHOSEN_OPS = ("vq_linear", "vq_dequantize", "vq_embedding")
 """Ops that have more than the reference path."""
@@ -50,6 +52,7 @@ def choose_backend(
     numba_available: bool,
     triton_available: bool,
     has_byte_permute: bool = False,
+    is_half: bool = True,
 ) -> str:
     """Choose the path that runs one op.
 
@@ -61,10 +64,12 @@ def choose_backend(
         numba_available: whether the cpu kernels can be compiled.
         triton_available: whether Triton kernels can be compiled.
         has_byte_permute: whether the CPU looks 64 codes up at a time.
+        is_half: whether x is float16 or bfloat16, which the tensor cores multiply exactly.
 
     Returns:
         "cpu_lookup" (partial sums, codes only), "cpu_decode" (decode with the cpu kernels, then
-        torch), "triton_gemv", "triton_decode" (the same on a GPU) or "reference".
+        torch), "triton_gemv" (partial sums), "triton_gemm" (codewords on the tensor cores),
+        "triton_decode" (decode, then torch) or "reference".
 
     Raises:
         ValueError: if the op is not in `CHOSEN_OPS`.
@@ -76,5 +81,7 @@ def choose_backend(
         most = LOOKUP_ROWS if has_byte_permute else GATHER_ROWS
         return "cpu_lookup" if op == "vq_linear" and rows <= most else "cpu_decode"
     if order == "triton":
-        return "triton_gemv" if op == "vq_linear" and rows <= TRITON_GEMV_ROWS else "triton_decode"
+        if op != "vq_linear" or not is_half or rows > TRITON_GEMM_ROWS:
+            return "triton_decode"
+        return "triton_gemv" if rows <= TRITON_GEMV_ROWS else "triton_gemm"
     return "reference"

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mgvq_kernels import cpu_order, flat_order
+from mgvq_kernels import block_order, cpu_order
 
 CODEBOOK_SIZE = 256
 """Entries of every codebook: one uint8 code addresses all of them."""
@@ -236,6 +236,8 @@ class PackedVQ:
         layout = self.layout
         object.__setattr__(self, "num_codes", layout.out_features * layout.codes_per_row)
         object.__setattr__(self, "strips", cpu_order.strip_count(layout.out_features))
+        if self.backend == "triton":
+            block_order.check(self.tensors, layout.out_features, stage_list(layout))
         if self.backend != "cpu":
             return
         descriptor = cpu_order.describe(
@@ -267,7 +269,7 @@ def pack(weight: VQWeight, backend: str = "cpu", device: torch.device | str = "c
     Args:
         weight: the matrix in logical order, on any device.
         backend: "reference" (logical order), "cpu" (strips of 64 rows in tiles of 32 groups) or
-            "triton" (one flat row-major buffer).
+            "triton" (blocks of 32 groups in atoms of 16 rows).
         device: where the packed tensors go; "cpu" must be a CPU.
 
     Returns:
@@ -291,10 +293,9 @@ def pack(weight: VQWeight, backend: str = "cpu", device: torch.device | str = "c
     elif backend == "cpu":
         tensors |= _cpu_tensors(weight, flat)
     else:
-        tensors["codes"] = torch.cat([codes.reshape(-1) for codes in flat])
-        tensors["schedule"] = flat_order.flat_schedule(
-            weight.layout.out_features, stage_list(weight.layout)
-        ).to(device)
+        books = [book for books in weight.codebooks for book in books]
+        stages = stage_list(weight.layout)
+        tensors |= block_order.block_tensors(flat, books, stages, weight.permutation)
     return PackedVQ(backend, weight.layout, device, tensors)
 
 
@@ -319,8 +320,9 @@ def unpack(packed: PackedVQ) -> VQWeight:
             flat = tensors["codes"][offset : offset + size]
             codes.append(cpu_order.from_strips(flat, rows, groups))
         else:
-            size = rows * groups
-            codes.append(tensors["codes"][offset : offset + size].view(rows, groups))
+            size = block_order.block_bytes(rows, groups)
+            flat = tensors["codes"][offset : offset + size]
+            codes.append(block_order.from_blocks(flat, rows, groups))
         offset += 0 if packed.backend == "reference" else size
     for stage in itertools.chain.from_iterable(band.stages for band in layout.bands):
         size = CODEBOOK_SIZE * stage.vector_dim

@@ -18,6 +18,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mgvq_kernels import checks, dispatch, reference
+from mgvq_kernels.dense_ops import add_rms_norm as add_rms_norm
+from mgvq_kernels.dense_ops import paged_attention as paged_attention
+from mgvq_kernels.dense_ops import paged_attention_decode as paged_attention_decode
+from mgvq_kernels.dense_ops import rms_norm as rms_norm
+from mgvq_kernels.dense_ops import rope as rope
+from mgvq_kernels.dense_ops import swiglu as swiglu
+from mgvq_kernels.dense_ops import varlen_attention as varlen_attention
+from mgvq_kernels.dense_ops import write_kv as write_kv
 from mgvq_kernels.layout import PackedVQ, VQWeight, pack, unpack
 
 logger = logging.getLogger(__name__)
@@ -33,6 +41,7 @@ OPS = (
     "varlen_attention",
     "write_kv",
     "paged_attention",
+    "paged_attention_decode",
 )
 """Every op, each with a reference of the same name and a test."""
 
@@ -110,16 +119,25 @@ def vq_dequantize(weight: VQWeight | PackedVQ, dtype: torch.dtype = torch.float3
     return _triton("vq_dequant").vq_dequantize(weight, dtype)
 
 
-def vq_linear(x: Tensor, weight: PackedVQ, bias: Tensor | None = None) -> Tensor:
+def vq_linear(
+    x: Tensor,
+    weight: PackedVQ,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    gated: bool = False,
+) -> Tensor:
     """Multiply activations by a vector-quantized weight.
 
     Few rows are multiplied straight from the codes; many are multiplied by a dense matrix that is
-    decoded for the call and dropped after it.
+    decoded for the call, slice by slice, and dropped after it.
 
     Args:
-        x: `[..., I]` float32, float16, bfloat16 or float64, on the weight's device.
+        x: `[..., I]` float32, float16, bfloat16 or float64, on the weight's device; with `gated`
+            `[..., 2 I]`.
         weight: a packed `[O, I]` matrix.
         bias: `[O]` floating, on the same device, or None.
+        residual: `[..., O]` of x's dtype, added to the result, or None.
+        gated: whether x is gate and up, whose `swiglu` is multiplied.
 
     Returns:
         `[..., O]` in x's dtype; sums are accumulated in float32 (float64 x is rounded to float32
@@ -129,20 +147,15 @@ def vq_linear(x: Tensor, weight: PackedVQ, bias: Tensor | None = None) -> Tensor
         TypeError: if `weight` is not packed or a dtype is not floating.
         ValueError: if shapes or devices disagree, with both values.
     """
-    if not isinstance(weight, PackedVQ):
-        raise TypeError(f"weight must be a PackedVQ, got {type(weight).__name__}; call pack first")
-    layout = weight.layout
-    shape = x.shape
-    if not shape or shape[-1] != layout.in_features:
-        raise ValueError(f"x must be [..., {layout.in_features}], got {list(shape)}")
-    if x.device != weight.device:
-        raise ValueError(f"x is on {x.device}, weight is on {weight.device}")
-    if x.dtype not in checks.FLOAT_DTYPES:
-        checks.check_float("x", x.dtype)
-    if bias is not None:
-        checks.check_bias(bias, weight)
-    path = _path("vq_linear", x.numel() // layout.in_features, weight)
-    if x.requires_grad and torch.is_grad_enabled() and path != "reference":
+    checks.check_linear(x, weight, bias, residual, gated)
+    path = _path("vq_linear", x.numel() // x.shape[-1], weight, x.element_size() == 2)
+    gradient = x.requires_grad and torch.is_grad_enabled()
+    if not gradient and path in ("triton_gemv", "triton_gemm"):
+        return _triton(path.replace("triton", "vq")).linear(x, weight, bias, residual)
+    if gated or residual is not None:
+        y = vq_linear(swiglu(x) if gated else x, weight, bias)
+        return y if residual is None else y + residual
+    if gradient and path != "reference":
         dense = vq_dequantize(weight, reference.compute_dtype(x.dtype))
         return F.linear(x.to(dense.dtype), dense, _cast(bias, dense.dtype)).to(x.dtype)
     if path == "cpu_lookup":
@@ -151,8 +164,6 @@ def vq_linear(x: Tensor, weight: PackedVQ, bias: Tensor | None = None) -> Tensor
         return _cpu().decode_linear(x, weight, bias)
     if path == "reference":
         return reference.vq_linear(x, unpack(weight), bias)
-    if path == "triton_gemv":
-        return _triton("vq_linear").vq_linear(x, weight, bias)
     return _triton("vq_dequant").decode_linear(x, weight, bias)
 
 
@@ -195,183 +206,21 @@ def vq_embedding(ids: Tensor, weight: PackedVQ, dtype: torch.dtype = torch.float
     return _triton("vq_embedding").vq_embedding(ids, weight, dtype)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Normalise by the root mean square over the last dimension.
-
-    Args:
-        x: `[..., D]` floating.
-        weight: `[D]` floating.
-        eps: added to the mean square.
-
-    Returns:
-        `[..., D]` in x's dtype, computed in float32.
-
-    Raises:
-        ValueError: if `weight` is not `[D]`.
-    """
-    if weight.shape != x.shape[-1:]:
-        raise ValueError(f"weight must be [{x.shape[-1]}], got {list(weight.shape)}")
-    return reference.rms_norm(x, weight, eps)
-
-
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Add a residual, then normalise the sum.
-
-    Args:
-        x: `[..., D]` floating.
-        residual: the same shape and dtype.
-        weight: `[D]` floating.
-        eps: added to the mean square.
-
-    Returns:
-        `(normed, x + residual)`, both in x's dtype.
-
-    Raises:
-        ValueError: if shapes disagree.
-    """
-    if residual.shape != x.shape:
-        raise ValueError(f"residual must be {list(x.shape)} as x is, got {list(residual.shape)}")
-    if weight.shape != x.shape[-1:]:
-        raise ValueError(f"weight must be [{x.shape[-1]}], got {list(weight.shape)}")
-    return reference.add_rms_norm(x, residual, weight, eps)
-
-
-def swiglu(gate_up: Tensor) -> Tensor:
-    """Gate the second half of the features with the SiLU of the first half.
-
-    Args:
-        gate_up: `[T, 2F]` floating.
-
-    Returns:
-        `[T, F]` in the same dtype, computed in float32.
-
-    Raises:
-        ValueError: if the last dimension is odd.
-    """
-    if gate_up.shape[-1] % 2:
-        raise ValueError(f"gate_up must be [..., 2F], got an odd width in {list(gate_up.shape)}")
-    return reference.swiglu(gate_up)
-
-
-def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """Rotate queries and keys by position, halves paired (first with second half).
-
-    Args:
-        q: `[T, H, Dh]` floating.
-        k: `[T, Hk, Dh]` floating.
-        cos: `[T, Dh]` floating.
-        sin: `[T, Dh]` floating.
-
-    Returns:
-        The rotated `(q, k)` in their dtypes, computed in float32.
-
-    Raises:
-        ValueError: if shapes disagree.
-    """
-    if q.dim() != 3 or cos.shape != (q.shape[0], q.shape[2]) or sin.shape != cos.shape:
-        raise ValueError(
-            f"q must be [T, H, Dh] with cos and sin [T, Dh], got {list(q.shape)}, "
-            f"{list(cos.shape)}, {list(sin.shape)}"
-        )
-    if k.dim() != 3 or k.shape[0] != q.shape[0] or k.shape[2] != q.shape[2]:
-        raise ValueError(f"k must be [{q.shape[0]}, Hk, {q.shape[2]}], got {list(k.shape)}")
-    return reference.rope(q, k, cos, sin)
-
-
-def varlen_attention(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: tuple[int, ...], causal: bool, scale: float
-) -> Tensor:
-    """Attend within each sequence of a flat batch, with no cache.
-
-    Neighbouring sequences of one length run as one batched call. Differentiable.
-
-    Args:
-        q: `[T, H, Dh]` floating.
-        k: `[T, Hk, Dh]`, H a multiple of Hk.
-        v: `[T, Hk, Dh]`.
-        cu_seqlens: where each sequence starts, and T at the end: (0, ..., T).
-        causal: whether a token sees only itself and what is before it.
-        scale: multiplies the scores.
-
-    Returns:
-        `[T, H, Dh]` in q's dtype.
-
-    Raises:
-        ValueError: if shapes disagree or `cu_seqlens` does not rise from 0 to T.
-    """
-    checks.check_heads(q, k, v)
-    checks.check_cu_seqlens("cu_seqlens", cu_seqlens, q.shape[0])
-    if not q.shape[0]:
-        return torch.empty_like(q)
-    return reference.varlen_attention(q, k, v, cu_seqlens, causal, scale)
-
-
-def write_kv(
-    k: Tensor, v: Tensor, key_cache: Tensor, value_cache: Tensor, slot_mapping: Tensor
-) -> None:
-    """Store new keys and values in the paged caches, in place.
-
-    Args:
-        k: `[T, Hk, Dh]` floating.
-        v: `[T, Hk, Dh]` floating.
-        key_cache: `[num_blocks, block_size, Hk, Dh]`, contiguous; takes its own dtype.
-        value_cache: the same shape.
-        slot_mapping: `[T]` int64: block * block_size + offset of each token, all different.
-
-    Raises:
-        TypeError: if `slot_mapping` is not int64.
-        ValueError: if shapes disagree.
-    """
-    checks.check_write(k, v, key_cache, value_cache, slot_mapping)
-    reference.write_kv(k, v, key_cache, value_cache, slot_mapping)
-
-
-def paged_attention(
-    q: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
-    block_table: Tensor,
-    cu_seqlens_q: tuple[int, ...],
-    context_lens: tuple[int, ...],
-    scale: float,
-) -> Tensor:
-    """Attend each request's new tokens to its cached tokens, causally: prefill chunks and decode.
-
-    Query i of a request with q_len new tokens sits at position `context_len - q_len + i`. The
-    cache must hold the new tokens already (`write_kv`).
-
-    Args:
-        q: `[T, H, Dh]` floating: the new tokens of R requests, one after the other.
-        key_cache: `[num_blocks, block_size, Hk, Dh]`.
-        value_cache: the same shape.
-        block_table: `[R, max_blocks]` int32: the blocks of each request, in order.
-        cu_seqlens_q: R + 1 offsets into q: (0, ..., T).
-        context_lens: R counts of cached tokens, the new ones included.
-        scale: multiplies the scores.
-
-    Returns:
-        `[T, H, Dh]` in q's dtype.
-
-    Raises:
-        TypeError: if `block_table` is not int32.
-        ValueError: if shapes or lengths disagree, naming the request.
-    """
-    checks.check_paged(q, key_cache, value_cache, block_table, cu_seqlens_q, context_lens)
-    if not q.shape[0]:
-        return torch.empty_like(q)
-    return reference.paged_attention(
-        q, key_cache, value_cache, block_table, cu_seqlens_q, context_lens, scale
-    )
-
-
-def _path(op: str, rows: int, weight: PackedVQ) -> str:
+def _path(op: str, rows: int, weight: PackedVQ, is_half: bool = True) -> str:
     """Choose the code path by the order the weight is packed in."""
     if not isinstance(weight, PackedVQ):
         raise TypeError(f"weight must be a PackedVQ or VQWeight, got {type(weight).__name__}")
     order = weight.backend
     wide = order == "cpu" and _cpu().HAS_BYTE_PERMUTE
     return dispatch.choose_backend(
-        op, rows, weight.layout, weight.device.type, order == "cpu", order == "triton", wide
+        op,
+        rows,
+        weight.layout,
+        weight.device.type,
+        order == "cpu",
+        order == "triton",
+        wide,
+        is_half,
     )
 
 

@@ -154,6 +154,26 @@ def paged_attention(
     return torch.cat(outputs) if len(outputs) != 1 else outputs[0]  # [T, H, Dh]
 
 
+def paged_attention_decode(
+    q: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_table: Tensor,
+    context_lens: Tensor,
+    scale: float,
+    key_scales: Tensor | None,
+    value_scales: Tensor | None,
+) -> Tensor:
+    """Attend `q [R, H, Dh]`, a token a request, to int8 caches with scales or to plain ones."""
+    if key_scales is not None and value_scales is not None:
+        wide = compute_dtype(q.dtype)
+        key_cache = key_cache.to(wide) * key_scales.to(wide).unsqueeze(-1)
+        value_cache = value_cache.to(wide) * value_scales.to(wide).unsqueeze(-1)
+    offsets = tuple(range(q.shape[0] + 1))
+    lengths = tuple(context_lens.tolist())
+    return paged_attention(q, key_cache, value_cache, block_table, offsets, lengths, scale)
+
+
 def _with_rows(weight: VQWeight, rows: int) -> VQLayout:
     return dataclasses.replace(weight.layout, out_features=rows)
 

@@ -43,7 +43,7 @@ from mgvq_runtime.errors import CheckpointError
 
 SHARD_BYTES = 4_000_000_000
 """A file is closed before it grows beyond this; until then its tensors are held in memory."""
-ALLOWED_SUFFIXES = ("", ".json", ".jinja", ".md", ".txt", ".zip")
+ALLOWED_SUFFIXES = ("", ".html", ".json", ".jinja", ".md", ".txt", ".zip")
 """Of files that travel along; nothing that could be executed or unpickled."""
 
 

@@ -37,6 +37,8 @@ from mgvq_quantizer.gradients import TokenWeights, squared_gradients, token_weig
 from mgvq_quantizer.precision import choose_bands
 from mgvq_quantizer.recipe import QuantRecipe
 from mgvq_quantizer.report import Report, make_report
+from mgvq_quantizer.report_page import report_page
+from mgvq_quantizer.sensitivity import Sensitivity
 from mgvq_quantizer.solver import Solution
 from mgvq_quantizer.stream import Stream, seeded
 from mgvq_quantizer.survey import Evidence, survey
@@ -98,6 +100,8 @@ class _Rounded:
     features: Features
     """From the quantized vision tower."""
     reference: tuning.Reference
+    sensitivities: list[Sensitivity]
+    """Empty where the allocation is uniform."""
 
 
 def quantize(
@@ -119,7 +123,8 @@ def quantize(
         show_progress: draw a progress bar on stderr.
 
     Returns:
-        What was done; also written into the checkpoint as `quantization_report.json`.
+        What was done; also written into the checkpoint as `quantization_report.json` and
+        `.html`.
 
     Raises:
         CheckpointError: if the source is damaged or already quantized, or the output exists.
@@ -151,7 +156,9 @@ def quantize(
                 bar.set_description,
             )
     seconds = time.monotonic() - started
-    report = make_report(done.plans, done.solutions, tuned, recipe, _facts(data), seconds)
+    report = make_report(
+        done.plans, done.solutions, tuned, recipe, _facts(data), seconds, done.sensitivities
+    )
     _write(output, source, graph, done, tuned, recipe, report)
     work.remove()
     return report
@@ -211,7 +218,7 @@ def _round(
         )
     features = encode_pictures(graph, unique_pictures(data.all), device)
     reference, head_moment = _reference(graph, _batches(data.all, device), features)
-    plans, weights = _plan(graph, recipe, work, data, features, reference, bar)
+    plans, weights, found = _plan(graph, recipe, work, data, features, reference, bar)
     train = _batches(data.train, device)
     stream = Stream(graph, plans, recipe, work, done, weights)
     step = max(1.0, len(pictures) / recipe.max_pictures)
@@ -225,7 +232,7 @@ def _round(
     features = encode_pictures(graph, unique_pictures(data.all), device)
     stream.embedding(head_moment)
     stream.decoder(train, features)
-    return _Rounded(plans, stream.solutions, features, reference)
+    return _Rounded(plans, stream.solutions, features, reference, found)
 
 
 def _plan(
@@ -236,14 +243,14 @@ def _plan(
     features: Features,
     reference: tuning.Reference,
     bar: Any,
-) -> tuple[dict[str, MatrixPlan], TokenWeights]:
+) -> tuple[dict[str, MatrixPlan], TokenWeights, list[Sensitivity]]:
     """Lay out every matrix, by sensitivity where the recipe says so; weigh the tokens."""
     plans = plan(graph, recipe)
     names = [name for name in plans if group_of(name) == "decoder"]
     mixed = recipe.allocation != "uniform"
     bar.reset(total=len(plans) + len(names) * mixed)
     if not mixed and not recipe.guided:
-        return plans, {}
+        return plans, {}, []
     bar.set_description("gradients")
     device = reference.head.device
     gradients = squared_gradients(
@@ -258,6 +265,7 @@ def _plan(
     )
     token = graph.config.image_token_id
     weights = {name: token_weights(gradients[name], data.train, token) for name in names}
+    found: list[Sensitivity] = []
     if mixed:
         train = _batches(data.train, device)
         asked = _batches([*data.heldout, *data.train[: 2 * len(data.heldout)]], device)
@@ -270,7 +278,7 @@ def _plan(
 
         found = survey(graph, names, evidence, recipe, work, done)
         plans = plan(graph, recipe, choose_bands(found, plans, recipe))
-    return plans, weights if recipe.guided else {}
+    return plans, weights if recipe.guided else {}, found
 
 
 def _reference(
@@ -340,7 +348,10 @@ def _write(
         if name not in matrices
     )
     weights = ((n, tuned.weights.get(n, solutions[n].weight).to("cpu")) for n in plans)
-    extra_files = {"quantization_report.json": report.to_bytes()}
+    extra_files = {
+        "quantization_report.json": report.to_bytes(),
+        "quantization_report.html": report_page(report).encode(),
+    }
     if (tokenizer := missing_tokenizer_json(source.path)) is not None:
         extra_files["tokenizer.json"] = tokenizer
     files = sorted({file for pattern in _COMPANIONS for file in source.path.glob(pattern)})

@@ -1,4 +1,5 @@
-"""What a quantization run did, as numbers (made by `pipeline`, printed by `cli`).
+"""What a quantization run did, as numbers (made by `pipeline`, printed by `cli`, drawn by
+`report_page`).
 
 Bits are counted in full by `mgvq_runtime.checkpoint.bits`: codes, codebooks (shared ones once), row
 scales and permutations. Errors are the share of a layer's output energy that is lost on calibration
@@ -10,12 +11,13 @@ from __future__ import annotations
 import json
 import resource
 import sys
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from mgvq_quantizer.allocation import MatrixPlan
 from mgvq_quantizer.recipe import QuantRecipe
+from mgvq_quantizer.sensitivity import Sensitivity
 from mgvq_quantizer.solver import Solution
 from mgvq_quantizer.tuning import Tuned
 from mgvq_runtime.checkpoint.bits import TOTAL, count_bits, group_of
@@ -36,12 +38,20 @@ class GroupReport:
 class MatrixReport:
     """One matrix, before tuning."""
 
+    bands: tuple[tuple[int, int], ...]
+    """Rate and width in channels of each, from left to right."""
     bits_per_weight: float
     """In full, as if it paid alone for tables it shares."""
     shared_codebooks: bool
     error_nearest: float
     """With plain nearest codewords: no metric, no compensation, no refit."""
     error: float
+    alone: float | None = None
+    """`Sensitivity.alone`; None where the sensitivity was not measured."""
+    reference_losses: tuple[float, ...] = ()
+    """Nats an answer token of each run of channels at the reference rate."""
+    picture_share: tuple[float, ...] = ()
+    """`Sensitivity.picture_share`, by run of channels."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +97,7 @@ def make_report(
     recipe: QuantRecipe,
     calibration: Mapping[str, Any],
     seconds: float,
+    sensitivities: Sequence[Sensitivity] = (),
 ) -> Report:
     """Collect what a run did.
 
@@ -97,19 +108,16 @@ def make_report(
         recipe: the settings.
         calibration: name, digest and size of the data.
         seconds: wall clock.
+        sensitivities: of the matrices whose rates were chosen by them.
     """
     specs = {name: matrix.spec for name, matrix in plans.items()}
     groups = {}
     for group, count in count_bits(specs).items():
         errors = [s.error for n, s in solutions.items() if group in (TOTAL, group_of(n))]
         groups[group] = GroupReport(count.weights, count.bits_per_weight, sum(errors) / len(errors))
+    measured = {sensitivity.name: sensitivity for sensitivity in sensitivities}
     matrices = {
-        name: MatrixReport(
-            count_bits({name: specs[name]})[TOTAL].bits_per_weight,
-            plans[name].shared,
-            solution.error_nearest,
-            solution.error,
-        )
+        name: _matrix_report(plans[name], solution, measured.get(name), recipe)
         for name, solution in solutions.items()
     }
     return Report(
@@ -122,6 +130,27 @@ def make_report(
         tuning_steps_kept=tuned.steps,
         seconds=seconds,
         peak_memory_bytes=_peak_memory_bytes(),
+    )
+
+
+def _matrix_report(
+    plan: MatrixPlan, solution: Solution, measured: Sensitivity | None, recipe: QuantRecipe
+) -> MatrixReport:
+    matrix = MatrixReport(
+        tuple((band.rate, band.width) for band in plan.layout.bands),
+        count_bits({plan.name: plan.spec})[TOTAL].bits_per_weight,
+        plan.shared,
+        solution.error_nearest,
+        solution.error,
+    )
+    if measured is None:
+        return matrix
+    at = measured.rates.index(recipe.reference_rate)
+    return replace(
+        matrix,
+        alone=measured.alone,
+        reference_losses=tuple(losses[at] for losses in measured.losses),
+        picture_share=measured.picture_share,
     )
 
 

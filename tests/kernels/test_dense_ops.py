@@ -178,3 +178,48 @@ def test_wrong_arguments_are_named() -> None:
         ops.paged_attention(q, cache, cache, table, (0, 4), (9,), 1.0)
     with pytest.raises(ValueError, match="names 2 requests"):
         ops.paged_attention(q, cache, cache, table, (0, 2, 4), (4, 4), 1.0)
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_paged_attention_decode(quantized: bool) -> None:
+    """int8 caches are multiplied by their scales; lengths come as a tensor."""
+    lengths = (13, 1, 8)
+    cache = Cache(lengths, 2, 16, block_size=4)
+    q, scales = torch.randn(3, 6, 16), torch.rand(cache.keys.shape[:3]).half() + 0.5
+    keys, values, k, v = cache.keys, cache.values, cache.k, cache.v
+    if quantized:
+        keys, values = (
+            x.nan_to_num().mul(20).clamp(-127, 127).to(torch.int8) for x in (keys, values)
+        )
+        dense = [x.double() * scales.double()[..., None] for x in (keys, values)]
+        k, v = (
+            [x[cache.table[i].long()].flatten(0, 1)[:n] for i, n in enumerate(lengths)]
+            for x in dense
+        )
+    given = (scales, scales) if quantized else (None, None)
+    context = torch.tensor(lengths, dtype=torch.int32)
+    y = ops.paged_attention_decode(q, keys, values, cache.table, context, 0.25, *given)
+    for i, n in enumerate(lengths):
+        truth = dense_attention(q[i : i + 1], k[i], v[i], n - 1, 0.25)
+        torch.testing.assert_close(y[i : i + 1].double(), truth, rtol=1e-4, atol=1e-4)
+
+
+def test_wrong_decode_arguments_are_named() -> None:
+    q, cache = torch.zeros(2, 4, 8), torch.zeros(3, 4, 2, 8)
+    table, lengths = torch.zeros(2, 2, dtype=torch.int32), torch.ones(2, dtype=torch.int32)
+    scales = torch.ones(3, 4, 2).half()
+    decode = ops.paged_attention_decode
+    with pytest.raises(TypeError, match="context_lens must be int32, got torch.int64"):
+        decode(q, cache, cache, table, lengths.long(), 1.0)
+    with pytest.raises(ValueError, match="block_table must be contiguous with one entry for each"):
+        decode(q, cache, cache, table[:1], lengths, 1.0)
+    with pytest.raises(TypeError, match="key_cache must be torch.int8, got torch.float32"):
+        decode(q, cache, cache, table, lengths, 1.0, scales, scales)
+    with pytest.raises(ValueError, match="key_cache must be contiguous"):
+        decode(q, cache.transpose(1, 2), cache, table, lengths, 1.0)
+    with pytest.raises(ValueError, match=r"q \[2, 3, 8\] does not go with a cache"):
+        decode(q[:, :3], cache, cache, table, lengths, 1.0)
+    with pytest.raises(ValueError, match=r"value_scales must be \[3, 4, 2\] float16"):
+        decode(q, cache.char(), cache.char(), table, lengths, 1.0, scales, scales[:2])
+    with pytest.raises(ValueError, match="both be given"):
+        decode(q, cache.char(), cache, table, lengths, 1.0, scales)

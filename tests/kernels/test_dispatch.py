@@ -35,13 +35,20 @@ def test_order_follows_the_device(device: str, numba: bool, triton: bool, order:
         ("vq_embedding", 1, "cpu", True, "cpu_decode"),
         ("vq_dequantize", 0, "cpu", True, "cpu_decode"),
         ("vq_linear", dispatch.TRITON_GEMV_ROWS, "cuda", False, "triton_gemv"),
-        ("vq_linear", dispatch.TRITON_GEMV_ROWS + 1, "cuda", False, "triton_decode"),
+        ("vq_linear", dispatch.TRITON_GEMV_ROWS + 1, "cuda", False, "triton_gemm"),
+        ("vq_linear", dispatch.TRITON_GEMM_ROWS, "cuda", False, "triton_gemm"),
+        ("vq_linear", dispatch.TRITON_GEMM_ROWS + 1, "cuda", False, "triton_decode"),
         ("vq_embedding", 1, "cuda", False, "triton_decode"),
         ("vq_linear", 1, "xpu", False, "reference"),
     ],
 )
 def test_path_follows_rows(op: str, rows: int, device: str, permute: bool, path: str) -> None:
     assert dispatch.choose_backend(op, rows, LAYOUT, device, True, True, permute) == path
+
+
+def test_full_precision_is_not_for_the_tensor_cores() -> None:
+    path = dispatch.choose_backend("vq_linear", 1, LAYOUT, "cuda", True, True, is_half=False)
+    assert path == "triton_decode"
 
 
 def test_nothing_compiled_means_the_reference() -> None:

@@ -119,3 +119,14 @@ def test_wrong_weights_are_refused_by_name() -> None:
         pack(good, "abacus")
     with pytest.raises(ValueError, match="backend 'cpu'"):
         pack(good, "cpu", "meta")
+
+
+def test_blocks_for_the_gpu_are_checked() -> None:
+    packed = pack(random_weight(VQLayout.uniform(70, 64, 2)), "triton")
+    for name, wrong, message in (
+        ("codes", packed.tensors["codes"][:-1], "codes must be contiguous and hold 16384 numbers"),
+        ("sources", packed.tensors["sources"].repeat(2)[::2], "sources must be contiguous"),
+        ("codes", torch.cat([packed.tensors["codes"]] * 2)[1:16385], "multiple of 16 bytes"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            PackedVQ("triton", packed.layout, packed.device, {**packed.tensors, name: wrong})

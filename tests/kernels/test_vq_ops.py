@@ -297,3 +297,21 @@ def test_layouts_without_permutation(mixed: tuple[VQWeight, np.ndarray]) -> None
     x = torch.randn(2, 424)
     y = ops.vq_linear(x, pack(weight, "cpu"))
     assert relative_error(y, x.double().numpy() @ oracle(weight).T) < LOOKUP_ERROR
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu", "triton"])
+def test_residual_and_gate_are_the_ops_written_out(backend: str) -> None:
+    weight = random_weight(MIXED)
+    packed = pack(weight, backend)
+    x, bias, residual = torch.randn(3, 2 * 424), torch.randn(150), torch.randn(3, 150)
+    y = ops.vq_linear(x, packed, bias, residual, gated=True)
+    gate, up = x.double().chunk(2, -1)
+    product = gate / (1 + (-gate).exp()) * up
+    truth = product @ torch.from_numpy(oracle(weight)).T + bias + residual
+    assert float((y - truth).norm() / truth.norm()) < 1e-3
+    with pytest.raises(ValueError, match=r"x must be \[..., 848\], got \[3, 424\]"):
+        ops.vq_linear(x[:, :424], packed, gated=True)
+    with pytest.raises(ValueError, match=r"residual must be \[3, 150\], got \[2, 150\]"):
+        ops.vq_linear(x, packed, bias, residual[:2], gated=True)
+    with pytest.raises(TypeError, match="residual must be torch.float32"):
+        ops.vq_linear(x, packed, bias, residual.half(), gated=True)

@@ -28,7 +28,7 @@ RECIPE = QuantRecipe(**QUICK)
 
 def contents(folder: Path) -> dict[str, bytes]:
     """Everything but what tells the time of the run."""
-    skipped = {"quantization_report.json", "manifest.json"}
+    skipped = {"quantization_report.json", "quantization_report.html", "manifest.json"}
     return {p.name: p.read_bytes() for p in folder.iterdir() if p.name not in skipped}
 
 

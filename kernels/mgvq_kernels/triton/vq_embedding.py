@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mgvq_kernels.block_order import padded_rows
 from mgvq_kernels.layout import PackedVQ
 from mgvq_kernels.triton.weight_tile import weight_tile
 
@@ -19,14 +20,15 @@ BLOCK_I = 256
 @triton.jit
 def vq_embedding_kernel(
     ids_ptr,  # [T] int64
-    codes_ptr,  # flat uint8
+    codes_ptr,  # blocks of uint8
     books_ptr,  # flat int8
     book_scales_ptr,  # [M] float32
     scales_ptr,  # [O] float16
-    schedule_ptr,  # [M, 5] int64
+    stages_ptr,  # [M, STAGE_FIELDS] int32
     permutation_ptr,  # [I] int32
     out_ptr,  # [T, I]
     out_features,
+    padded_rows,
     in_features,
     stage_count,
     HAS_PERMUTATION: tl.constexpr,
@@ -35,7 +37,8 @@ def vq_embedding_kernel(
     """out[t, permutation[j]] = W[ids[t], permuted channel j]."""
     # program (t, c) -> token t, permuted channels c * BLOCK_I ..
     token = tl.program_id(0).to(tl.int64)
-    channels = tl.program_id(1) * BLOCK_I + tl.arange(0, BLOCK_I)
+    first_channel = tl.program_id(1) * BLOCK_I
+    channels = first_channel + tl.arange(0, BLOCK_I)
     channel_mask = channels < in_features
     rows = tl.load(ids_ptr + token + tl.arange(0, 1))  # [1]
     row_mask = (rows >= 0) & (rows < out_features)
@@ -43,12 +46,13 @@ def vq_embedding_kernel(
         codes_ptr,
         books_ptr,
         book_scales_ptr,
-        schedule_ptr,
+        stages_ptr,
         stage_count,
+        padded_rows,
         rows,
         row_mask,
-        channels,
-        channel_mask,
+        first_channel,
+        BLOCK_I,
     )
     weights *= tl.load(scales_ptr + rows, mask=row_mask, other=0.0).to(tl.float32)[:, None]
     target = channels
@@ -74,10 +78,11 @@ def vq_embedding(ids: Tensor, weight: PackedVQ, dtype: torch.dtype) -> Tensor:
             tensors["codebooks"],
             tensors["codebook_scales"],
             tensors["scales"],
-            tensors["schedule"],
-            tensors["schedule"] if permutation is None else permutation,
+            tensors["stages"],
+            tensors["stages"] if permutation is None else permutation,
             out,
             layout.out_features,
+            padded_rows(layout.out_features),
             layout.in_features,
             layout.num_codebooks,
             HAS_PERMUTATION=permutation is not None,

@@ -1,7 +1,7 @@
-"""The device function that decodes a tile of weights from the flat order (called by every kernel).
+"""The device function that decodes a tile of weights from blocks (called by decoding kernels).
 
-It works for any bands and stages: the schedule is walked at run time, channels outside a stage's
-band are masked. Codes repeat within a vector, so that neighbouring lanes hit the same cache line.
+It works for any bands and stages: the stage table is walked at run time, stages that do not meet
+the tile are skipped, channels outside a stage's band are masked.
 """
 
 from __future__ import annotations
@@ -9,35 +9,42 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from mgvq_kernels.block_order import STAGE_FIELDS as _STAGE_FIELDS
+
+STAGE_FIELDS = tl.constexpr(_STAGE_FIELDS)
+
 
 @triton.jit
 def weight_tile(
     codes_ptr,
     books_ptr,
     book_scales_ptr,
-    schedule_ptr,
+    stages_ptr,
     stage_count,
+    padded_rows,
     rows,  # [BLOCK_O] int64
     row_mask,  # [BLOCK_O]
-    channels,  # [BLOCK_I] int32, permuted
-    channel_mask,  # [BLOCK_I]
+    first_channel,  # scalar: permuted
+    BLOCK_I: tl.constexpr,
 ):
-    """Sum the stages of weights `[rows, channels]` in float32, row scales not applied."""
-    mask = row_mask[:, None] & channel_mask[None, :]
-    total = tl.zeros(mask.shape, tl.float32)
+    """Sum the stages of weights `[rows, first_channel ..]` in float32, row scales not applied."""
+    channels = first_channel + tl.arange(0, BLOCK_I)
+    row_place = (rows // 16) * 512 + rows % 16  # [BLOCK_O], within a block
+    total = tl.zeros((row_mask.shape[0], BLOCK_I), tl.float32)
     for s in range(stage_count):
-        code_offset = tl.load(schedule_ptr + s * 5)
-        groups = tl.load(schedule_ptr + s * 5 + 1)
-        start = tl.load(schedule_ptr + s * 5 + 2).to(tl.int32)
-        shift = tl.load(schedule_ptr + s * 5 + 3).to(tl.int32)
-        book_offset = tl.load(schedule_ptr + s * 5 + 4)
-        scale = tl.load(book_scales_ptr + s)
-        local = channels - start
-        group = local >> shift
-        inside = mask & (local >= 0)[None, :] & (group < groups)[None, :]
-        row_codes = codes_ptr + code_offset + rows * groups  # [BLOCK_O]
-        code = tl.load(row_codes[:, None] + group[None, :], mask=inside, other=0).to(tl.int32)
-        place = (code << shift) + (local - (group << shift))[None, :]
-        entry = tl.load(books_ptr + book_offset + place, mask=inside, other=0)
-        total += entry.to(tl.float32) * scale
+        fields = stages_ptr + s * STAGE_FIELDS
+        start, groups = tl.load(fields + 4), tl.load(fields + 5)
+        vector_dim = tl.load(fields + 2)
+        if (start < first_channel + BLOCK_I) & (start + groups * vector_dim > first_channel):
+            local = channels - start
+            group = local // vector_dim
+            inside = (local >= 0) & (group < groups)
+            block = (tl.load(fields) + group // 32).to(tl.int64)
+            place = block * padded_rows * 32 + (group % 32) * 16  # [BLOCK_I]
+            mask = row_mask[:, None] & inside[None, :]
+            code = tl.load(codes_ptr + place[None, :] + row_place[:, None], mask=mask, other=0)
+            entry = code.to(tl.int32) * vector_dim + (local - group * vector_dim)[None, :]
+            book = books_ptr + tl.load(fields + 3)
+            weight = tl.load(book + entry, mask=mask, other=0).to(tl.float32)
+            total += weight * tl.load(book_scales_ptr + s)
     return total

@@ -1,0 +1,226 @@
+"""The front door of everything without codes: norms, gating, rope, attention (part of `ops`).
+
+Callers import these from `ops`. Like there: tensors in, tensors out, `reference.py` says what is
+computed, wrong arguments raise with what was expected and what came.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+import torch
+from torch import Tensor
+
+from mgvq_kernels import checks, reference
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Normalise by the root mean square over the last dimension.
+
+    Args:
+        x: `[..., D]` floating.
+        weight: `[D]` floating.
+        eps: added to the mean square.
+
+    Returns:
+        `[..., D]` in x's dtype, computed in float32.
+
+    Raises:
+        ValueError: if `weight` is not `[D]`.
+    """
+    if weight.shape != x.shape[-1:]:
+        raise ValueError(f"weight must be [{x.shape[-1]}], got {list(weight.shape)}")
+    return reference.rms_norm(x, weight, eps)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Add a residual, then normalise the sum.
+
+    Args:
+        x: `[..., D]` floating.
+        residual: the same shape and dtype.
+        weight: `[D]` floating.
+        eps: added to the mean square.
+
+    Returns:
+        `(normed, x + residual)`, both in x's dtype.
+
+    Raises:
+        ValueError: if shapes disagree.
+    """
+    if residual.shape != x.shape:
+        raise ValueError(f"residual must be {list(x.shape)} as x is, got {list(residual.shape)}")
+    if weight.shape != x.shape[-1:]:
+        raise ValueError(f"weight must be [{x.shape[-1]}], got {list(weight.shape)}")
+    return reference.add_rms_norm(x, residual, weight, eps)
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """Gate the second half of the features with the SiLU of the first half.
+
+    Args:
+        gate_up: `[T, 2F]` floating.
+
+    Returns:
+        `[T, F]` in the same dtype, computed in float32.
+
+    Raises:
+        ValueError: if the last dimension is odd.
+    """
+    if gate_up.shape[-1] % 2:
+        raise ValueError(f"gate_up must be [..., 2F], got an odd width in {list(gate_up.shape)}")
+    return reference.swiglu(gate_up)
+
+
+def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotate queries and keys by position, halves paired (first with second half).
+
+    Args:
+        q: `[T, H, Dh]` floating.
+        k: `[T, Hk, Dh]` floating.
+        cos: `[T, Dh]` floating.
+        sin: `[T, Dh]` floating.
+
+    Returns:
+        The rotated `(q, k)` in their dtypes, computed in float32.
+
+    Raises:
+        ValueError: if shapes disagree.
+    """
+    if q.dim() != 3 or cos.shape != (q.shape[0], q.shape[2]) or sin.shape != cos.shape:
+        raise ValueError(
+            f"q must be [T, H, Dh] with cos and sin [T, Dh], got {list(q.shape)}, "
+            f"{list(cos.shape)}, {list(sin.shape)}"
+        )
+    if k.dim() != 3 or k.shape[0] != q.shape[0] or k.shape[2] != q.shape[2]:
+        raise ValueError(f"k must be [{q.shape[0]}, Hk, {q.shape[2]}], got {list(k.shape)}")
+    return reference.rope(q, k, cos, sin)
+
+
+def varlen_attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: tuple[int, ...], causal: bool, scale: float
+) -> Tensor:
+    """Attend within each sequence of a flat batch, with no cache.
+
+    Neighbouring sequences of one length run as one batched call. Differentiable.
+
+    Args:
+        q: `[T, H, Dh]` floating.
+        k: `[T, Hk, Dh]`, H a multiple of Hk.
+        v: `[T, Hk, Dh]`.
+        cu_seqlens: where each sequence starts, and T at the end: (0, ..., T).
+        causal: whether a token sees only itself and what is before it.
+        scale: multiplies the scores.
+
+    Returns:
+        `[T, H, Dh]` in q's dtype.
+
+    Raises:
+        ValueError: if shapes disagree or `cu_seqlens` does not rise from 0 to T.
+    """
+    checks.check_heads(q, k, v)
+    checks.check_cu_seqlens("cu_seqlens", cu_seqlens, q.shape[0])
+    if not q.shape[0]:
+        return torch.empty_like(q)
+    return reference.varlen_attention(q, k, v, cu_seqlens, causal, scale)
+
+
+def write_kv(
+    k: Tensor, v: Tensor, key_cache: Tensor, value_cache: Tensor, slot_mapping: Tensor
+) -> None:
+    """Store new keys and values in the paged caches, in place.
+
+    Args:
+        k: `[T, Hk, Dh]` floating.
+        v: `[T, Hk, Dh]` floating.
+        key_cache: `[num_blocks, block_size, Hk, Dh]`, contiguous; takes its own dtype.
+        value_cache: the same shape.
+        slot_mapping: `[T]` int64: block * block_size + offset of each token, all different.
+
+    Raises:
+        TypeError: if `slot_mapping` is not int64.
+        ValueError: if shapes disagree.
+    """
+    checks.check_write(k, v, key_cache, value_cache, slot_mapping)
+    reference.write_kv(k, v, key_cache, value_cache, slot_mapping)
+
+
+def paged_attention(
+    q: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_table: Tensor,
+    cu_seqlens_q: tuple[int, ...],
+    context_lens: tuple[int, ...],
+    scale: float,
+) -> Tensor:
+    """Attend each request's new tokens to its cached tokens, causally: prefill chunks and decode.
+
+    Query i of a request with q_len new tokens sits at position `context_len - q_len + i`. The
+    cache must hold the new tokens already (`write_kv`).
+
+    Args:
+        q: `[T, H, Dh]` floating: the new tokens of R requests, one after the other.
+        key_cache: `[num_blocks, block_size, Hk, Dh]`.
+        value_cache: the same shape.
+        block_table: `[R, max_blocks]` int32: the blocks of each request, in order.
+        cu_seqlens_q: R + 1 offsets into q: (0, ..., T).
+        context_lens: R counts of cached tokens, the new ones included.
+        scale: multiplies the scores.
+
+    Returns:
+        `[T, H, Dh]` in q's dtype.
+
+    Raises:
+        TypeError: if `block_table` is not int32.
+        ValueError: if shapes or lengths disagree, naming the request.
+    """
+    checks.check_paged(q, key_cache, value_cache, block_table, cu_seqlens_q, context_lens)
+    if not q.shape[0]:
+        return torch.empty_like(q)
+    return reference.paged_attention(
+        q, key_cache, value_cache, block_table, cu_seqlens_q, context_lens, scale
+    )
+
+
+def paged_attention_decode(
+    q: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_table: Tensor,
+    context_lens: Tensor,
+    scale: float,
+    key_scales: Tensor | None = None,
+    value_scales: Tensor | None = None,
+) -> Tensor:
+    """Attend one new token a request to its cached tokens, lengths read where they lie.
+
+    What `paged_attention` computes for single tokens, for a captured graph: the launch depends on
+    the width of `block_table` alone. A GPU and half precision take the Triton kernel; a request's
+    result then depends on no other request.
+
+    Args:
+        q: `[R, H, Dh]` floating.
+        key_cache: `[num_blocks, block_size, Hk, Dh]` of q's dtype, or int8 with `key_scales`.
+        value_cache: the same.
+        block_table: `[R, max_blocks]` int32: the blocks of each request, in order.
+        context_lens: `[R]` int32 counts of cached tokens, at least 1, the new one included.
+        scale: multiplies the scores.
+        key_scales: `[num_blocks, block_size, Hk]` float16 that int8 keys are multiplied by.
+        value_scales: the same for values.
+
+    Returns:
+        `[R, H, Dh]` in q's dtype.
+
+    Raises:
+        TypeError: if a dtype is not as above.
+        ValueError: if shapes disagree or a cache is not contiguous.
+    """
+    checks.check_decode(
+        q, (key_cache, value_cache), block_table, context_lens, (key_scales, value_scales)
+    )
+    arguments = (key_cache, value_cache, block_table, context_lens, scale, key_scales, value_scales)
+    if q.is_cuda and q.element_size() == 2:
+        kernel = importlib.import_module("mgvq_kernels.triton.paged_attention")
+        return kernel.paged_attention_decode(q.contiguous(), *arguments)
+    return reference.paged_attention_decode(q, *arguments)

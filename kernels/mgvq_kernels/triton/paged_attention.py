@@ -1,0 +1,222 @@
+"""Decode attention over a paged cache: one new token a request (called by `ops`).
+
+A request's context is cut into splits of 256 tokens, whatever else is in the batch, so that its
+result is its own and a captured graph serves any length. All query heads of a key/value head are
+the rows of one product. The last step adds the splits in order. Keys and values may be int8 with a
+scale a token and head. Half precision in, float32 inside; registered with torch.library.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+SPLIT_TOKENS = 256
+"""Tokens of a split: fixed, so that sums are taken in one order at any batch."""
+
+TILE_TOKENS = 32
+"""Tokens of a step."""
+
+
+@triton.jit
+def load_tile(
+    cache_ptr,
+    scales_ptr,
+    slots,  # [TILE] int64
+    mask,
+    head,
+    dims,
+    heads,
+    head_dim,
+    QUANTIZED: tl.constexpr,
+    dtype: tl.constexpr,
+):
+    """Load `[TILE, DIMS]` of one head at the slots, in `dtype`, scaled if int8."""
+    place = (slots * heads + head)[:, None] * head_dim + dims[None, :]
+    tile = tl.load(cache_ptr + place, mask=mask[:, None] & (dims < head_dim)[None, :], other=0)
+    if QUANTIZED:
+        scales = tl.load(scales_ptr + slots * heads + head, mask=mask, other=0.0)
+        tile = tile.to(tl.float32) * scales.to(tl.float32)[:, None]
+    return tile.to(dtype)
+
+
+@triton.jit
+def add_tile(q, k, v, mask, score_scale, top, mass, total):
+    """Add a tile of tokens to a running softmax: its largest score, its mass, its weighted sum."""
+    scores = tl.dot(q, tl.trans(k)) * score_scale
+    scores = tl.where(mask[None, :], scores, float("-inf"))
+    new_top = tl.maximum(top, tl.max(scores, axis=1))
+    faded = tl.exp2(top - new_top)
+    weights = tl.exp2(scores - new_top[:, None])
+    total = tl.dot(weights.to(q.dtype), v, total * faded[:, None])
+    return new_top, mass * faded + tl.sum(weights, axis=1), total
+
+
+@triton.jit
+def attend_split_kernel(
+    q_ptr,  # [R, H, Dh]
+    key_ptr,  # [num_blocks, block_size, Hk, Dh]
+    value_ptr,
+    key_scales_ptr,  # [num_blocks, block_size, Hk] float16
+    value_scales_ptr,
+    block_table_ptr,  # [R, max_blocks] int32
+    context_lens_ptr,  # [R] int32
+    sums_ptr,  # [R, splits, H, Dh] float32
+    tops_ptr,  # [R, splits, H, 2] float32: largest score, sum of exponentials
+    score_scale,  # scale * log2(e)
+    num_heads,
+    num_kv_heads,
+    head_dim,
+    max_blocks,
+    QUANTIZED: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    HEADS: tl.constexpr,  # 16 or more: at least the query heads of a key/value head
+    DIMS: tl.constexpr,
+    SPLIT: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Attend to one split of one request for the query heads of one key/value head."""
+    # program (r, h, s) -> request r, key/value head h, tokens s * SPLIT ..
+    request, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    context = tl.load(context_lens_ptr + request)
+    first = split * SPLIT
+    if first < context:
+        siblings = num_heads // num_kv_heads
+        sibling, dims = tl.arange(0, HEADS), tl.arange(0, DIMS)
+        head = kv_head * siblings + sibling
+        here = (sibling < siblings)[:, None]
+        wanted = here & (dims < head_dim)[None, :]
+        q_place = (request * num_heads + head)[:, None] * head_dim + dims[None, :]
+        q = tl.load(q_ptr + q_place, mask=wanted, other=0.0)
+        top = tl.full((HEADS,), float("-inf"), tl.float32)
+        mass = tl.zeros((HEADS,), tl.float32)
+        total = tl.zeros((HEADS, DIMS), tl.float32)
+        for begin in range(first, tl.minimum(first + SPLIT, context), TILE):
+            tokens = begin + tl.arange(0, TILE)
+            mask = tokens < context
+            blocks = tl.load(
+                block_table_ptr + request * max_blocks + tokens // BLOCK_SIZE, mask=mask, other=0
+            )
+            slots = blocks.to(tl.int64) * BLOCK_SIZE + tokens % BLOCK_SIZE
+            k = load_tile(
+                key_ptr, key_scales_ptr, slots, mask, kv_head, dims, num_kv_heads, head_dim,
+                QUANTIZED, q.dtype,
+            )  # fmt: skip
+            v = load_tile(
+                value_ptr, value_scales_ptr, slots, mask, kv_head, dims, num_kv_heads, head_dim,
+                QUANTIZED, q.dtype,
+            )  # fmt: skip
+            top, mass, total = add_tile(q, k, v, mask, score_scale, top, mass, total)
+        slot = (request * tl.num_programs(2) + split).to(tl.int64) * num_heads + head
+        tl.store(sums_ptr + slot[:, None] * head_dim + dims[None, :], total, mask=wanted)
+        tl.store(tops_ptr + slot * 2, top, mask=sibling < siblings)
+        tl.store(tops_ptr + slot * 2 + 1, mass, mask=sibling < siblings)
+
+
+@triton.jit
+def combine_splits_kernel(
+    sums_ptr,
+    tops_ptr,
+    context_lens_ptr,
+    out_ptr,  # [R, H, Dh]
+    num_heads,
+    head_dim,
+    splits,
+    DIMS: tl.constexpr,
+    SPLIT: tl.constexpr,
+):
+    """Weigh the splits of one request and head against each other, in order."""
+    # program (r, h) -> request r, query head h
+    request, head = tl.program_id(0), tl.program_id(1)
+    dims = tl.arange(0, DIMS)
+    count = tl.cdiv(tl.load(context_lens_ptr + request), SPLIT)
+    top, mass = float("-inf"), 0.0
+    total = tl.zeros((DIMS,), tl.float32)
+    for split in range(count):
+        slot = (request * splits + split).to(tl.int64) * num_heads + head
+        split_top = tl.load(tops_ptr + slot * 2)
+        new_top = tl.maximum(top, split_top)
+        kept, added = tl.exp2(top - new_top), tl.exp2(split_top - new_top)
+        mass = mass * kept + tl.load(tops_ptr + slot * 2 + 1) * added
+        part = tl.load(sums_ptr + slot * head_dim + dims, mask=dims < head_dim, other=0.0)
+        total = total * kept + part * added
+        top = new_top
+    out = (total / mass).to(out_ptr.dtype.element_ty)
+    place = (request * num_heads + head) * head_dim + dims
+    tl.store(out_ptr + place, out, mask=dims < head_dim)
+
+
+@torch.library.custom_op("mgvq::triton_paged_attention_decode", mutates_args=())
+def paged_attention_decode(
+    q: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_table: Tensor,
+    context_lens: Tensor,
+    scale: float,
+    key_scales: Tensor | None,
+    value_scales: Tensor | None,
+) -> Tensor:
+    """Launch both kernels; arguments as `ops.paged_attention_decode`, checked. `[R, H, Dh]`."""
+    requests, heads, head_dim = q.shape
+    block_size, kv_heads = key_cache.shape[1:3]
+    splits = triton.cdiv(block_table.shape[1] * block_size, SPLIT_TOKENS)
+    dims = triton.next_power_of_2(head_dim)
+    sums = torch.empty(requests, splits, heads, head_dim, dtype=torch.float32, device=q.device)
+    tops = torch.empty(requests, splits, heads, 2, dtype=torch.float32, device=q.device)
+    out = torch.empty_like(q)
+    with torch.cuda.device_of(q):
+        attend_split_kernel[(requests, kv_heads, splits)](
+            q,
+            key_cache,
+            value_cache,
+            q if key_scales is None else key_scales,
+            q if value_scales is None else value_scales,
+            block_table,
+            context_lens,
+            sums,
+            tops,
+            scale * math.log2(math.e),
+            heads,
+            kv_heads,
+            head_dim,
+            block_table.shape[1],
+            QUANTIZED=key_scales is not None,
+            BLOCK_SIZE=block_size,
+            HEADS=max(16, triton.next_power_of_2(heads // kv_heads)),
+            DIMS=dims,
+            SPLIT=SPLIT_TOKENS,
+            TILE=TILE_TOKENS,
+            num_warps=4,
+        )
+        combine_splits_kernel[(requests, heads)](
+            sums,
+            tops,
+            context_lens,
+            out,
+            heads,
+            head_dim,
+            splits,
+            DIMS=dims,
+            SPLIT=SPLIT_TOKENS,
+            num_warps=4,
+        )
+    return out
+
+
+@paged_attention_decode.register_fake
+def _(
+    q: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_table: Tensor,
+    context_lens: Tensor,
+    scale: float,
+    key_scales: Tensor | None,
+    value_scales: Tensor | None,
+) -> Tensor:
+    return torch.empty_like(q)

@@ -1,0 +1,167 @@
+"""What the front door can launch, kernel by kernel (called by the ahead-of-time gate and bench).
+
+A variant names the argument types and compile-time values of one kernel. `main_variants` is one a
+kernel, the heaviest; `variants` all of them.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+from mgvq_kernels.triton import paged_attention, vq_dequant, vq_embedding, vq_gemm, vq_gemv
+from mgvq_kernels.triton.aot import Variant
+
+WEIGHT = {
+    "codes_ptr": "*u8",
+    "book_scales_ptr": "*fp32",
+    "scales_ptr": "*fp16",
+    "stages_ptr": "*i32",
+    "out_features": "i32",
+    "in_features": "i32",
+    "padded_rows": "i32",
+    "stage_count": "i32",
+}
+"""Arguments that describe a packed weight, in every kernel that takes them."""
+
+HALVES = ("fp16", "bf16")
+
+
+def variants() -> Iterator[Variant]:
+    """List every kernel over dtypes, vector dimensions and options."""
+    for dtype, permuted in itertools.product((*HALVES, "fp32"), (False, True)):
+        yield from decoders(dtype, permuted)
+    for dtype, dims, fused in itertools.product(HALVES, (4, 8), (False, True)):
+        yield gemv(dtype, dims, fused)
+        for tokens in vq_gemm.TILE_TOKENS:
+            yield gemm(dtype, dims, fused, tokens)
+    for dtype, gated in itertools.product(HALVES, (False, True)):
+        yield arrange(dtype, gated)
+    for dtype, quantized in itertools.product(HALVES, (False, True)):
+        yield from decode_attention(dtype, quantized)
+
+
+def main_variants() -> Iterator[Variant]:
+    """List one variant a kernel: float16, everything fused, the largest vector dimension."""
+    yield from decoders("fp16", True)
+    yield gemv("fp16", 8, True)
+    yield gemv("fp16", 4, True)
+    yield gemm("fp16", 8, True, 64)
+    yield gemm("fp16", 4, True, 16)
+    yield arrange("fp16", True)
+    yield from decode_attention("fp16", False)
+    yield from decode_attention("fp16", True)
+
+
+def gemv(dtype: str, dims: int, fused: bool) -> Variant:
+    """Describe the kernel for a few rows; `fused` is bias, residual and SwiGLU at once."""
+    signature = linear_signature(dtype) | {"x_ptr": f"*{dtype}", "sources_ptr": "*i32"}
+    return Variant(
+        f"vq_gemv-{dtype}-d{dims}{'-fused' if fused else ''}",
+        vq_gemv.vq_gemv_kernel,
+        signature | {"diagonal_books_ptr": "*i8"},
+        {"HAS_BIAS": fused, "HAS_RESIDUAL": fused, "SWIGLU": fused, "DIMS": dims}
+        | {"ROWS": vq_gemv.TILE_ROWS[dims]},
+        {"num_warps": vq_gemv.NUM_WARPS},
+        aligned=("padded_rows",),
+        loop_weights=vq_gemv.TILE_ROWS[dims] // vq_gemv.NUM_WARPS * dims,
+        wide_loads=True,
+    )
+
+
+def gemm(dtype: str, dims: int, fused: bool, tokens: int) -> Variant:
+    """Describe the kernel for up to 64 rows; `fused` is bias and residual."""
+    signature = linear_signature(dtype) | {"planes_ptr": f"*{dtype}"}
+    return Variant(
+        f"vq_gemm-{dtype}-d{dims}-{tokens}{'-fused' if fused else ''}",
+        vq_gemm.vq_gemm_kernel,
+        signature | {"words_ptr": "*i32" if dims == 4 else "*i64"},
+        {"HAS_BIAS": fused, "HAS_RESIDUAL": fused, "DIMS": dims, "ROWS": vq_gemm.TILE_ROWS}
+        | {"TOKENS": tokens},
+        {"num_warps": vq_gemm.NUM_WARPS, "num_stages": vq_gemm.NUM_STAGES},
+        aligned=("padded_rows",),
+        loop_weights=vq_gemm.TILE_ROWS // vq_gemm.NUM_WARPS * dims,
+        wide_loads=True,
+    )
+
+
+def linear_signature(dtype: str) -> dict[str, str]:
+    """Type the arguments that both linear kernels take."""
+    floats = dict.fromkeys(("bias_ptr", "residual_ptr", "y_ptr"), f"*{dtype}")
+    counts = dict.fromkeys(("token_count", "block_count", "splits"), "i32")
+    return WEIGHT | floats | counts | {"counters_ptr": "*i32", "partials_ptr": "*fp32"}
+
+
+def arrange(dtype: str, gated: bool) -> Variant:
+    """Describe the kernel that lays x out in planes."""
+    return Variant(
+        f"arrange-{dtype}{'-gated' if gated else ''}",
+        vq_gemm.arrange_kernel,
+        {"x_ptr": f"*{dtype}", "sources_ptr": "*i32", "planes_ptr": f"*{dtype}"}
+        | {"width": "i32", "in_features": "i32"},
+        {"SWIGLU": gated, "BLOCK": vq_gemm.BLOCK_CHANNELS},
+        {},
+    )
+
+
+def decoders(dtype: str, permuted: bool) -> Iterator[Variant]:
+    """Describe the kernels that make dense weights."""
+    mark = f"{dtype}{'-permuted' if permuted else ''}"
+    signature = WEIGHT | {
+        "books_ptr": "*i8",
+        "permutation_ptr": "*i32",
+        "out_ptr": f"*{dtype}",
+        "ids_ptr": "*i64",
+        "first_row": "i32",
+        "end_row": "i32",
+    }
+    yield Variant(
+        f"vq_dequant-{mark}",
+        vq_dequant.vq_dequant_kernel,
+        signature,
+        {"HAS_PERMUTATION": permuted, "BLOCK_O": vq_dequant.BLOCK_O, "BLOCK_I": vq_dequant.BLOCK_I},
+        {"enable_fp_fusion": False},
+        aligned=("padded_rows",),
+    )
+    yield Variant(
+        f"vq_embedding-{mark}",
+        vq_embedding.vq_embedding_kernel,
+        signature,
+        {"HAS_PERMUTATION": permuted, "BLOCK_I": vq_embedding.BLOCK_I},
+        {"enable_fp_fusion": False},
+        aligned=("padded_rows",),
+    )
+
+
+def decode_attention(dtype: str, quantized: bool) -> Iterator[Variant]:
+    """Describe the two kernels of decode attention, with heads of 128 and pages of 16 tokens."""
+    mark = f"{dtype}{'-int8' if quantized else ''}"
+    cache = "*i8" if quantized else f"*{dtype}"
+    signature = {
+        "q_ptr": f"*{dtype}",
+        "key_ptr": cache,
+        "value_ptr": cache,
+        "key_scales_ptr": "*fp16",
+        "value_scales_ptr": "*fp16",
+        "block_table_ptr": "*i32",
+        "context_lens_ptr": "*i32",
+        "sums_ptr": "*fp32",
+        "tops_ptr": "*fp32",
+        "out_ptr": f"*{dtype}",
+        "score_scale": "fp32",
+    } | dict.fromkeys(("num_heads", "num_kv_heads", "head_dim", "max_blocks", "splits"), "i32")
+    sizes = {"DIMS": 128, "SPLIT": paged_attention.SPLIT_TOKENS}
+    yield Variant(
+        f"attend_split-{mark}",
+        paged_attention.attend_split_kernel,
+        signature,
+        {"QUANTIZED": quantized, "BLOCK_SIZE": 16, "HEADS": 16, **sizes}
+        | {"TILE": paged_attention.TILE_TOKENS},
+        {},
+        aligned=("head_dim",),
+        wide_loads=True,
+    )
+    if not quantized:
+        yield Variant(
+            f"combine_splits-{mark}", paged_attention.combine_splits_kernel, signature, sizes, {}
+        )
