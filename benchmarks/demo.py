@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from mgvq_runtime import (
     LLM,
     EngineConfig,
@@ -60,17 +62,11 @@ def ask(config: EngineConfig, picture: Path, question: str, max_new_tokens: int)
     settings = {name: value for name, value in vars(config).items() if name != "checkpoint"}
     with LLM(folder, **settings) as llm:
         load_s = time.perf_counter() - began
-        messages = [
-            {
-                "role": "user",
-                "content": [
-                    {"type": "image_url", "image_url": {"url": str(picture)}},
-                    {"type": "text", "text": question},
-                ],
-            }
-        ]
+        messages = _messages({"type": "image_url", "image_url": {"url": str(picture)}}, question)
         params = SamplingParams(temperature=0.0, max_tokens=max_new_tokens)
-        for _ in llm.stream(messages, params):  # compiles kernels, fills caches
+        # Compiles kernels; with another picture, so that nothing of the real one is cached.
+        blank = {"type": "image", "image": Image.new("RGB", (448, 448))}
+        for _ in llm.stream(_messages(blank, question), params):
             pass
         print(f"picture   {picture.name}\nquestion  {question}\nanswer    ", end="", flush=True)
         times, text = [time.perf_counter()], ""
@@ -100,6 +96,10 @@ def ask(config: EngineConfig, picture: Path, question: str, max_new_tokens: int)
     }
     print_figures(result)
     return result
+
+
+def _messages(picture: dict[str, Any], question: str) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": [picture, {"type": "text", "text": question}]}]
 
 
 def print_figures(result: dict[str, Any]) -> None:

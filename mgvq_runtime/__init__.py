@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 
 _HOME_OF = {
     "ChatReply": "mgvq_runtime.llm",
+    "EncodedImage": "mgvq_runtime.multimodal.image",
     "Engine": "mgvq_runtime.engine.engine",
     "EngineConfig": "mgvq_runtime.config",
     "FinishReason": "mgvq_runtime.request",
@@ -27,10 +28,10 @@ _HOME_OF = {
     "TokenLogprob": "mgvq_runtime.request",
     "add_config_arguments": "mgvq_runtime.config",
     "config_from_arguments": "mgvq_runtime.config",
-    "decode_data_url": "mgvq_runtime.multimodal.image",
-    "decode_image": "mgvq_runtime.multimodal.image",
     "demo_checkpoint_path": "mgvq_runtime.assets",
     "demo_picture_paths": "mgvq_runtime.assets",
+    "open_data_url": "mgvq_runtime.multimodal.image",
+    "open_image": "mgvq_runtime.multimodal.image",
 }
 
 if TYPE_CHECKING:
@@ -38,7 +39,12 @@ if TYPE_CHECKING:
     from mgvq_runtime.config import EngineConfig, add_config_arguments, config_from_arguments
     from mgvq_runtime.engine.engine import Engine
     from mgvq_runtime.llm import LLM, ChatReply
-    from mgvq_runtime.multimodal.image import MediaLimits, decode_data_url, decode_image
+    from mgvq_runtime.multimodal.image import (
+        EncodedImage,
+        MediaLimits,
+        open_data_url,
+        open_image,
+    )
     from mgvq_runtime.request import (
         FinishReason,
         Prompt,
@@ -52,6 +58,7 @@ if TYPE_CHECKING:
 __all__ = [
     "LLM",
     "ChatReply",
+    "EncodedImage",
     "Engine",
     "EngineConfig",
     "FinishReason",
@@ -65,10 +72,10 @@ __all__ = [
     "__version__",
     "add_config_arguments",
     "config_from_arguments",
-    "decode_data_url",
-    "decode_image",
     "demo_checkpoint_path",
     "demo_picture_paths",
+    "open_data_url",
+    "open_image",
 ]
 
 

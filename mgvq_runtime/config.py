@@ -1,6 +1,6 @@
 """How an engine runs on this machine, as one frozen dataclass (called by every front door).
 
-`EngineConfig` is what a user says; `resolve` settles every "auto" once and gives a
+`EngineConfig` is what a user says; `engine.startup` settles every "auto" once and gives a
 `ResolvedConfig`. The command line takes flags, defaults and help from the fields below, so each
 default is written once. Model shapes are not here (`models.config`), nor limits on pictures
 (`multimodal.image.MediaLimits`).
@@ -12,6 +12,7 @@ import argparse
 import ast
 import difflib
 import inspect
+import re
 import textwrap
 import typing
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,7 +23,6 @@ from mgvq_runtime.errors import ConfigError
 
 DEFAULT_MAX_MODEL_LEN = 8192
 MAX_AUTO_KV_CACHE_BYTES_CPU = 1 << 30
-CUDA_HEADROOM_BYTES = 512 << 20
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 
 
@@ -46,11 +46,20 @@ class EngineConfig:
     block_size: int = 16
     """Tokens in one block of the key/value cache."""
     kv_cache_bytes: int | None = None
-    """Size of the key/value cache; when not given, enough for max_num_seqs full contexts, at most
-    1 GiB on a CPU and what is free on a GPU."""
+    """Most bytes of the key/value cache; when not given, enough for max_num_seqs full contexts, at
+    most 1 GiB on a CPU and what is free on a GPU."""
+    gpu_memory_limit: int | None = None
+    """Most bytes of its device the engine may plan with, main memory on a CPU, so that a large one
+    behaves like a small one; what is free when not given."""
     max_image_tokens: int | None = None
     """Most tokens one picture may cost, a larger one is scaled down; when not given, the
     default of the model's family (docs/models.md)."""
+    max_batch_patches: int = 5120
+    """Most patches of pictures encoded in one step, one picture at least; a larger one and a video
+    go through the vision tower in parts of so many, one tile or frame at least."""
+    image_cache_bytes: int = 128 << 20
+    """Bytes of encoded pictures kept beside the model, and of prepared ones in main memory, for
+    pictures that come again; 0 keeps none."""
     num_threads: int | None = None
     """CPU threads for arithmetic; all cores when not given."""
     seed: int = 0
@@ -95,16 +104,25 @@ _LOWEST = {
     "max_batch_tokens": 1,
     "block_size": 1,
     "kv_cache_bytes": 1,
+    "gpu_memory_limit": 1,
     "max_image_tokens": 1,
+    "max_batch_patches": 1,
+    "image_cache_bytes": 0,
     "num_threads": 1,
     "seed": 0,
 }
-_OPTIONAL = ("max_model_len", "kv_cache_bytes", "max_image_tokens", "num_threads")
+_OPTIONAL = (
+    "max_model_len",
+    "kv_cache_bytes",
+    "gpu_memory_limit",
+    "max_image_tokens",
+    "num_threads",
+)
 
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What `resolve` must know of a checkpoint."""
+    """What memory planning must know of a checkpoint."""
 
     max_position_embeddings: int
     is_quantized: bool
@@ -125,6 +143,8 @@ class ResolvedConfig:
     block_size: int
     num_kv_blocks: int
     """Blocks of the pool, the reserved block 0 included."""
+    max_batch_patches: int
+    image_cache_bytes: int
     seed: int
 
 
@@ -161,20 +181,11 @@ def resolve_dtype(dtype: str, device: str, is_quantized: bool) -> str:
     return "float16" if is_quantized else "bfloat16"
 
 
-def resolve(
-    config: EngineConfig, facts: ModelFacts, device: str, dtype: str, free_bytes: int | None
-) -> ResolvedConfig:
-    """Settle context length and cache size.
-
-    Args:
-        config: What the user said.
-        facts: Shapes of the model.
-        device: From `resolve_device`.
-        dtype: From `resolve_dtype`.
-        free_bytes: Free memory of the GPU after the weights were loaded; None on a CPU.
+def resolve_model_len(config: EngineConfig, facts: ModelFacts) -> int:
+    """Return the longest context that is asked for.
 
     Raises:
-        ConfigError: if max_model_len is beyond the model, or the cache cannot hold two blocks.
+        ConfigError: if it is beyond the model.
     """
     limit = facts.max_position_embeddings
     max_model_len = config.max_model_len or min(limit, DEFAULT_MAX_MODEL_LEN)
@@ -182,31 +193,7 @@ def resolve(
         raise ConfigError(
             f"max_model_len={max_model_len} is longer than the {limit} positions of this model"
         )
-    block_bytes = kv_block_bytes(facts, config.block_size, dtype)
-    blocks_per_seq = -(-max_model_len // config.block_size)
-    wanted = (config.max_num_seqs * blocks_per_seq + 1) * block_bytes
-    if config.kv_cache_bytes is not None:
-        budget = config.kv_cache_bytes
-    elif free_bytes is None:
-        budget = min(wanted, MAX_AUTO_KV_CACHE_BYTES_CPU)
-    else:
-        budget = min(wanted, max(free_bytes - CUDA_HEADROOM_BYTES, 0))
-    num_kv_blocks = budget // block_bytes
-    if num_kv_blocks < 2:
-        raise ConfigError(
-            f"the key/value cache needs at least two blocks of {block_bytes} bytes, but only "
-            f"{budget} bytes are there for it: raise kv_cache_bytes or lower block_size"
-        )
-    return ResolvedConfig(
-        device=device,
-        dtype=dtype,
-        max_model_len=max_model_len,
-        max_num_seqs=config.max_num_seqs,
-        max_batch_tokens=config.max_batch_tokens,
-        block_size=config.block_size,
-        num_kv_blocks=num_kv_blocks,
-        seed=config.seed,
-    )
+    return max_model_len
 
 
 def kv_block_bytes(facts: ModelFacts, block_size: int, dtype: str) -> int:
@@ -239,12 +226,14 @@ def add_config_arguments(
         if default is not None:
             shown += f" (default: {default})"
         is_integer = int in typing.get_args(types[field.name]) or types[field.name] is int
+        metavar = _METAVARS.get(field.name)
+        kind = byte_count if metavar == "BYTES" else int if is_integer else str
         group.add_argument(
             "--" + field.name.replace("_", "-"),
-            type=int if is_integer else str,
+            type=kind,
             default=default,
             choices=DTYPES if field.name == "dtype" else None,
-            metavar=_METAVARS.get(field.name),
+            metavar=metavar,
             help=shown.replace("%", "%%"),
         )
     return group
@@ -258,9 +247,32 @@ _METAVARS = {
     "max_batch_tokens": "TOKENS",
     "block_size": "TOKENS",
     "kv_cache_bytes": "BYTES",
+    "gpu_memory_limit": "BYTES",
     "max_image_tokens": "TOKENS",
+    "max_batch_patches": "N",
+    "image_cache_bytes": "BYTES",
     "num_threads": "N",
     "seed": "N",
+}
+
+
+def byte_count(text: str) -> int:
+    """Read a number of bytes such as 4GiB, 512MiB, 2GB or 1000000.
+
+    Raises:
+        ValueError: if it is none.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) *([a-z]*)", text.strip().lower())
+    if match is None or match[2] not in _UNITS:
+        raise ValueError(f"expected bytes, such as 4GiB or 500MB, got {text!r}")
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+_UNITS = {
+    "": 1,
+    "b": 1,
+    **{f"{p}ib": 2 ** (10 * (i + 1)) for i, p in enumerate("kmgt")},
+    **{f"{p}b": 10 ** (3 * (i + 1)) for i, p in enumerate("kmgt")},
 }
 
 

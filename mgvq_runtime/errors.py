@@ -49,7 +49,16 @@ class TokenizerError(MgvqError, ValueError):
 
 
 class ImageError(MgvqError, ValueError):
-    """A picture cannot be decoded, or is larger than the limits allow."""
+    """A picture cannot be decoded, or is larger than the limits allow.
+
+    Args:
+        message: what is wrong.
+        param: where the picture came from, as the client spelled it.
+    """
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
 
 
 class RequestError(MgvqError, ValueError):

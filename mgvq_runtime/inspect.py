@@ -2,7 +2,8 @@
 
 Reads headers and JSON only, unless `--verify` asks for every digest; loads no weight. Numbers are
 counted from the files, never taken from what the checkpoint says of itself. Given a config.json
-instead of a folder, it says what such a model would take at 2 bits.
+instead of a folder, it says what such a model would take at 2 bits. With `--plan` it divides the
+memory of a device as the engine would, without loading anything.
 """
 
 from __future__ import annotations
@@ -15,14 +16,23 @@ import traceback
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mgvq_runtime.checkpoint.bits import TOTAL, count_bits
 from mgvq_runtime.checkpoint.files import read_json
 from mgvq_runtime.checkpoint.reader import Checkpoint, open_checkpoint
 from mgvq_runtime.checkpoint.spec import FORMAT_VERSION
+from mgvq_runtime.config import (
+    EngineConfig,
+    add_config_arguments,
+    config_from_arguments,
+    resolve_device,
+)
 from mgvq_runtime.env import debug_tracebacks
 from mgvq_runtime.errors import ConfigError, MgvqError
+
+if TYPE_CHECKING:
+    from mgvq_runtime.engine.memory_plan import MemoryPlan
 
 HALF_BYTES, FLOAT_BYTES = 2, 4
 PLANNED_CONTEXT = 8192
@@ -51,11 +61,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--verify", action="store_true", help="read every tensor, check its digest")
     parser.add_argument("--json", action="store_true", help="print one JSON line after the table")
+    parser.add_argument(
+        "--plan",
+        action="store_true",
+        help="show who gets which bytes with the engine flags below; needs a folder",
+    )
+    add_config_arguments(parser, leave_out=("checkpoint", "num_threads", "seed"))
     arguments = parser.parse_args(argv)
     shows_traceback = False
     try:
         shows_traceback = debug_tracebacks()
-        if arguments.checkpoint.suffix == ".json" and not arguments.verify:
+        if arguments.plan:
+            plan = plan_for(arguments.checkpoint, config_from_arguments(arguments))
+            report, lines = plan.as_json(), plan.lines()
+        elif arguments.checkpoint.suffix == ".json" and not arguments.verify:
             report = describe_config(arguments.checkpoint)
             lines = render_config(report)
         else:
@@ -74,6 +93,36 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.json:
         print(json.dumps(report))
     return 0
+
+
+def plan_for(path: Path, config: EngineConfig) -> MemoryPlan:
+    """Plan for a checkpoint as the engine would at its start, from shapes alone.
+
+    Args:
+        path: Checkpoint folder.
+        config: The engine's settings; a GPU that is not there can be planned for by its
+            `gpu_memory_limit`.
+
+    Raises:
+        CheckpointError: if the folder is missing, damaged or not ours.
+        ConfigError: if a single request would not fit, or nobody says how large a GPU is.
+    """
+    import torch
+
+    from mgvq_runtime.engine.memory_demand import available_bytes
+    from mgvq_runtime.engine.startup import open_for_planning
+
+    num_devices = torch.cuda.device_count()
+    is_elsewhere = config.device.startswith("cuda") and not num_devices
+    if is_elsewhere and config.gpu_memory_limit is None:
+        raise ConfigError(
+            f"device={config.device!r} is not on this machine: say how much memory it has with "
+            "--gpu-memory-limit, such as 8GiB"
+        )
+    device = config.device if is_elsewhere else resolve_device(config.device, num_devices)
+    opened = open_for_planning(path, config, device)
+    limit = config.gpu_memory_limit if is_elsewhere else None
+    return opened.plan(config, limit or available_bytes(torch.device(device)))
 
 
 def describe(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -7,7 +7,7 @@ network is never used: a picture is a data URL, a file or a PIL image. HTTP is `
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 from types import TracebackType
@@ -37,6 +37,8 @@ class Usage:
 
     prompt_tokens: int
     completion_tokens: int
+    cached_tokens: int = field(default=0, compare=False)
+    """Prompt tokens whose keys and values were in the cache; the answer does not depend on it."""
 
 
 @dataclass(frozen=True)
@@ -303,7 +305,7 @@ def _joined(outputs: Sequence[RequestOutput]) -> ChatReply:
         text="".join(output.text for output in outputs),
         token_ids=tuple(token_id for output in outputs for token_id in output.token_ids),
         finish_reason=last.finish_reason,
-        usage=Usage(last.num_prompt_tokens, last.num_completion_tokens),
+        usage=Usage(last.num_prompt_tokens, last.num_completion_tokens, last.num_cached_tokens),
         logprobs=logprobs,
         error=last.error,
     )

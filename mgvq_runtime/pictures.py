@@ -1,7 +1,7 @@
 """Takes the pictures and videos out of a conversation (called by `llm.LLM`).
 
-Data URLs, files and PIL images are read here, the network never. Decoding within limits is
-`multimodal.image`, what becomes of the pixels `multimodal.processors`.
+Data URLs, files and PIL images are read here, the network never. Limits and decoding are in
+`multimodal.image`; what becomes of the pixels is `multimodal.processors`' business.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from PIL import Image, ImageOps
 from mgvq_runtime.errors import ImageError, RequestError
 from mgvq_runtime.multimodal.image import (
     MediaLimits,
+    Picture,
     Visual,
-    decode_data_url,
-    decode_image,
+    open_data_url,
+    open_image,
     to_rgb,
 )
 
@@ -42,7 +43,8 @@ def take_pictures(
         limits: How large a picture may be, and a frame.
 
     Returns:
-        The messages without pictures, and the pictures in order, RGB, a video as its frames.
+        The messages without pictures, and the pictures in order, decoded only where they came so, a
+        video as its frames.
 
     Raises:
         RequestError: if an image or video part has another form.
@@ -86,8 +88,8 @@ def _take_part(part: Any, limits: MediaLimits, visuals: list[Visual]) -> Any:
     return {"type": "image"}
 
 
-def open_picture(source: Any, limits: MediaLimits) -> Image.Image:
-    """Return a picture as RGB.
+def open_picture(source: Any, limits: MediaLimits) -> Picture:
+    """Return a PIL image as RGB, anything else undecoded.
 
     Args:
         source: A PIL image, a path, a `file://` URL or a data URL.
@@ -95,7 +97,7 @@ def open_picture(source: Any, limits: MediaLimits) -> Image.Image:
 
     Raises:
         RequestError: if the source is of another kind, such as an http URL.
-        ImageError: if it cannot be read or decoded.
+        ImageError: if it cannot be read or is no picture.
     """
     if isinstance(source, Image.Image):
         return to_rgb(ImageOps.exif_transpose(source))
@@ -108,7 +110,7 @@ def open_picture(source: Any, limits: MediaLimits) -> Image.Image:
         )
     scheme = source.partition(":")[0].lower()
     if scheme == "data":
-        return decode_data_url(source, limits)
+        return open_data_url(source, limits)
     if scheme in ("http", "https"):
         raise RequestError(
             "pictures are not fetched from the network here: download the file and give its path",
@@ -119,10 +121,10 @@ def open_picture(source: Any, limits: MediaLimits) -> Image.Image:
     return _open_file(Path(source), limits)
 
 
-def _open_file(path: Path, limits: MediaLimits) -> Image.Image:
+def _open_file(path: Path, limits: MediaLimits) -> Picture:
     try:
         with path.open("rb") as file:
             data = file.read(limits.max_image_bytes + 1)
     except OSError as error:
         raise ImageError(f"cannot read the picture {path}: {error.strerror}") from None
-    return decode_image(data, limits)
+    return open_image(data, limits)

@@ -6,10 +6,12 @@ decoded and cut by `mgvq_runtime.multimodal`.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -64,6 +66,19 @@ class ImageInput:
     """What is done with the tiles before the decoder sees them; None leaves them in a row."""
     is_video: bool = False
     """Whether it stands behind the placeholder of videos."""
+
+    @property
+    def num_patches(self) -> int:
+        """P, the rows of `patches`."""
+        return len(self.patches)
+
+    @cached_property
+    def digest(self) -> bytes:
+        """256 bits of everything the model sees of this picture; read once, it costs a pass."""
+        shape = (self.grid_thw, self.num_tokens, self.layout, self.is_video, self.patches.shape)
+        digest = hashlib.blake2b(repr(shape).encode(), digest_size=32)
+        digest.update(np.ascontiguousarray(self.patches).data)
+        return digest.digest()
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,11 +197,12 @@ class SamplingParams:
 
 
 class FinishReason(Enum):
-    """Why a request ended; the value is the word on the wire."""
+    """Why a request ended; "stop" and "length" are the words on the wire."""
 
     STOP = "stop"
     LENGTH = "length"
     ABORT = "abort"
+    TIMEOUT = "timeout"
     ERROR = "error"
 
 
@@ -198,6 +214,21 @@ class Request:
     """Unique among the requests that have not ended."""
     prompt: Prompt
     sampling_params: SamplingParams
+    cache_salt: str | None = None
+    """Requests with different salts share neither keys and values nor picture embeddings."""
+    priority: int = 0
+    """Lower numbers are served first; among equals, whoever came first."""
+    timeout_s: float | None = None
+    """Seconds after which the request ends, in whatever state it is; None is never."""
+
+    def __post_init__(self) -> None:
+        if self.cache_salt is not None and not isinstance(self.cache_salt, str):
+            raise RequestError(
+                f"cache_salt must be a string, got {self.cache_salt!r}", param="cache_salt"
+            )
+        _check_int("priority", self.priority, -MAX_SEED - 1, MAX_SEED)
+        if self.timeout_s is not None:
+            _check_float("timeout_s", self.timeout_s, 0.0, float(MAX_SEED))
 
 
 @dataclass(frozen=True)
@@ -232,7 +263,7 @@ class RequestOutput:
     num_cached_tokens: int
     """Prompt tokens whose keys and values were already in the cache."""
     error: str | None = None
-    """What went wrong, where finish_reason is ERROR."""
+    """What went wrong, where finish_reason is ERROR or TIMEOUT."""
 
 
 def _check_int(name: str, value: Any, low: int, high: int | None) -> None:

@@ -6,8 +6,6 @@ Which block belongs to whom is `block_manager`'s business; reading and writing t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 
 from mgvq_runtime.config import ModelFacts
@@ -44,13 +42,3 @@ class KVCache:
     def num_bytes(self) -> int:
         """Size of the pool."""
         return self._pool.numel() * self._pool.element_size()
-
-    def zero_blocks(self, blocks: Sequence[int]) -> None:
-        """Overwrite blocks with zeros.
-
-        Used where a request left NaN behind: attention multiplies masked values by zero, and zero
-        times NaN is NaN for whoever gets the block next.
-        """
-        if blocks:
-            index = torch.tensor(blocks, dtype=torch.int64, device=self._pool.device)
-            self._pool.index_fill_(2, index, 0.0)

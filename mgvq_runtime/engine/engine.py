@@ -8,15 +8,18 @@ nothing itself: who runs is `scheduler`, the arithmetic is `model_runner`, the c
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Items
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
+from mgvq_runtime.cache.block_key import root_digest
 from mgvq_runtime.cache.block_manager import BlockManager
 from mgvq_runtime.cache.kv_cache import KVCache
+from mgvq_runtime.cache.lru import LRUCache
 from mgvq_runtime.config import EngineConfig, ResolvedConfig
 from mgvq_runtime.engine.grammar import GrammarCompiler
 from mgvq_runtime.engine.logits_processor import make_logits_processor
@@ -27,12 +30,13 @@ from mgvq_runtime.engine.memory import (
     peak_rss_bytes,
     weights_bytes,
 )
+from mgvq_runtime.engine.memory_plan import MemoryPlan
 from mgvq_runtime.engine.model_runner import ModelRunner
 from mgvq_runtime.engine.output import OutputText
 from mgvq_runtime.engine.prompt_check import check_prompt
 from mgvq_runtime.engine.sampler import BAD_ROW, Sample, sample
 from mgvq_runtime.engine.scheduler import Chunk, Scheduler
-from mgvq_runtime.engine.sequence import Sequence
+from mgvq_runtime.engine.sequence import ImageKey, Sequence
 from mgvq_runtime.engine.startup import model_facts, start
 from mgvq_runtime.errors import ContextLengthError, EngineDeadError, RequestError
 from mgvq_runtime.models.causal_lm import CausalLM
@@ -54,11 +58,16 @@ class Engine:
     """Continuous batching of image-and-text requests over one model."""
 
     def __init__(
-        self, model: CausalLM, chat_processor: ChatProcessor, config: ResolvedConfig
+        self,
+        model: CausalLM,
+        chat_processor: ChatProcessor,
+        config: ResolvedConfig,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Take a loaded model on `config.device` and allocate the key/value pool.
 
-        Most callers want `Engine.from_checkpoint`.
+        Most callers want `Engine.from_checkpoint`. `clock` gives seconds, for requests that end
+        after a time.
         """
         self.config = config
         self.model_config: ModelConfig = model.config
@@ -74,13 +83,24 @@ class Engine:
             device,
             getattr(torch, config.dtype),
         )
-        self._runner = ModelRunner(model, cache, config)
+        images = LRUCache[ImageKey, torch.Tensor](config.image_cache_bytes)
+        self._runner = ModelRunner(model, cache, images, config)
         self._blocks = BlockManager(config.num_kv_blocks, config.block_size)
-        self._scheduler = Scheduler(self._blocks, config.max_num_seqs, config.max_batch_tokens)
+        self._scheduler = Scheduler(
+            self._blocks,
+            images,
+            config.max_num_seqs,
+            config.max_batch_tokens,
+            config.max_batch_patches,
+        )
         self.max_model_len = min(config.max_model_len, self._blocks.capacity_tokens)
         """Most tokens of prompt and answer together."""
+        self.memory_plan: MemoryPlan | None = None
+        """What every byte was planned for, where `from_checkpoint` made this engine."""
         self._sequences: dict[str, Sequence] = {}
         self._seeds = random.Random(config.seed)
+        self._clock = clock
+        self._cache_facts = (repr(model.config), config.dtype)
         self._is_dead = False
 
     @classmethod
@@ -98,7 +118,10 @@ class Engine:
             CheckpointError: if the folder is missing, damaged or not ours.
             ConfigError: if the settings do not fit this model or this machine.
         """
-        return cls(*start(path, config or EngineConfig()))
+        model, chat_processor, resolved, plan = start(path, config or EngineConfig())
+        engine = cls(model, chat_processor, resolved)
+        engine.memory_plan = plan
+        return engine
 
     def add(self, request: Request) -> None:
         """Queue a request; its tokens come out of later `step`s.
@@ -129,21 +152,25 @@ class Engine:
         )
         seed = self._seeds.getrandbits(63) if params.seed is None else params.seed
         placeholder_ids = self.model_config.placeholder_ids
-        sequence = Sequence(request, max_tokens, seed, placeholder_ids, output)
+        root = root_digest(self._cache_facts, request.cache_salt)
+        sequence = Sequence(request, max_tokens, seed, placeholder_ids, output, root)
         sequence.logits_processor = make_logits_processor(request, self.grammars)
+        if request.timeout_s is not None:
+            sequence.deadline = self._clock() + request.timeout_s
         self._scheduler.add(sequence)
         self._sequences[request.request_id] = sequence
 
     def step(self) -> list[RequestOutput]:
         """Run one forward; return what each request that got a token gained, or why it ended."""
         with self._dies_on_error(), torch.inference_mode():
-            chunks = self._scheduler.schedule()
-            if not chunks:
-                return []
-            self._runner.encode_images(chunks)
-            logits = self._runner.run(chunks)
-            samples = sample(logits, [chunk.sequence for chunk in chunks if chunk.is_sampled])
-            return self._commit(chunks, samples)
+            expired = self._expire()
+            step = self._scheduler.schedule()
+            if not step.chunks:
+                return expired
+            self._runner.encode_images(step)
+            logits = self._runner.run(step.chunks)
+            samples = sample(logits, [chunk.sequence for chunk in step.chunks if chunk.is_sampled])
+            return expired + self._commit(step.chunks, samples)
 
     def abort(self, request_id: str) -> RequestOutput | None:
         """End a request in any state and free what it holds, at once.
@@ -192,16 +219,33 @@ class Engine:
             peak_device_bytes=peak_device_bytes(device),
         )
 
+    def _expire(self) -> list[RequestOutput]:
+        """End what has run out of time, waiting or running."""
+        now = self._clock()
+        late = [s for s in self._sequences.values() if s.deadline is not None and s.deadline <= now]
+        for sequence in late:
+            self._end(sequence)
+        return [
+            self._output(
+                sequence,
+                sequence.output.flush(),
+                (),
+                FinishReason.TIMEOUT,
+                error=f"the request did not end within {sequence.request.timeout_s:g} seconds",
+            )
+            for sequence in late
+        ]
+
     def _commit(self, chunks: Items[Chunk], samples: Items[Sample]) -> list[RequestOutput]:
         """Write the step down: tokens computed, tokens drawn, requests ended."""
         for chunk in chunks:
-            chunk.sequence.advance(chunk.end - chunk.start)
+            self._scheduler.advance(chunk)
         sampled = [chunk.sequence for chunk in chunks if chunk.is_sampled]
         return [self._commit_sample(*pair) for pair in zip(sampled, samples, strict=True)]
 
     def _commit_sample(self, sequence: Sequence, drawn: Sample) -> RequestOutput:
         if drawn.token_id == BAD_ROW:
-            return self._fail(sequence, NOT_FINITE)
+            return self._fail(sequence, NOT_FINITE, is_poisoned=True)
         processor = sequence.logits_processor
         if processor is not None and not processor.push(drawn.token_id):
             return self._fail(sequence, OUT_OF_GRAMMAR)
@@ -211,9 +255,9 @@ class Engine:
             self._end(sequence)
         return self._output(sequence, text, (drawn,), reason)
 
-    def _fail(self, sequence: Sequence, error: str) -> RequestOutput:
+    def _fail(self, sequence: Sequence, error: str, is_poisoned: bool = False) -> RequestOutput:
         """End one request with an error; the others go on."""
-        self._end(sequence)
+        self._end(sequence, is_poisoned)
         text = sequence.output.flush()
         return self._output(sequence, text, (), FinishReason.ERROR, error=error)
 
@@ -236,7 +280,7 @@ class Engine:
             finish_reason=reason,
             num_prompt_tokens=sequence.num_prompt_tokens,
             num_completion_tokens=sequence.num_completion_tokens,
-            num_cached_tokens=0,
+            num_cached_tokens=sequence.num_cached_tokens or 0,
             error=error,
         )
 
@@ -248,10 +292,9 @@ class Engine:
         top = tuple(entry(token_id, logprob, ()) for token_id, logprob in drawn.top)
         return entry(drawn.token_id, drawn.logprob, top)
 
-    def _end(self, sequence: Sequence) -> None:
+    def _end(self, sequence: Sequence, is_poisoned: bool = False) -> None:
         """Free everything a sequence holds; it is forgotten."""
-        self._scheduler.remove(sequence)
-        sequence.reset()
+        self._scheduler.remove(sequence, is_poisoned)
         del self._sequences[sequence.request_id]
 
     def _check_alive(self) -> None:

@@ -1,8 +1,8 @@
 """Runs the graph on what the scheduler chose (called by `Engine.step`).
 
-Builds one `ForwardBatch` from chunks of sequences, puts picture embeddings in place of their
-placeholders, and returns logits for the rows that need them, and for no other. Who runs is decided
-by `scheduler`, which token comes next by `sampler`.
+Encodes pictures, builds one `ForwardBatch` from chunks of sequences, puts picture embeddings in
+place of their placeholders, and returns logits for the rows that need them, and for no other. Who
+runs is decided by `scheduler`, which token comes next by `sampler`.
 """
 
 from __future__ import annotations
@@ -13,48 +13,55 @@ import numpy as np
 import torch
 
 from mgvq_runtime.cache.kv_cache import KVCache
+from mgvq_runtime.cache.lru import LRUCache
 from mgvq_runtime.config import ResolvedConfig
-from mgvq_runtime.engine.scheduler import Chunk
-from mgvq_runtime.engine.sequence import Sequence
+from mgvq_runtime.engine.scheduler import Chunk, Step
+from mgvq_runtime.engine.sequence import ImageKey, Sequence
 from mgvq_runtime.layers.forward_batch import ForwardBatch
 from mgvq_runtime.models.causal_lm import CausalLM
 
-MAX_PATCHES_PER_ENCODE = 5120
-"""Patches that go through the vision tower at once: those of a picture of 1280 tokens."""
-
 
 class ModelRunner:
-    """A model, its key/value pool, and the way from chunks to logits."""
+    """A model, its key/value pool and picture embeddings, and the way from chunks to logits."""
 
-    def __init__(self, model: CausalLM, kv_cache: KVCache, config: ResolvedConfig) -> None:
-        """Run `model` over `kv_cache`; both are on the device of `config`, in its type."""
+    def __init__(
+        self,
+        model: CausalLM,
+        kv_cache: KVCache,
+        image_cache: LRUCache[ImageKey, torch.Tensor],
+        config: ResolvedConfig,
+    ) -> None:
+        """Run `model` over the caches; all are on the device of `config`, in its type."""
         self.model = model
         self.kv_cache = kv_cache
+        self._image_cache = image_cache
         self._block_size = config.block_size
+        self._max_patches = config.max_batch_patches
         self._device = torch.device(config.device)
         self._dtype = getattr(torch, config.dtype)
 
-    def encode_images(self, chunks: Items[Chunk]) -> None:
-        """Fill `image_embeds` of the sequences whose chunk reads a picture not encoded yet."""
-        pending = [
-            (chunk.sequence, index)
-            for chunk in chunks
-            for index in chunk.sequence.images_between(chunk.start, chunk.end)
-            if index not in chunk.sequence.image_embeds
-        ]
-        if not pending:
+    def encode_images(self, step: Step) -> None:
+        """Encode a step's pictures, keep them, and hand them to the sequences that read them."""
+        if not step.images:
             return
-        images = [sequence.request.prompt.images[index] for sequence, index in pending]
+        images = list(step.images.values())
         patches = torch.from_numpy(np.concatenate([image.patches for image in images]))
         embeds = self.model.encode_images(
             patches.to(self._device, self._dtype),
             [image.grid_thw for image in images],
             [image.layout for image in images],
-            MAX_PATCHES_PER_ENCODE,
+            self._max_patches,
         )  # [N, D]
         parts = torch.split(embeds, [image.num_tokens for image in images])
-        for (sequence, index), part in zip(pending, parts, strict=True):
-            sequence.image_embeds[index] = part
+        # A part of its own memory: a view would keep its neighbours alive.
+        encoded = {key: part.clone() for key, part in zip(step.images, parts, strict=True)}
+        for key, part in encoded.items():
+            self._image_cache.put(key, part, part.numel() * part.element_size())
+        for chunk in step.chunks:
+            sequence = chunk.sequence
+            for index in sequence.images_between(chunk.start, chunk.end):
+                if index not in sequence.image_embeds:
+                    sequence.image_embeds[index] = encoded[sequence.image_key(index)]
 
     def run(self, chunks: Items[Chunk]) -> torch.Tensor:
         """Run one forward over all chunks.
@@ -111,12 +118,9 @@ class ModelRunner:
 
     def _fill_many(self, columns: np.ndarray, chunk: Chunk, blocks: np.ndarray) -> None:
         sequence, start, end = chunk.sequence, chunk.start, chunk.end
-        prompt = sequence.request.prompt
         indices = np.arange(start, end)
         columns[0] = sequence.token_ids[start:end]
-        columns[1:4] = indices + prompt.position_delta
-        from_prompt = prompt.positions[:, start:end]  # [3, at most end - start]
-        columns[1:4, : from_prompt.shape[1]] = from_prompt
+        columns[1:4] = sequence.positions(start, end)
         columns[4] = blocks[indices // self._block_size] * self._block_size
         columns[4] += indices % self._block_size
 

@@ -1,18 +1,28 @@
 """Which requests run in the next step, and how many tokens of each (called by `Engine.step`).
 
 Decodes first, one token each; what is left of the budget goes to prompts, oldest first, in chunks
-that may end anywhere, also inside a picture. A prompt is admitted when the pool holds all of it, so
-only decodes ask for blocks while they run; when there are none, the newest request gives its own
-back and starts over later (its tokens and text stay). No torch here, no text, no pictures.
+that may end anywhere, also inside a picture, but not past one whose turn to be encoded has not
+come. A prompt is admitted when the pool holds all of it, what it shares with earlier ones counted
+once, so only decodes ask for blocks while they run; when there are none, the newest request gives
+its own back and starts over later (its tokens and text stay). Requests of a lower priority number
+count as older than all others. No torch here and no text; what a picture's embeddings are is
+nobody's business here.
 """
 
 from __future__ import annotations
 
-from collections import deque
+from bisect import insort
 from dataclasses import dataclass
+from itertools import count
+from operator import attrgetter
+from typing import Any
 
 from mgvq_runtime.cache.block_manager import BlockManager
-from mgvq_runtime.engine.sequence import Sequence
+from mgvq_runtime.cache.lru import LRUCache
+from mgvq_runtime.engine.sequence import ImageKey, Sequence
+from mgvq_runtime.request import ImageInput
+
+_ORDER = attrgetter("order")
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,22 +36,50 @@ class Chunk:
     """Whether the chunk reaches the last known token, so that the next one is drawn from it."""
 
 
-class Scheduler:
-    """FIFO admission, decode-first budget, LIFO preemption by recompute."""
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What one step does."""
 
-    def __init__(self, blocks: BlockManager, max_num_seqs: int, max_batch_tokens: int) -> None:
-        """Schedule over a pool of blocks, at most so many requests and tokens a step."""
+    chunks: list[Chunk]
+    """To be run in one forward, each sequence at most once."""
+    images: dict[ImageKey, ImageInput]
+    """To be encoded before it, each picture once."""
+
+
+class Scheduler:
+    """Ordered admission, decode-first budget, LIFO preemption by recompute."""
+
+    def __init__(
+        self,
+        blocks: BlockManager,
+        image_cache: LRUCache[ImageKey, Any],
+        max_num_seqs: int,
+        max_batch_tokens: int,
+        max_batch_patches: int,
+    ) -> None:
+        """Schedule over a pool of blocks.
+
+        Args:
+            blocks: The pool.
+            image_cache: Embeddings of pictures; what is in it is not encoded again.
+            max_num_seqs: Most requests that run at the same time.
+            max_batch_tokens: Most tokens of a step.
+            max_batch_patches: Most patches encoded in a step; its first picture may have more.
+        """
         if max_batch_tokens < max_num_seqs:
             raise ValueError(
                 f"max_batch_tokens ({max_batch_tokens}) is less than max_num_seqs ({max_num_seqs})"
             )
         self.blocks = blocks
+        self.image_cache = image_cache
         self.max_num_seqs = max_num_seqs
         self.max_batch_tokens = max_batch_tokens
-        self.waiting: deque[Sequence] = deque()
+        self.max_batch_patches = max_batch_patches
+        self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
-        """In order of admission, which is the order of arrival."""
+        """Both in order of priority, then of arrival."""
         self.num_preemptions = 0
+        self._arrivals = count()
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence.
@@ -55,36 +93,56 @@ class Scheduler:
                 f"a sequence of {sequence.num_prompt_tokens} prompt tokens and up to "
                 f"{sequence.max_tokens} new ones cannot run in {self.blocks.capacity_tokens} tokens"
             )
-        self.waiting.append(sequence)
+        sequence.order = (sequence.request.priority, next(self._arrivals))
+        insort(self.waiting, sequence, key=_ORDER)
 
-    def schedule(self) -> list[Chunk]:
-        """Return the chunks of the next step, each sequence at most once; blocks are allocated."""
-        chunks: list[Chunk] = []
-        is_short = self._schedule_decodes(chunks)
-        budget = self.max_batch_tokens - len(chunks)
+    def schedule(self) -> Step:
+        """Return what the next step does; blocks are allocated."""
+        step = Step([], {})
+        is_short = self._schedule_decodes(step)
+        budget = self.max_batch_tokens - len(step.chunks)
         for sequence in self.running:
-            if budget > 0 and sequence.num_remaining > 1:
-                budget -= self._schedule_prefill(sequence, budget, chunks)
-        while budget > 0 and not is_short and self._admit():
-            budget -= self._schedule_prefill(self.running[-1], budget, chunks)
-        return chunks
+            if budget > 0 and not sequence.is_decoding:
+                budget -= self._schedule_prefill(sequence, budget, step)
+        while budget > 0 and not is_short and (newcomer := self._admit()):
+            budget -= self._schedule_prefill(newcomer, budget, step)
+        return step
 
-    def remove(self, sequence: Sequence) -> None:
-        """Forget a sequence, waiting or running, and free its blocks."""
+    def advance(self, chunk: Chunk) -> None:
+        """Note that a chunk's keys and values are written: full blocks can be found from now on."""
+        sequence, size = chunk.sequence, self.blocks.block_size
+        sequence.advance(chunk.end - chunk.start)
+        first, last = chunk.start // size, chunk.end // size
+        keys = sequence.block_keys(first, last, size)
+        for block, key in zip(sequence.block_table[first:last], keys, strict=True):
+            self.blocks.register(block, key)
+
+    def remove(self, sequence: Sequence, is_poisoned: bool = False) -> None:
+        """Forget a sequence, waiting or running, and free its blocks.
+
+        Args:
+            sequence: One that was added and not removed.
+            is_poisoned: Whether nobody may find its blocks and pictures any more.
+        """
         if sequence in self.running:
             self.running.remove(sequence)
         else:
             self.waiting.remove(sequence)
+        if is_poisoned:
+            self.blocks.forget(sequence.block_table)
+            for index in range(len(sequence.request.prompt.images)):
+                self.image_cache.discard(sequence.image_key(index))
         self.blocks.release(sequence.block_table)
+        sequence.reset()
 
-    def _schedule_decodes(self, chunks: list[Chunk]) -> bool:
-        """Give one token to each sequence that lacks just one; return whether blocks ran out."""
+    def _schedule_decodes(self, step: Step) -> bool:
+        """Give one token to each sequence past its prompt; return whether blocks ran out."""
         is_short = False
         index = 0
         while index < len(self.running):
             sequence = self.running[index]
             index += 1
-            if sequence.num_remaining != 1:
+            if not sequence.is_decoding:
                 continue
             num_tokens = len(sequence.token_ids)
             while not self.blocks.allocate(sequence.block_table, num_tokens):
@@ -92,34 +150,61 @@ class Scheduler:
                 if self._preempt_newest() is sequence:
                     break
             else:
-                chunks.append(Chunk(sequence, num_tokens - 1, num_tokens, is_sampled=True))
+                step.chunks.append(Chunk(sequence, num_tokens - 1, num_tokens, is_sampled=True))
         return is_short
 
-    def _schedule_prefill(self, sequence: Sequence, budget: int, chunks: list[Chunk]) -> int:
-        """Append the next chunk of a prompt and return its length."""
+    def _schedule_prefill(self, sequence: Sequence, budget: int, step: Step) -> int:
+        """Append the next chunk of a prompt and return its length, 0 if its picture must wait."""
         start = sequence.num_computed
         end = min(len(sequence.token_ids), start + budget)
-        chunks.append(Chunk(sequence, start, end, is_sampled=end == len(sequence.token_ids)))
+        for index in sequence.images_between(start, end):
+            if not self._get_image(sequence, index, step):
+                end = max(start, sequence.image_start(index))
+                break
+        if end > start:
+            is_sampled = end == len(sequence.token_ids)
+            step.chunks.append(Chunk(sequence, start, end, is_sampled))
         return end - start
 
-    def _admit(self) -> bool:
-        """Move the head of the queue to the running ones if the pool holds all its tokens."""
-        if not self.waiting or len(self.running) >= self.max_num_seqs:
-            return False
-        sequence = self.waiting[0]
-        num_tokens = len(sequence.token_ids)
-        missing = self.blocks.num_missing_blocks(sequence.block_table, num_tokens)
-        # One spare block a running request, or the newcomer would soon be preempted again.
-        if missing + len(self.running) > self.blocks.num_free_blocks:
-            return False
-        self.blocks.allocate(sequence.block_table, num_tokens)
-        self.running.append(self.waiting.popleft())
+    def _get_image(self, sequence: Sequence, index: int, step: Step) -> bool:
+        """Find a picture's embeddings, or plan to encode it; False where it must wait."""
+        if index in sequence.image_embeds:
+            return True
+        key = sequence.image_key(index)
+        embeds = self.image_cache.get(key)
+        if embeds is not None:
+            sequence.image_embeds[index] = embeds
+        elif key not in step.images:
+            image = sequence.request.prompt.images[index]
+            num_patches = sum(image.num_patches for image in (*step.images.values(), image))
+            if step.images and num_patches > self.max_batch_patches:
+                return False
+            step.images[key] = image
         return True
+
+    def _admit(self) -> Sequence | None:
+        """Let the head of the queue run if the pool holds all its tokens; None if not."""
+        if not self.waiting or len(self.running) >= self.max_num_seqs:
+            return None
+        sequence, size = self.waiting[0], self.blocks.block_size
+        num_tokens = len(sequence.token_ids)
+        # The last token is always run: somebody must say what follows it.
+        cached = self.blocks.find(sequence.block_keys(0, (num_tokens - 1) // size, size))
+        # One spare block a running request, or the newcomer would soon be preempted again.
+        if not self.blocks.has_room(cached, num_tokens, len(self.running)):
+            return None
+        self.blocks.share(sequence.block_table, cached)
+        self.blocks.allocate(sequence.block_table, num_tokens)
+        sequence.num_computed = len(cached) * size
+        if sequence.num_cached_tokens is None:
+            sequence.num_cached_tokens = sequence.num_computed
+        insort(self.running, self.waiting.pop(0), key=_ORDER)
+        return sequence
 
     def _preempt_newest(self) -> Sequence:
         sequence = self.running.pop()
         self.blocks.release(sequence.block_table)
         sequence.reset()
-        self.waiting.appendleft(sequence)
+        insort(self.waiting, sequence, key=_ORDER)
         self.num_preemptions += 1
         return sequence

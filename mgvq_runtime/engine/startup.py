@@ -1,37 +1,107 @@
 """From a folder to a loaded model with every setting settled (called by `Engine.from_checkpoint`).
 
-Order: device and type, weights, then on a GPU a real worst case is run and measured, and the
-key/value pool gets what is left. Nothing is served here.
+Order: device and type, a memory plan estimated from shapes, so that what cannot fit is refused
+before it is loaded, weights, then on a GPU a real worst case is run and the plan is made again from
+what was measured; the key/value pool gets what is left. Nothing is served here.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from mgvq_runtime.assets import demo_checkpoint_path
-from mgvq_runtime.checkpoint.reader import open_checkpoint
+from mgvq_runtime.checkpoint.reader import Checkpoint, open_checkpoint
 from mgvq_runtime.config import (
     EngineConfig,
     ModelFacts,
     ResolvedConfig,
-    resolve,
     resolve_device,
     resolve_dtype,
+    resolve_model_len,
 )
-from mgvq_runtime.engine.model_runner import MAX_PATCHES_PER_ENCODE
-from mgvq_runtime.layers.forward_batch import ForwardBatch
+from mgvq_runtime.engine.memory import weights_bytes
+from mgvq_runtime.engine.memory_demand import (
+    available_bytes,
+    checkpoint_bytes,
+    estimated_demand,
+    measured_demand,
+    worst_patches,
+)
+from mgvq_runtime.engine.memory_plan import MemoryPlan, plan_memory
 from mgvq_runtime.models.causal_lm import CausalLM
 from mgvq_runtime.models.config import ModelConfig
-from mgvq_runtime.models.loading import fill_model
+from mgvq_runtime.models.loading import fill_model, model_config
 from mgvq_runtime.multimodal.chat import ChatProcessor
-from mgvq_runtime.multimodal.processors import ImageProcessor
 
 
-def start(
-    path: str | Path | None, config: EngineConfig
-) -> tuple[CausalLM, ChatProcessor, ResolvedConfig]:
+class Started(NamedTuple):
+    """What an engine is made of."""
+
+    model: CausalLM
+    chat_processor: ChatProcessor
+    config: ResolvedConfig
+    plan: MemoryPlan
+
+
+class Plannable(NamedTuple):
+    """A checkpoint that is open but not loaded, and all that is needed to plan for it."""
+
+    checkpoint: Checkpoint
+    chat_processor: ChatProcessor
+    facts: ModelFacts
+    device: str
+    dtype: str
+
+    def plan(self, config: EngineConfig, available: int, weights: int | None = None) -> MemoryPlan:
+        """Estimate and divide.
+
+        Args:
+            config: What the user said.
+            available: Bytes that are free.
+            weights: Bytes of the weights where they are known, None to count the checkpoint's.
+
+        Raises:
+            ConfigError: if a single request would not fit.
+        """
+        width = getattr(torch, self.dtype).itemsize
+        demand = estimated_demand(
+            config,
+            self.chat_processor.config,
+            self.chat_processor.image_processor,
+            resolve_model_len(config, self.facts),
+            width,
+            available,
+            checkpoint_bytes(self.checkpoint, width) if weights is None else weights,
+        )
+        return plan_memory(config, self.facts, self.device, self.dtype, demand)
+
+
+def open_for_planning(path: str | Path | None, config: EngineConfig, device: str) -> Plannable:
+    """Read everything but the weights.
+
+    Args:
+        path: Checkpoint folder; None takes the config's, then the bundled one.
+        config: What the user said.
+        device: "cpu" or "cuda:N"; need not be there.
+
+    Raises:
+        CheckpointError: if the folder is missing, damaged or not ours.
+        ConfigError: if a file in it makes no sense.
+    """
+    checkpoint = open_checkpoint(Path(path or config.checkpoint or demo_checkpoint_path()))
+    shapes = model_config(checkpoint)
+    processor = ChatProcessor.from_checkpoint(
+        checkpoint, shapes, config.max_image_tokens, config.image_cache_bytes
+    )
+    facts = model_facts(shapes, checkpoint.quantization is not None)
+    dtype = resolve_dtype(config.dtype, device, facts.is_quantized)
+    return Plannable(checkpoint, processor, facts, device, dtype)
+
+
+def start(path: str | Path | None, config: EngineConfig) -> Started:
     """Load model and processors and resolve the settings.
 
     Args:
@@ -42,28 +112,40 @@ def start(
         CheckpointError: if the folder is missing, damaged or not ours.
         ConfigError: if the settings do not fit this model or this machine.
     """
-    folder = Path(path or config.checkpoint or demo_checkpoint_path())
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
-    device = resolve_device(config.device, torch.cuda.device_count())
-    checkpoint = open_checkpoint(folder)
-    is_quantized = checkpoint.quantization is not None
-    dtype = resolve_dtype(config.dtype, device, is_quantized)
-    model = fill_model(checkpoint, device, getattr(torch, dtype))
-    processor = ChatProcessor.from_checkpoint(checkpoint, model.config, config.max_image_tokens)
-    free_bytes = None
-    if device != "cpu":
-        run_worst_case(model, processor.image_processor, config, torch.device(device))
-        torch.cuda.synchronize(device)
-        free_bytes = torch.cuda.mem_get_info(device)[0]
-    facts = model_facts(model.config, is_quantized)
-    resolved = resolve(config, facts, device, dtype, free_bytes)
-    model.set_context_length(resolved.max_model_len)
-    return model, processor, resolved
+    opened = open_for_planning(
+        path, config, resolve_device(config.device, torch.cuda.device_count())
+    )
+    device = torch.device(opened.device)
+    available = available_bytes(device)
+    plan = opened.plan(config, available)
+    model = fill_model(opened.checkpoint, device, getattr(torch, opened.dtype))
+    images = opened.chat_processor.image_processor
+    if device.type == "cuda":
+        demand = measured_demand(model, images, config, plan.max_model_len, device, available)
+        plan = plan_memory(config, opened.facts, opened.device, opened.dtype, demand)
+    else:
+        plan = opened.plan(config, available, weights_bytes(model))
+    model.set_context_length(plan.max_model_len)
+    patches = config.max_batch_patches
+    resolved = ResolvedConfig(
+        device=opened.device,
+        dtype=opened.dtype,
+        max_model_len=plan.max_model_len,
+        max_num_seqs=config.max_num_seqs,
+        max_batch_tokens=config.max_batch_tokens,
+        block_size=config.block_size,
+        num_kv_blocks=plan.num_kv_blocks,
+        max_batch_patches=patches if images is None else worst_patches(config, images.max_grid),
+        image_cache_bytes=config.image_cache_bytes,
+        seed=config.seed,
+    )
+    return Started(model, opened.chat_processor, resolved, plan)
 
 
 def model_facts(config: ModelConfig, is_quantized: bool) -> ModelFacts:
-    """Return what `config.resolve` must know of a model."""
+    """Return what planning must know of a model."""
     text = config.text_config
     return ModelFacts(
         max_position_embeddings=text.max_position_embeddings,
@@ -72,27 +154,3 @@ def model_facts(config: ModelConfig, is_quantized: bool) -> ModelFacts:
         num_key_value_heads=text.num_key_value_heads,
         head_dim=text.head_dim,
     )
-
-
-@torch.inference_mode()
-def run_worst_case(
-    model: CausalLM,
-    image_processor: ImageProcessor | None,
-    config: EngineConfig,
-    device: torch.device,
-) -> None:
-    """Encode the largest picture and run the longest chunk, without a cache.
-
-    torch keeps the memory that this took, so what is free afterwards is free for good.
-    """
-    if image_processor is not None:
-        vision = model.config.vision_config
-        assert vision is not None, "only a model with a vision tower has an image processor"
-        t, h, w = image_processor.max_grid
-        patches = torch.zeros(t * h * w, vision.patch_dim, dtype=model.dtype, device=device)
-        model.encode_images(patches, [(t, h, w)], max_patches=MAX_PATCHES_PER_ENCODE)
-    T = config.max_batch_tokens
-    positions = torch.arange(T, device=device).expand(3, T)  # [3, T]
-    embeds = model.embed(torch.zeros(T, dtype=torch.int64, device=device))  # [T, D]
-    hidden = model(embeds, ForwardBatch.of_sequence(positions))  # [T, D]
-    model.logits(hidden[: config.max_num_seqs])

@@ -12,11 +12,12 @@ from typing import Any
 
 from PIL import Image
 
+from mgvq_runtime.cache.lru import LRUCache
 from mgvq_runtime.checkpoint.reader import Checkpoint
 from mgvq_runtime.errors import RequestError, TokenizerError
 from mgvq_runtime.models.config import ModelConfig
 from mgvq_runtime.models.registry import find_family
-from mgvq_runtime.multimodal.image import Visual
+from mgvq_runtime.multimodal.image import EncodedImage, Picture, Visual
 from mgvq_runtime.multimodal.processors import ImageProcessor
 from mgvq_runtime.multimodal.prompt import build_prompt
 from mgvq_runtime.request import ImageInput, Prompt
@@ -25,19 +26,35 @@ from mgvq_runtime.tokenizer import Tokenizer
 PART_TYPES = ("text", "image", "video")
 """What a part of a message may be here; whoever calls has turned URLs into pictures."""
 
+PreparedKey = tuple[tuple[bytes, ...], bool | None]
+"""Digests of a picture or of a video's frames, and whether a picture is alone; None for a video."""
+
 
 class ChatProcessor:
     """Turns conversations into prompts of one model."""
 
     def __init__(
-        self, tokenizer: Tokenizer, image_processor: ImageProcessor | None, config: ModelConfig
+        self,
+        tokenizer: Tokenizer,
+        image_processor: ImageProcessor | None,
+        config: ModelConfig,
+        image_cache_bytes: int = 0,
     ) -> None:
-        """Put a model's tokenizer, image processor (None for text alone) and config together."""
+        """Put a model's tokenizer, image processor (None for text alone) and config together.
+
+        Encoded pictures and videos that come again are not decoded and cut again as long as their
+        patches are among the last `image_cache_bytes`.
+        """
         self.tokenizer, self.image_processor, self.config = tokenizer, image_processor, config
+        self._prepared = LRUCache[PreparedKey, tuple[ImageInput, ...]](image_cache_bytes)
 
     @classmethod
     def from_checkpoint(
-        cls, checkpoint: Checkpoint, config: ModelConfig, max_image_tokens: int | None = None
+        cls,
+        checkpoint: Checkpoint,
+        config: ModelConfig,
+        max_image_tokens: int | None = None,
+        image_cache_bytes: int = 0,
     ) -> ChatProcessor:
         """Read tokenizer, template and image processor from a checkpoint's folder.
 
@@ -45,6 +62,7 @@ class ChatProcessor:
             checkpoint: An opened folder.
             config: Of its model.
             max_image_tokens: Most tokens one picture may take; None takes the family's default.
+            image_cache_bytes: Patches kept for pictures that come again.
 
         Raises:
             TokenizerError: if there is no tokenizer that can be used, or none for pictures.
@@ -63,7 +81,8 @@ class ChatProcessor:
         if config.video_token_id not in tokenizer.added_tokens.values():
             config = dataclasses.replace(config, video_token_id=None)
         most = family.max_image_tokens if max_image_tokens is None else max_image_tokens
-        return cls(tokenizer, family.image_processor.from_folder(checkpoint.path, most), config)
+        processor = family.image_processor.from_folder(checkpoint.path, most)
+        return cls(tokenizer, processor, config, image_cache_bytes)
 
     def prepare(
         self,
@@ -76,7 +95,8 @@ class ChatProcessor:
         Args:
             messages: `{"role": ..., "content": text or parts}`; a part is `{"type": "text", "text":
                 ...}`, or `{"type": "image"}` or `{"type": "video"}` for the next of `visuals`.
-            visuals: Decoded pictures, and videos as their frames, in the order of their parts.
+            visuals: Pictures, decoded or not, and videos as their frames, in the order of their
+                parts.
             add_generation_prompt: Whether the assistant's turn is opened at the end.
 
         Returns:
@@ -85,10 +105,10 @@ class ChatProcessor:
         Raises:
             RequestError: if a message is malformed, parts and pictures differ, or the model takes
                 no pictures or no videos.
-            ImageError: if a picture is of a shape the model does not take.
+            ImageError: if a picture is damaged, or of a shape the model does not take.
         """
         parts = check_messages(messages)
-        given = ["image" if isinstance(visual, Image.Image) else "video" for visual in visuals]
+        given = ["image" if isinstance(visual, Picture) else "video" for visual in visuals]
         for kind in ("image", "video"):
             if parts.count(kind) != given.count(kind):
                 raise RequestError(
@@ -109,24 +129,55 @@ class ChatProcessor:
         return build_prompt(ids, inputs, self.config)
 
     def process(self, visuals: Sequence[Visual]) -> tuple[ImageInput, ...]:
-        """Prepare all pictures and videos of one conversation.
+        """Prepare all pictures and videos of a conversation; several threads may do so at once.
 
         Raises:
             RequestError: if the model takes no pictures or no videos.
-            ImageError: if a picture is of a shape the model does not take.
+            ImageError: if a picture is damaged, or of a shape the model does not take.
         """
         if not visuals:
             return ()
         if self.image_processor is None:
             raise RequestError("this model reads text alone; leave pictures out", param="messages")
-        videos = [visual for visual in visuals if not isinstance(visual, Image.Image)]
+        videos = [visual for visual in visuals if not isinstance(visual, Picture)]
         if not all(videos):
             raise RequestError("a video must have at least one frame", param="messages")
         if videos and not self.config.shows_frames and self.config.video_token_id is None:
             raise RequestError(
                 "this model takes no videos: send some frames as images", param="messages"
             )
-        return self.image_processor.prepare(visuals)
+        is_alone = len(visuals) - len(videos) == 1
+        inputs = [self._prepare(self.image_processor, visual, is_alone) for visual in visuals]
+        return tuple(image for images in inputs for image in images)
+
+    def _prepare(
+        self, processor: ImageProcessor, visual: Visual, is_alone: bool
+    ) -> tuple[ImageInput, ...]:
+        """Prepare one picture or video; what came before is known by its bytes."""
+        frames = [visual] if isinstance(visual, Picture) else list(visual)
+        encoded = [frame for frame in frames if isinstance(frame, EncodedImage)]
+        if len(encoded) < len(frames):
+            return _cut(processor, visual, is_alone)
+        digests = tuple(frame.digest for frame in encoded)
+        key = (digests, is_alone if isinstance(visual, Picture) else None)
+        inputs = self._prepared.get(key)
+        if inputs is None:
+            inputs = _cut(processor, visual, is_alone)
+            # Reading the digest makes it: here, and not in the one thread everybody waits for.
+            num_bytes = sum(image.patches.nbytes + len(image.digest) for image in inputs)
+            self._prepared.put(key, inputs, num_bytes)
+        return inputs
+
+
+def _cut(processor: ImageProcessor, visual: Visual, is_alone: bool) -> tuple[ImageInput, ...]:
+    """Decode one picture, or the frames of a video, and make patches."""
+    if isinstance(visual, Picture):
+        return (processor(_decoded(visual), is_alone),)
+    return processor.video([_decoded(frame) for frame in visual])
+
+
+def _decoded(picture: Picture) -> Image.Image:
+    return picture if isinstance(picture, Image.Image) else picture.decode()
 
 
 def _as_frames(
@@ -136,7 +187,7 @@ def _as_frames(
 
     Source: the model card of OpenGVLab/InternVL2-2B, "video multi-round conversation".
     """
-    videos = iter([visual for visual in visuals if not isinstance(visual, Image.Image)])
+    videos = iter([visual for visual in visuals if not isinstance(visual, Picture)])
 
     def shown(part: Mapping[str, Any]) -> list[Mapping[str, Any]]:
         if part["type"] != "video":

@@ -1,25 +1,26 @@
 """Bytes of a picture to pixels, safely (called by serve's `media`, by `llm` and by calibration).
 
 In: bytes or a data URL from anybody. Out: an RGB picture, upright, or `ImageError` in words that
-can be shown to a client: no path, no object address, no text of Pillow's. Never fetches anything.
+can be shown to a client: no path, no object address, no text of Pillow's. Pixels are decoded only
+when somebody needs them: a picture that was sent before is known by its bytes. Never fetches
+anything.
 """
 
 from __future__ import annotations
 
 import base64
 import binascii
+import hashlib
 import io
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from mgvq_runtime.errors import ImageError
-
-Visual = Image.Image | Sequence[Image.Image]
-"""A picture, or a video: its frames."""
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 """Formats that are decoded; Pillow knows many more, and each is a door."""
@@ -52,21 +53,70 @@ class MediaLimits:
     """Width times height, read from the header before anything is decoded."""
 
 
-def decode_image(data: bytes, limits: MediaLimits | None = None) -> Image.Image:
-    """Decode a picture to upright RGB.
+@dataclass(frozen=True, eq=False)
+class EncodedImage:
+    """A picture as it came; its header is checked, its pixels are not decoded yet."""
 
-    An animated picture gives its first frame. Transparency is laid on white, as Qwen2-VL's image
-    processor in transformers does. 16-bit grey is scaled to 8 bits, not clipped.
+    data: bytes
+    """A whole file: JPEG, PNG, WEBP, GIF or BMP."""
+    size: tuple[int, int]
+    """Width and height, from the header."""
+    limits: MediaLimits
+    max_side: int | None = None
+    """Scaled into a square of so many pixels once decoded."""
+    param: str | None = None
+    """Where it came from, for errors."""
+
+    @cached_property
+    def digest(self) -> bytes:
+        """256 bits of all that the decoded picture depends on."""
+        digest = hashlib.blake2b(repr(self.max_side).encode(), digest_size=32)
+        digest.update(self.data)
+        return digest.digest()
+
+    def decode(self) -> Image.Image:
+        """Return upright RGB.
+
+        An animated picture gives its first frame. Transparency is laid on white, as Qwen2-VL's
+        image processor in transformers does. 16-bit grey is scaled to 8 bits, not clipped.
+
+        Raises:
+            ImageError: if the file is damaged or cut short, or larger than its header said.
+        """
+        file = Image.open(io.BytesIO(self.data), formats=FORMATS)  # read once by open_image
+        try:
+            file.load()
+            _check_size(file.size, self.limits)
+            image = to_rgb(_upright(file))
+        except ImageError as error:
+            raise ImageError(str(error), self.param) from None
+        except MemoryError:
+            raise ImageError("the picture does not fit into memory", self.param) from None
+        except (*_BOMBS, *_DECODER_ERRORS):
+            raise ImageError(
+                f"the {file.format} picture is damaged or cut short", self.param
+            ) from None
+        if self.max_side is not None:
+            image.thumbnail((self.max_side, self.max_side), Image.Resampling.BICUBIC)
+        return image
+
+
+Picture = Image.Image | EncodedImage
+"""A picture, decoded or not."""
+
+Visual = Picture | Sequence[Picture]
+"""What a conversation may bring: a picture, or a video as its frames."""
+
+
+def open_image(data: bytes, limits: MediaLimits | None = None) -> EncodedImage:
+    """Look at a picture's header.
 
     Args:
         data: A whole file: JPEG, PNG, WEBP, GIF or BMP.
         limits: Caps; None takes the defaults.
 
-    Returns:
-        A PIL image in mode "RGB".
-
     Raises:
-        ImageError: if it is not such a file, is damaged or cut short, or is over a limit.
+        ImageError: if it is not such a file, or is over a limit.
     """
     limits = limits or MediaLimits()
     if not data:
@@ -76,26 +126,24 @@ def decode_image(data: bytes, limits: MediaLimits | None = None) -> Image.Image:
             f"the picture has {len(data)} bytes, at most {limits.max_image_bytes} are allowed"
         )
     try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
-        _check_size(image.size, limits)
+        size = Image.open(io.BytesIO(data), formats=FORMATS).size
     except _BOMBS:
         raise ImageError(f"the picture has more than {limits.max_image_pixels} pixels") from None
-    except ImageError:
-        raise
     except (UnidentifiedImageError, *_DECODER_ERRORS):
         raise ImageError(
             f"this is not a picture that can be read; known formats: {_FORMAT_NAMES}"
         ) from None
-    try:
-        image.load()
-        _check_size(image.size, limits)
-        return to_rgb(_upright(image))
-    except ImageError:
-        raise
-    except MemoryError:
-        raise ImageError("the picture does not fit into memory") from None
-    except (*_BOMBS, *_DECODER_ERRORS):
-        raise ImageError(f"the {image.format} picture is damaged or cut short") from None
+    _check_size(size, limits)
+    return EncodedImage(data, size, limits)
+
+
+def decode_image(data: bytes, limits: MediaLimits | None = None) -> Image.Image:
+    """Decode a picture to upright RGB: `open_image` and `EncodedImage.decode` at once.
+
+    Raises:
+        ImageError: if it is not a picture, is damaged or cut short, or is over a limit.
+    """
+    return open_image(data, limits).decode()
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -112,18 +160,15 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def decode_data_url(url: str, limits: MediaLimits | None = None) -> Image.Image:
-    """Decode a picture out of `data:image/...;base64,...`.
+def open_data_url(url: str, limits: MediaLimits | None = None) -> EncodedImage:
+    """Take a picture out of `data:image/...;base64,...` and look at its header.
 
     Args:
         url: The whole URL.
         limits: Caps; None takes the defaults.
 
-    Returns:
-        A PIL image in mode "RGB".
-
     Raises:
-        ImageError: if the URL is not of that form, the base64 is not strict, or as `decode_image`.
+        ImageError: if the URL is not of that form, the base64 is not strict, or as `open_image`.
     """
     limits = limits or MediaLimits()
     head, comma, payload = url.partition(",")
@@ -146,7 +191,7 @@ def decode_data_url(url: str, limits: MediaLimits | None = None) -> Image.Image:
         data = base64.b64decode(payload.encode("ascii"), validate=True)
     except (binascii.Error, UnicodeEncodeError):
         raise ImageError("the data URL is not valid base64") from None
-    return decode_image(data, limits)
+    return open_image(data, limits)
 
 
 def _upright(image: Image.Image) -> Image.Image:

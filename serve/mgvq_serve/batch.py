@@ -138,7 +138,7 @@ def run_batch(
         EngineDeadError: if the engine fails; lines without a response have none then.
     """
     num_lines = LINES_PER_PLACE * max_num_seqs
-    settings = replace(settings, max_queue=num_lines * MAX_CHOICES)
+    settings = replace(settings, max_queue=num_lines * MAX_CHOICES, request_timeout=0)
     service = build_service(engine, settings, name, max_num_seqs)
     return asyncio.run(_run(service, source, output, num_lines))
 

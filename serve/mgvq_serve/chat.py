@@ -16,9 +16,8 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from PIL import Image
-
 from mgvq_runtime import (
+    EncodedImage,
     FinishReason,
     Prompt,
     Request,
@@ -30,7 +29,7 @@ from mgvq_runtime.errors import ContextLengthError, MgvqError, RequestError, Tok
 from mgvq_runtime.multimodal.image import Visual
 from mgvq_serve.admission import Admission
 from mgvq_serve.engine_thread import EngineThread, Mailbox
-from mgvq_serve.errors import ApiError, from_runtime_error, internal_error
+from mgvq_serve.errors import ApiError, from_runtime_error, internal_error, timed_out
 from mgvq_serve.media import ImageLoader
 from mgvq_serve.protocol import (
     SYSTEM_FINGERPRINT,
@@ -171,10 +170,10 @@ class ChatService:
             raise ApiError(400, str(error), param=form.param, code=error.code) from error
 
     def _prepare(self, messages: list[Message]) -> Prompt:
-        """Decode pictures and build the prompt (in a thread of the pool)."""
+        """Read pictures and build the prompt (in a thread of the pool)."""
         plain: list[dict[str, Any]] = []
         visuals: list[Visual] = []
-        images: list[Image.Image] = []
+        images: list[EncodedImage] = []
         for index, message in enumerate(messages):
             role = "system" if message.role == "developer" else message.role
             if isinstance(message.content, str):
@@ -203,9 +202,9 @@ class ChatService:
             raise ApiError(400, str(error), param="messages") from error
 
     def _load(
-        self, url: str, detail: str | None, param: str, images: list[Image.Image]
-    ) -> Image.Image:
-        """Decode one picture, and add it to all pictures of the request, which have limits."""
+        self, url: str, detail: str | None, param: str, images: list[EncodedImage]
+    ) -> EncodedImage:
+        """Read one picture, and add it to all pictures of the request, which have limits."""
         try:
             images.append(self._images.load(url, detail, param))
         except MgvqError as error:
@@ -220,7 +219,14 @@ class ChatService:
         if room < 1:
             raise ContextLengthError(len(prompt.token_ids), self.model.max_model_len)
         return [
-            Request(f"{call_id}-{choice}", prompt, sampling_params(request, form, room, choice))
+            Request(
+                f"{call_id}-{choice}",
+                prompt,
+                sampling_params(request, form, room, choice),
+                request.cache_salt,
+                request.priority or 0,
+                self._settings.request_timeout or None,
+            )
             for choice in range(request.num_choices)
         ]
 
@@ -248,6 +254,8 @@ class _Choice:
 
     def extend(self, output: RequestOutput) -> None:
         """Append what one step added."""
+        if output.finish_reason is FinishReason.TIMEOUT:
+            raise timed_out(output.error or "")
         if output.finish_reason in (FinishReason.ERROR, FinishReason.ABORT):
             raise internal_error("The engine could not finish this answer.")
         self.text += output.text

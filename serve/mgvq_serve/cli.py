@@ -70,13 +70,8 @@ def _load(config: EngineConfig) -> Engine:
     else:
         print(f"Loading {config.checkpoint} ...", flush=True)
     engine = Engine.from_checkpoint(config.checkpoint, config)
-    memory = engine.memory_summary()
-    print(
-        f"Weights {memory.weights_bytes / 1e6:.1f} MB, key/value cache "
-        f"{memory.kv_cache_bytes / 1e6:.1f} MB on {engine.config.device}; context of "
-        f"{engine.max_model_len} tokens.",
-        flush=True,
-    )
+    if engine.memory_plan is not None:
+        print("\n".join(engine.memory_plan.lines()), flush=True)
     return engine
 
 

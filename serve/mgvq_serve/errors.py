@@ -84,6 +84,14 @@ def internal_error(message: str = "The server failed to answer this request.") -
     return ApiError(500, message, error_type="server_error", code="internal_error", headers=headers)
 
 
+def timed_out(message: str) -> ApiError:
+    """Return the 503 of a request that took too long; another try would only add to the load."""
+    headers = {"x-should-retry": "false"}
+    return ApiError(
+        503, message, error_type="unavailable_error", code="request_timeout", headers=headers
+    )
+
+
 def from_runtime_error(error: MgvqError, param: str | None = None) -> ApiError:
     """Translate an exception of `mgvq_runtime`.
 
@@ -103,7 +111,7 @@ def from_runtime_error(error: MgvqError, param: str | None = None) -> ApiError:
             extra={"n_prompt_tokens": error.num_prompt_tokens, "n_ctx": error.max_model_len},
         )
     if isinstance(error, ImageError):
-        return ApiError(400, str(error), param=param, code="invalid_image")
+        return ApiError(400, str(error), param=error.param or param, code="invalid_image")
     if isinstance(error, RequestError):
         return ApiError(400, str(error), param=error.param or param, code=error.code)
     if isinstance(error, EngineDeadError):

@@ -1,20 +1,19 @@
-"""From an image URL to a decoded picture (called by `chat` in a thread of its pool).
+"""From an image URL to the bytes of a picture (called by `chat` in a thread of its pool).
 
 Data URLs always; `file://` only under the folder the operator allowed; nothing is ever fetched from
-a network. Byte and pixel limits are `mgvq_runtime.MediaLimits`, checked before pixels are decoded.
-What the model makes of a picture is the runtime's business.
+a network. Byte and pixel limits are `mgvq_runtime.MediaLimits`, checked on the header; whether
+pixels must be decoded at all, and what the model makes of them, is the runtime's business.
 """
 
 from __future__ import annotations
 
 import stat
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from PIL import Image
-
-from mgvq_runtime import MediaLimits, decode_data_url, decode_image
+from mgvq_runtime import EncodedImage, MediaLimits, open_data_url, open_image
 from mgvq_serve.errors import ApiError, shorten
 
 TOTAL_PIXELS_FACTOR = 2  # all pictures of a request together, in largest pictures
@@ -29,8 +28,8 @@ class ImageLoader:
         self.limits = limits
         self.local_root = local_media_path.resolve() if local_media_path else None
 
-    def load(self, url: str, detail: str | None, param: str) -> Image.Image:
-        """Return the decoded picture behind a URL.
+    def load(self, url: str, detail: str | None, param: str) -> EncodedImage:
+        """Return the picture behind a URL.
 
         Args:
             url: A data URL, or a file URL where the operator allowed it.
@@ -43,9 +42,9 @@ class ImageLoader:
         """
         scheme = url[:16].partition(":")[0].strip().lower()
         if scheme == "data":
-            image = decode_data_url(url, self.limits)
+            image = open_data_url(url, self.limits)
         elif scheme == "file":
-            image = decode_image(self._read_file(url, param), self.limits)
+            image = open_image(self._read_file(url, param), self.limits)
         elif scheme in ("http", "https"):
             raise ApiError(
                 400,
@@ -62,17 +61,16 @@ class ImageLoader:
                 param=param,
                 code="invalid_image_url",
             )
-        if detail == "low":
-            image.thumbnail((LOW_DETAIL_SIDE, LOW_DETAIL_SIDE), Image.Resampling.BICUBIC)
-        return image
+        max_side = LOW_DETAIL_SIDE if detail == "low" else None
+        return replace(image, max_side=max_side, param=param)
 
-    def check_total(self, images: Sequence[Image.Image], param: str) -> None:
-        """Refuse pictures that are too large together: all of a request are in memory at once.
+    def check_total(self, images: Sequence[EncodedImage], param: str) -> None:
+        """Refuse pictures that are too large together: all of them may have to be decoded.
 
         Raises:
             ApiError: 400 naming the picture that was one too many.
         """
-        total = sum(image.width * image.height for image in images)
+        total = sum(image.size[0] * image.size[1] for image in images)
         most = TOTAL_PIXELS_FACTOR * self.limits.max_image_pixels
         if total > most:
             raise ApiError(

@@ -109,6 +109,8 @@ class ChatRequest(StructuredFields):
     ignore_eos: bool | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    cache_salt: str | None = None
+    priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] | None = None
 
     @property
     def num_choices(self) -> int:
@@ -154,8 +156,8 @@ NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
 }
 # Labels for the client's own records: they never change an answer.
 LABELS = {
-    "cache_salt", "metadata", "parallel_tool_calls", "priority", "prompt_cache_key",
-    "prompt_cache_retention", "request_id", "safety_identifier", "service_tier", "user",
+    "metadata", "parallel_tool_calls", "prompt_cache_key", "prompt_cache_retention",
+    "request_id", "safety_identifier", "service_tier", "user",
 }  # fmt: skip
 
 

@@ -59,6 +59,10 @@ class ServerSettings:
         2,
         "threads that decode and prepare images",
     )
+    request_timeout: float = _flag(
+        600,
+        "seconds after which a request ends with an error, waiting or running; 0 is never",
+    )
     sse_ping_interval: float = _flag(
         10,
         "seconds of silence after which a stream sends a comment to stay connected; 0 is never",
@@ -77,7 +81,7 @@ class ServerSettings:
         for name in ("max_body_mb", "max_image_mb"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} must be above 0, got {getattr(self, name)}")
-        for name in ("sse_ping_interval", "drain_timeout"):
+        for name in ("request_timeout", "sse_ping_interval", "drain_timeout"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")
         if self.api_key is not None and not self.api_key.strip():

@@ -1,4 +1,4 @@
-"""The demonstration and the decode benchmark run, and end with one JSON document."""
+"""The demonstration and the benchmarks of whole models run, and end with one JSON document."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from benchmarks import bench_decode, demo
+from benchmarks import bench_decode, bench_engine, demo
 
 
 def test_the_demonstration_prints_answer_speed_and_memory(
@@ -48,3 +48,20 @@ def test_the_decode_benchmark_compares_two_checkpoints(
     assert result["checkpoint"]["weights_bytes"] > 1.9 * result["reference"]["weights_bytes"]
     assert result["speedup_min"] <= result["speedup"] <= result["speedup_max"]
     assert bench_decode.main([*pair[:3], "/nowhere", *sizes]) == 2
+
+
+def test_the_engine_benchmark_measures_three_things_in_one_run(
+    tiny_qwen2_vl_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "result.json"
+    sizes = ["--requests", "2", "--new-tokens", "3", "--repeats", "2"]
+    folder = str(tiny_qwen2_vl_folder)
+    assert bench_engine.main(["--checkpoint", folder, *sizes, "--output", str(output)]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result == json.loads(output.read_text())
+    assert result["targets"].keys() <= result.keys()
+    ratio = result["tokens_per_s_together"] / result["tokens_per_s_alone"]
+    assert 0.5 * ratio < result["throughput_ratio"] < 2 * ratio
+    assert 0 < result["overhead_alone_ms"] < 1000 * 3 / result["tokens_per_s_alone"]
+    assert result["second_turn_prompt_tokens"] > result["second_turn_cached_tokens"] > 0
+    assert bench_engine.main(["--checkpoint", "/nowhere"]) == 2

@@ -9,16 +9,15 @@ from typing import Any
 import pytest
 
 from mgvq_runtime.config import (
-    CUDA_HEADROOM_BYTES,
     EngineConfig,
     ModelFacts,
     add_config_arguments,
+    byte_count,
     config_from_arguments,
     field_docs,
-    kv_block_bytes,
-    resolve,
     resolve_device,
     resolve_dtype,
+    resolve_model_len,
 )
 from mgvq_runtime.errors import ConfigError
 
@@ -98,34 +97,20 @@ def test_dtype_auto_goes_by_device_and_checkpoint() -> None:
     assert resolve_dtype("bfloat16", "cpu", False) == "bfloat16"
 
 
-def test_the_cpu_pool_holds_every_context_up_to_a_gibibyte() -> None:
-    config = EngineConfig(max_num_seqs=2, max_model_len=100, block_size=16)
-    assert resolve(config, FACTS, "cpu", "float32", None).num_kv_blocks == 2 * 7 + 1
-    huge = replace(FACTS, num_hidden_layers=200, head_dim=256)
-    resolved = resolve(EngineConfig(), huge, "cpu", "float32", None)
-    size = resolved.num_kv_blocks * kv_block_bytes(huge, 16, "float32")
-    assert (1 << 30) - kv_block_bytes(huge, 16, "float32") < size <= 1 << 30
-
-
-def test_the_gpu_pool_takes_what_is_free_but_the_headroom() -> None:
-    block = kv_block_bytes(FACTS, 16, "float16")
-    assert block == 2 * 3 * 2 * 8 * 2 * 16
-    free = CUDA_HEADROOM_BYTES + 10 * block
-    resolved = resolve(EngineConfig(), FACTS, "cuda:0", "float16", free)
-    assert resolved.num_kv_blocks == 10
-    with pytest.raises(ConfigError, match="at least two blocks"):
-        resolve(EngineConfig(), FACTS, "cuda:0", "float16", CUDA_HEADROOM_BYTES)
-
-
 def test_context_is_the_models_own_up_to_8192_and_never_longer() -> None:
-    assert resolve(EngineConfig(), FACTS, "cpu", "float32", None).max_model_len == 4096
+    assert resolve_model_len(EngineConfig(), FACTS) == 4096
     long = replace(FACTS, max_position_embeddings=32768)
-    assert resolve(EngineConfig(), long, "cpu", "float32", None).max_model_len == 8192
+    assert resolve_model_len(EngineConfig(), long) == 8192
+    assert resolve_model_len(EngineConfig(max_model_len=32768), long) == 32768
     with pytest.raises(ConfigError, match="longer than the 4096 positions"):
-        resolve(EngineConfig(max_model_len=5000), FACTS, "cpu", "float32", None)
+        resolve_model_len(EngineConfig(max_model_len=5000), FACTS)
 
 
-def test_kv_cache_bytes_is_an_upper_bound_that_is_kept() -> None:
-    block = kv_block_bytes(FACTS, 16, "float32")
-    config = EngineConfig(kv_cache_bytes=7 * block + 5)
-    assert resolve(config, FACTS, "cpu", "float32", None).num_kv_blocks == 7
+def test_bytes_may_have_a_unit() -> None:
+    sizes = {"4GiB": 4 << 30, "512 MiB": 512 << 20, "2gb": 2 * 10**9, "1.5kB": 1500, "77": 77}
+    for text, expected in sizes.items():
+        assert byte_count(text) == expected
+        assert parse("--gpu-memory-limit", text).gpu_memory_limit == expected
+    for wrong in ("", "GiB", "4 giraffes", "-1", "1.2.3", "4 Gi B", "1e9"):
+        with pytest.raises(ValueError, match="such as 4GiB"):
+            byte_count(wrong)

@@ -1,7 +1,8 @@
 """An engine without a model: the same add / step / abort, a prompt of words, answers from a script.
 
-The last user message chooses the answer: "count" and "flood" never end, "nan" fails alone,
-anything else is repeated. One word is one token; a picture is as many tokens as `TOKENS_PER_IMAGE`.
+The last user message chooses the answer: "count" and "flood" never end, "nan" fails alone, "late"
+runs out of time, anything else is repeated. One word is one token; a picture is as many tokens as
+`TOKENS_PER_IMAGE`.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class FakeChatProcessor:
                     words += [f"{message['role']}:", *part["text"].split()]
         if placed != len(images):
             raise RequestError(f"{placed} places for {len(images)} pictures", param="messages")
-        self.image_sizes = [image.size for image in images]
+        self.image_sizes = [image.decode().size for image in images]
         start = len(self.words)
         self.words += words
         ids = [*range(start, start + len(words)), *[-1] * (TOKENS_PER_IMAGE * len(images))]
@@ -125,6 +126,8 @@ class FakeEngine:
         reason, error, text = None, None, ""
         if word == "nan":
             reason, error = FinishReason.ERROR, "not finite"
+        elif word == "late":
+            reason, error = FinishReason.TIMEOUT, "the request did not end within 600 seconds"
         elif word is None or word in params.stop:
             reason = FinishReason.STOP
         else:

@@ -171,6 +171,20 @@ def test_every_way_to_ask_for_a_form_reaches_the_engine(
     assert server.engine.requests[-1].sampling_params.structured_outputs == form
 
 
+def test_who_shares_who_goes_first_and_for_how_long_reach_the_engine(
+    server: RunningServer, serve, client
+) -> None:
+    client.chat.completions.create(**ask("x"))
+    request = server.engine.requests[-1]
+    assert (request.cache_salt, request.priority, request.timeout_s) == (None, 0, 600)
+    client.chat.completions.create(**ask("x"), extra_body={"cache_salt": "me", "priority": -3})
+    request = server.engine.requests[-1]
+    assert (request.cache_salt, request.priority) == ("me", -3)
+    patient = serve(request_timeout=0)
+    assert patient.post(ask("x")).status_code == 200
+    assert patient.engine.requests[-1].timeout_s is None
+
+
 def test_several_answers_have_seeds_of_their_own(server: RunningServer, client) -> None:
     reply = client.chat.completions.create(**ask("a b"), n=3, seed=2**63 - 1)
     assert [choice.index for choice in reply.choices] == [0, 1, 2]

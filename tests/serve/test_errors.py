@@ -167,6 +167,8 @@ BAD_REQUESTS = {
     "guided choice": (ask(guided_choice=[1]), 400, None, "guided_choice[0]"),
     "two ways": (ask(guided_regex="a", response_format={"type": "json_object"}),
                  400, None, "guided_regex"),
+    "priority": (ask(priority="high"), 400, None, "priority"),
+    "cache_salt": (ask(cache_salt=5), 400, None, "cache_salt"),
     # what is known and not served
     "tools": (ask(tools=[{"type": "function"}]), 400, "unsupported", "tools"),
     "audio": (ask(audio={"voice": "x"}), 400, "unsupported", "audio"),
@@ -292,3 +294,10 @@ def test_clients_raise_their_own_exceptions(client) -> None:
         client.chat.completions.create(**ask(tools=[{"type": "function"}]))
     assert caught.value.param == "tools"
     assert caught.value.request_id
+
+
+def test_an_answer_that_takes_too_long_is_not_asked_for_again(server: RunningServer) -> None:
+    response = server.post(ask("late"))
+    error = check_error(response, 503, "request_timeout")
+    assert "within 600 seconds" in error["message"]
+    assert response.headers["x-should-retry"] == "false"

@@ -104,7 +104,23 @@ def test_eight_at_once_answer_as_if_alone(server: RunningServer, client) -> None
 
     for one, other in zip(alone, asyncio.run(together()), strict=True):
         assert one.choices[0].message.content == other.choices[0].message.content
-        assert one.usage == other.usage
+        assert one.usage.total_tokens == other.usage.total_tokens
+
+
+def test_a_second_turn_says_how_much_of_it_was_cached(client) -> None:
+    def ask_again(**fields: Any) -> Any:
+        return client.chat.completions.create(**body, **GREEDY, extra_body=fields).usage
+
+    body = with_picture("What is in the picture? " * 3)
+    first = ask_again(cache_salt="mine")
+    assert first.prompt_tokens_details.cached_tokens == 0
+    reply = {"role": "assistant", "content": "A red one."}
+    body["messages"] += [reply, {"role": "user", "content": "And what else?"}]
+    second = ask_again(cache_salt="mine", priority=-1)
+    # all of the first prompt but its last, unfinished block; the reply opens as that one ended
+    assert second.prompt_tokens_details.cached_tokens >= first.prompt_tokens // 16 * 16
+    assert second.prompt_tokens_details.cached_tokens < second.prompt_tokens
+    assert ask_again(cache_salt="yours").prompt_tokens_details.cached_tokens == 0
 
 
 def test_a_seed_repeats_and_answers_differ(client) -> None:

@@ -20,7 +20,6 @@ from PIL import Image
 from mgvq_runtime.checkpoint.files import read_json
 from mgvq_runtime.errors import ConfigError
 from mgvq_runtime.models.config_fields import Fields
-from mgvq_runtime.multimodal.image import Visual
 from mgvq_runtime.request import ImageInput
 
 CONFIG_NAMES = ("preprocessor_config.json", "processor_config.json")
@@ -171,18 +170,29 @@ class ImageProcessor(ABC):
         """Grid of the picture that has most patches (for memory planning)."""
 
     @abstractmethod
-    def prepare(self, visuals: Sequence[Visual]) -> tuple[ImageInput, ...]:
-        """Prepare all pictures and videos of one conversation; their number may matter.
+    def __call__(self, image: Image.Image, is_alone: bool = True) -> ImageInput:
+        """Cut a picture into patches.
 
         Args:
-            visuals: Pictures of any mode, converted to RGB as `multimodal.image` does, and videos.
-
-        Returns:
-            One input a picture. A video is one input too, or one a frame in a family that shows
-            videos so (`ModelConfig.shows_frames`).
+            image: Of any mode; converted to RGB as `multimodal.image` does.
+            is_alone: Whether the conversation has no other picture, where that matters.
 
         Raises:
-            ImageError: if a picture is of a shape the family does not take.
+            ImageError: if it is of a shape the family does not take.
+        """
+
+    @abstractmethod
+    def video(self, frames: Sequence[Image.Image]) -> tuple[ImageInput, ...]:
+        """Cut the frames of a video, one at least, into patches.
+
+        Args:
+            frames: As the pictures of `__call__`.
+
+        Returns:
+            One input, or one a frame in a family that shows videos so (`ModelConfig.shows_frames`).
+
+        Raises:
+            ImageError: if it is of a shape the family does not take.
         """
 
 

@@ -21,7 +21,7 @@ from PIL import Image
 
 from mgvq_runtime.errors import ConfigError
 from mgvq_runtime.models.config_fields import Fields
-from mgvq_runtime.multimodal.image import Visual, to_rgb
+from mgvq_runtime.multimodal.image import to_rgb
 from mgvq_runtime.multimodal.processors.base import (
     ImageProcessor,
     PictureFiles,
@@ -67,7 +67,7 @@ def select_grid(
 
 @dataclass(frozen=True)
 class InternVL2ImageProcessor(ImageProcessor):
-    """Cuts pictures into tiles; call `prepare` with all of a conversation."""
+    """Cuts pictures into tiles; call it with a PIL image."""
 
     tile_size: int = 448
     """Side of a tile in pixels."""
@@ -145,22 +145,14 @@ class InternVL2ImageProcessor(ImageProcessor):
         side = self.tile_size // self.patch_size
         return self.max_num_tokens // self.tile_tokens, side, side
 
-    def prepare(self, visuals: Sequence[Visual]) -> tuple[ImageInput, ...]:
-        """Prepare all pictures of one conversation, each by itself; a video gives one a frame.
+    def __call__(self, image: Image.Image, is_alone: bool = True) -> ImageInput:
+        """Cut a picture into tiles, as many as its shape asks for.
 
         Args:
-            visuals: Pictures of any mode, converted to RGB as `multimodal.image` does, and videos.
+            image: Of any mode; converted to RGB as `multimodal.image` does.
+            is_alone: Changes nothing here.
         """
-        inputs: list[ImageInput] = []
-        for visual in visuals:
-            if isinstance(visual, Image.Image):
-                inputs.append(self._cut(to_rgb(visual)))
-            else:
-                inputs += [self._frame(to_rgb(frame)) for frame in visual]
-        return tuple(inputs)
-
-    def _cut(self, picture: Image.Image) -> ImageInput:
-        s = self.tile_size
+        picture, s = to_rgb(image), self.tile_size
         limits = (self.min_tiles, self.max_tiles)
         columns, rows = select_grid(picture.height, picture.width, s, *limits)
         pixels = self.pixels.resized(picture, rows * s, columns * s)
@@ -170,10 +162,11 @@ class InternVL2ImageProcessor(ImageProcessor):
             tiles = np.concatenate((tiles, self.pixels.resized(picture, s, s)[None]))
         return self._input(tiles, self.pixels)
 
-    def _frame(self, picture: Image.Image) -> ImageInput:
-        """Make one tile of a frame of a video."""
-        tile = self.video_pixels.resized(picture, self.tile_size, self.tile_size)
-        return self._input(tile[None], self.video_pixels)
+    def video(self, frames: Sequence[Image.Image]) -> tuple[ImageInput, ...]:
+        """Make one tile, and one input, of each frame of a video."""
+        s, rule = self.tile_size, self.video_pixels
+        tiles = [rule.resized(to_rgb(frame), s, s) for frame in frames]  # each [s, s, 3]
+        return tuple(self._input(tile[None], rule) for tile in tiles)
 
     def _input(self, tiles: npt.NDArray[np.uint8], rule: PixelRule) -> ImageInput:
         side = self.tile_size // self.patch_size

@@ -20,7 +20,7 @@ from PIL import Image
 
 from mgvq_runtime.errors import ConfigError
 from mgvq_runtime.models.config_fields import Fields
-from mgvq_runtime.multimodal.image import Visual, to_rgb
+from mgvq_runtime.multimodal.image import to_rgb
 from mgvq_runtime.multimodal.processors.base import (
     ImageProcessor,
     PictureFiles,
@@ -154,25 +154,18 @@ class LlavaOnevisionImageProcessor(ImageProcessor):
         kept = unpadded((height, width), (rows * self.side, columns * self.side))
         return TileLayout(rows, columns, kept, self._shrunk(kept))
 
-    def prepare(self, visuals: Sequence[Visual]) -> tuple[ImageInput, ...]:
-        """Prepare a conversation: a single picture is cut into tiles, several are not.
+    def __call__(self, image: Image.Image, is_alone: bool = True) -> ImageInput:
+        """Cut a picture that is alone in its conversation into tiles; one of several stays whole.
 
         Args:
-            visuals: Pictures of any mode, converted to RGB as `multimodal.image` does, and videos.
+            image: Of any mode; converted to RGB as `multimodal.image` does.
+            is_alone: Whether the conversation has no other picture; videos are none.
         """
-        num_pictures = sum(isinstance(visual, Image.Image) for visual in visuals)
-        return tuple(
-            self._picture(to_rgb(visual), is_only=num_pictures == 1)
-            if isinstance(visual, Image.Image)
-            else self._video(visual)
-            for visual in visuals
-        )
-
-    def _picture(self, picture: Image.Image, is_only: bool) -> ImageInput:
-        layout = self.layout_of(picture.height, picture.width) if is_only else None
+        picture = to_rgb(image)
+        layout = self.layout_of(picture.height, picture.width) if is_alone else None
         return self._whole(picture) if layout is None else self._tiled(picture, layout)
 
-    def _video(self, frames: Sequence[Image.Image]) -> ImageInput:
+    def video(self, frames: Sequence[Image.Image]) -> tuple[ImageInput, ...]:
         """Make one tile of each frame; the model halves each side of their features."""
         s, rule = self.tile_size, self.video_pixels
         tiles = np.stack([rule.resized(to_rgb(frame), s, s) for frame in frames])  # [F, s, s, 3]
@@ -180,7 +173,7 @@ class LlavaOnevisionImageProcessor(ImageProcessor):
         num_tokens = len(tiles) * layout.side**2 + 1
         patches = cut_tiles(tiles, self.patch_size, rule.table())
         grid = (len(tiles), self.side, self.side)
-        return ImageInput(patches, grid, num_tokens, layout, is_video=True)
+        return (ImageInput(patches, grid, num_tokens, layout, is_video=True),)
 
     def _tiled(self, picture: Image.Image, layout: TileLayout) -> ImageInput:
         """Cut one picture into the whole and its tiles."""

@@ -20,7 +20,7 @@ from PIL import Image
 
 from mgvq_runtime.errors import ConfigError, ImageError
 from mgvq_runtime.models.config_fields import Fields
-from mgvq_runtime.multimodal.image import Visual, to_rgb
+from mgvq_runtime.multimodal.image import to_rgb
 from mgvq_runtime.multimodal.processors.base import (
     CONFIG_NAMES,
     ImageProcessor,
@@ -167,18 +167,12 @@ class Qwen2VLImageProcessor(ImageProcessor):
         size = smart_resize(height, width, self.factor, self.min_pixels, self.max_pixels)
         return 1, size[0] // self.patch_size, size[1] // self.patch_size
 
-    def prepare(self, visuals: Sequence[Visual]) -> tuple[ImageInput, ...]:
-        """Prepare a conversation, each picture and video by itself; see `__call__`."""
-        return tuple(
-            self(visual) if isinstance(visual, Image.Image) else self._video(visual)
-            for visual in visuals
-        )
-
-    def __call__(self, image: Image.Image) -> ImageInput:
+    def __call__(self, image: Image.Image, is_alone: bool = True) -> ImageInput:
         """Resize, normalise and cut a picture.
 
         Args:
             image: Any mode; converted to RGB as `multimodal.image` does.
+            is_alone: Changes nothing here.
 
         Returns:
             Patches `[h * w, 3 * temporal * patch * patch]` float32 in merge order, the grid, and
@@ -193,8 +187,13 @@ class Qwen2VLImageProcessor(ImageProcessor):
         frames = self.pixels.resized(image, *size)[None]  # [1, height, width, 3] uint8
         return self._input(frames, (1, rows, columns), self.pixels)
 
-    def _video(self, frames: Sequence[Image.Image]) -> ImageInput:
-        """Resize all frames alike and cut them; the last is repeated to fill its patch."""
+    def video(self, frames: Sequence[Image.Image]) -> tuple[ImageInput, ...]:
+        """Resize all frames alike and cut them; the last is repeated to fill its patch.
+
+        Raises:
+            ImageError: if they are of different sizes, or one side is more than 200 times the
+                other.
+        """
         if len({frame.size for frame in frames}) > 1:
             sizes = ", ".join(sorted({f"{frame.width} x {frame.height}" for frame in frames}))
             raise ImageError(f"the frames of a video must be of one size, got {sizes[:200]}")
@@ -206,7 +205,7 @@ class Qwen2VLImageProcessor(ImageProcessor):
         pixels = [self.video_pixels.resized(to_rgb(frame), *size) for frame in frames]
         pixels += [pixels[-1]] * (t * self.temporal_patch_size - len(pixels))
         grid = (t, size[0] // self.patch_size, size[1] // self.patch_size)
-        return self._input(np.stack(pixels), grid, self.video_pixels, is_video=True)
+        return (self._input(np.stack(pixels), grid, self.video_pixels, is_video=True),)
 
     def _input(
         self,

@@ -18,7 +18,7 @@ MakeEngine = Callable[..., Engine]
 
 @pytest.fixture(scope="session")
 def loaded_tiny_model(tiny_qwen2_vl_folder: Path) -> Any:
-    return start(tiny_qwen2_vl_folder, EngineConfig(device="cpu", max_model_len=512))
+    return start(tiny_qwen2_vl_folder, EngineConfig(device="cpu", max_model_len=512))[:3]
 
 
 @pytest.fixture

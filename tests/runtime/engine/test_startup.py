@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +12,12 @@ import torch
 from mgvq_runtime import assets
 from mgvq_runtime.config import EngineConfig
 from mgvq_runtime.engine.engine import Engine
-from mgvq_runtime.engine.startup import run_worst_case, start
+from mgvq_runtime.engine.memory_demand import (
+    encode_largest_pictures,
+    read_longest_chunk,
+    worst_patches,
+)
+from mgvq_runtime.engine.startup import start
 from mgvq_runtime.errors import CheckpointError, ConfigError
 from tests.runtime.engine.engine_runs import prompts, run, tokens
 
@@ -59,20 +65,37 @@ def test_the_worst_case_runs_as_large_as_it_says(
     loaded_tiny_model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = loaded_tiny_model[0]
-    seen = []
+    seen: list[int] = []
     encode, forward = model.encode_images, type(model).forward
     monkeypatch.setattr(
-        model, "encode_images", lambda p, g, **kw: seen.append(len(p)) or encode(p, g, **kw)
+        model,
+        "encode_images",
+        lambda p, g, max_patches: (
+            seen.extend((len(p), max_patches)) or encode(p, g, (), max_patches)
+        ),
     )
     monkeypatch.setattr(
-        type(model), "forward", lambda self, x, b: seen.append(len(x)) or forward(self, x, b)
+        type(model),
+        "forward",
+        lambda self, x, b: seen.extend((len(x), *b.context_lens)) or forward(self, x, b),
     )
     images = loaded_tiny_model[1].image_processor.capped(12)
-    run_worst_case(model, images, EngineConfig(max_batch_tokens=33), torch.device("cpu"))
-    assert images.max_num_tokens >= 12
-    assert seen == [4 * images.max_num_tokens, 33]
-    run_worst_case(model, None, EngineConfig(max_batch_tokens=9), torch.device("cpu"))
-    assert seen[2:] == [9]
+    largest = 4 * images.max_num_tokens
+    assert largest >= 4 * 12
+    for budget, expected in [(1, largest), (2 * largest + 1, 2 * largest)]:
+        config = EngineConfig(max_batch_patches=budget)
+        encode_largest_pictures(model, images, config)
+        assert seen == [expected, expected]
+        assert worst_patches(config, images.max_grid) == expected
+        del seen[:]
+    tiled = SimpleNamespace(max_grid=(7, 4, 4))
+    for budget, num_patches, at_once in [(1, 112, 16), (40, 112, 32), (170, 160, 160)]:
+        encode_largest_pictures(model, tiled, EngineConfig(max_batch_patches=budget))
+        assert seen == [num_patches, at_once]
+        del seen[:]
+    read_longest_chunk(model, EngineConfig(max_batch_tokens=33), 100)
+    read_longest_chunk(model, EngineConfig(max_batch_tokens=33), 20)
+    assert seen == [33, 100, 20, 20]
 
 
 @pytest.mark.gpu

@@ -37,7 +37,7 @@ def questions() -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def loaded() -> Any:
-    return start(DENSE, EngineConfig(device="cpu", max_model_len=512))
+    return start(DENSE, EngineConfig(device="cpu", max_model_len=512))[:3]
 
 
 def ask(engine: Engine, questions: list[dict[str, Any]]) -> list[str]:

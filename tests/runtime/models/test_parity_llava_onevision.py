@@ -61,7 +61,7 @@ def make_case(parts: list[int | tuple[int, int]], seed: int) -> Case:
         Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
         for width, height in sizes
     ]
-    images = PROCESSOR.prepare(pictures)
+    images = [PROCESSOR(picture, len(pictures) == 1) for picture in pictures]
     counts = iter([image.num_tokens for image in images])
     ids: list[int] = []
     for part in parts:

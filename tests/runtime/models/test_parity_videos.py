@@ -52,7 +52,14 @@ def ours(
     max_patches: int | None = None,
 ) -> tuple[torch.Tensor, Prompt]:
     """Logits `[T, V]` and the prompt; ids have one placeholder an image."""
-    prompt = build_prompt(ids, processor.prepare(visuals), model.config)
+    images = [
+        image
+        for visual in visuals
+        for image in (
+            (processor(visual),) if isinstance(visual, Image.Image) else processor.video(visual)
+        )
+    ]
+    prompt = build_prompt(ids, images, model.config)
     token_ids = torch.tensor(prompt.token_ids)
     rows = model.encode_images(
         torch.cat([torch.from_numpy(image.patches) for image in prompt.images]),

@@ -9,6 +9,7 @@ import re
 import struct
 import time
 import zlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,13 @@ import pytest
 from PIL import Image
 
 from mgvq_runtime.errors import ImageError
-from mgvq_runtime.multimodal.image import FORMATS, MediaLimits, decode_data_url, decode_image
+from mgvq_runtime.multimodal.image import (
+    FORMATS,
+    MediaLimits,
+    decode_image,
+    open_data_url,
+    open_image,
+)
 
 # Pillow warns about odd metadata of damaged files; what counts here is what is decoded or said.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -202,7 +209,7 @@ def test_data_url() -> None:
     data = encoded(picture(), "PNG")
     expected = np.asarray(picture())
     for url in (data_url(data), data_url(data, "image/jpeg"), data_url(data, "IMAGE/PNG;name=a")):
-        assert np.array_equal(np.asarray(decode_data_url(url)), expected)
+        assert np.array_equal(np.asarray(open_data_url(url).decode()), expected)
 
 
 @pytest.mark.parametrize(
@@ -222,12 +229,12 @@ def test_data_url() -> None:
 )
 def test_data_urls_that_are_refused(url: str, message: str) -> None:
     with pytest.raises(ImageError, match=message):
-        decode_data_url(url)
+        open_data_url(url)
 
 
 def test_long_data_url_is_refused_before_it_is_decoded() -> None:
     with pytest.raises(ImageError, match="at most 1000 are allowed"):
-        decode_data_url("data:image/png;base64," + "!" * 4000, MediaLimits(max_image_bytes=1000))
+        open_data_url("data:image/png;base64," + "!" * 4000, MediaLimits(max_image_bytes=1000))
 
 
 def test_a_path_is_not_an_error_message(tmp_path: Path) -> None:
@@ -235,3 +242,21 @@ def test_a_path_is_not_an_error_message(tmp_path: Path) -> None:
     with pytest.raises(ImageError) as error:
         decode_image((tmp_path / "a.png").read_bytes())
     assert str(tmp_path) not in str(error.value)
+
+
+def test_only_the_header_is_read_until_pixels_are_needed() -> None:
+    data = encoded(picture(64, 48), "PNG")
+    cut = open_image(data[: len(data) // 2])
+    assert cut.size == (64, 48)
+    with pytest.raises(ImageError, match="damaged or cut short") as caught:
+        replace(cut, param="messages[3]").decode()
+    assert caught.value.param == "messages[3]"
+    assert replace(open_image(data), max_side=16).decode().size == (16, 12)
+
+
+def test_a_digest_is_of_the_bytes_and_of_what_is_done_to_them() -> None:
+    one, other = (open_image(encoded(picture(64, 48), kind)) for kind in ("PNG", "BMP"))
+    same = open_image(encoded(picture(64, 48), "PNG"))
+    small = replace(one, max_side=16)
+    assert one.digest == same.digest == replace(one, param="x").digest
+    assert len({one.digest, other.digest, small.digest}) == 3

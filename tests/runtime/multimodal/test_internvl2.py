@@ -71,7 +71,7 @@ def test_pixels() -> None:
         if 3 in (width, height):
             width, height = width + 1, height + 1  # transformers takes 3 rows for 3 channels
         picture = random_picture(width, height, seed)
-        (ours,) = PUBLISHED.prepare([picture])
+        ours = PUBLISHED(picture)
         theirs = images([picture], return_tensors="np")
         tiles = int(theirs["num_patches"][0])
         assert (ours.grid_thw, ours.num_tokens) == ((tiles, 32, 32), 256 * tiles), (width, height)
@@ -163,7 +163,7 @@ def test_caps() -> None:
         capped = PUBLISHED.capped(cap)
         assert capped.max_num_tokens <= cap
         for width, height in random_sizes(6, seed=5, longest=900):
-            (image,) = capped.prepare([random_picture(width, height, 0)])
+            image = capped(random_picture(width, height, 0))
             assert image.num_tokens <= cap
     most = FAMILIES["InternVLChatModel"].max_image_tokens
     assert most is not None

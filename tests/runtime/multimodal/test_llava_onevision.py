@@ -75,7 +75,7 @@ def test_pixels_of_single_pictures() -> None:
         [*EXTREMES, *random_sizes(NUM_SIZES, seed=2, longest=1500)]
     ):
         picture = random_picture(width, height, seed)
-        (ours,) = PUBLISHED.prepare([picture])
+        ours = PUBLISHED(picture)
         theirs = images([picture], return_tensors="np")["pixel_values"][0]
         assert ours.grid_thw == (len(theirs), 27, 27), (width, height)
         assert np.array_equal(ours.patches, patches_of(theirs)), (width, height)
@@ -88,7 +88,8 @@ def test_pixels_of_several_pictures() -> None:
     for seed, (width, height) in enumerate(random_sizes(30, seed=3, longest=1500)):
         pictures = [random_picture(width, height, seed), random_picture(30, 41, seed)]
         theirs = images([pictures], return_tensors="np")["pixel_values"]
-        for ours, tiles in zip(PUBLISHED.prepare(pictures), theirs, strict=True):
+        for picture, tiles in zip(pictures, theirs, strict=True):
+            ours = PUBLISHED(picture, is_alone=False)
             assert (ours.grid_thw, ours.num_tokens, ours.layout) == ((1, 27, 27), 730, None)
             assert np.array_equal(ours.patches, patches_of(tiles)), (width, height)
 
@@ -175,9 +176,8 @@ def test_caps(folder: Path) -> None:
         capped = PUBLISHED.capped(cap)
         assert capped.max_num_tokens <= cap
         counts = [
-            image.num_tokens
+            capped(random_picture(width, height, 0)).num_tokens
             for width, height in random_sizes(40, seed=5, longest=900)
-            for image in capped.prepare([random_picture(width, height, 0)])
         ]
         assert max(counts) <= cap
     most = FAMILIES["LlavaOnevisionForConditionalGeneration"].max_image_tokens

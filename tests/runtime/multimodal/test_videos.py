@@ -20,6 +20,7 @@ from mgvq_runtime.multimodal.image import Visual
 from mgvq_runtime.multimodal.processors.internvl2 import InternVL2ImageProcessor
 from mgvq_runtime.multimodal.processors.llava_onevision import LlavaOnevisionImageProcessor
 from mgvq_runtime.multimodal.processors.qwen2_vl import Qwen2VLImageProcessor
+from mgvq_runtime.request import TileLayout
 from tests.runtime.conftest import CHAT_TEMPLATE, write_json
 from tests.runtime.family_folders import (
     INTERNVL_TEMPLATE,
@@ -56,7 +57,7 @@ def test_qwen2_vl_patches(count: int) -> None:
     processor = Qwen2VLImageProcessor(max_pixels=10**7, frame_min_pixels=784 * 4)
     for seed, (width, height) in enumerate([(30, 90), (150, 100), (97, 201), (56, 56)]):
         frames = random_frames(count, width, height, seed)
-        (video,) = processor.prepare([frames])
+        (video,) = processor.video(frames)
         patches, grid = qwen2_vl_video(processor, frames)
         assert list(video.grid_thw) == grid
         assert video.num_tokens == np.prod(grid) // 4
@@ -67,7 +68,7 @@ def test_qwen2_vl_patches(count: int) -> None:
 def test_a_picture_is_a_video_of_one_frame() -> None:
     processor = Qwen2VLImageProcessor()
     picture = random_picture(90, 120, 0)
-    as_picture, as_video = processor.prepare([picture, [picture]])
+    as_picture, (as_video,) = processor(picture), processor.video([picture])
     assert np.array_equal(as_picture.patches, as_video.patches)
     assert as_picture.grid_thw == as_video.grid_thw
 
@@ -77,14 +78,14 @@ def test_a_video_costs_no_more_than_the_largest_picture() -> None:
     processor = Qwen2VLImageProcessor(max_pixels=10**7).capped(60)
     for count, most in ((1, 60), (2, 60), (9, 12), (20, 6)):
         frames = random_frames(count, 300, 200)
-        (video,) = processor.prepare([frames])
+        (video,) = processor.video(frames)
         t = -(-count // 2)
         assert video.num_tokens <= t * most <= 60
         patches, grid = qwen2_vl_video(processor, frames, 60 * 784 // t)
         assert list(video.grid_thw) == grid
         assert np.abs(video.patches - patches.numpy()).max() < 1e-6
     frames = random_frames(90, 300, 200)
-    (video,) = processor.prepare([frames])
+    (video,) = processor.video(frames)
     assert video.num_tokens > 60
     assert list(video.grid_thw) == qwen2_vl_video(processor, frames, int(1.05 * 3136))[1]
 
@@ -92,21 +93,19 @@ def test_a_video_costs_no_more_than_the_largest_picture() -> None:
 def test_frames_of_qwen2_vl_have_one_size() -> None:
     frames = [*random_frames(2, 50, 60), random_picture(60, 50, 0)]
     with pytest.raises(ImageError, match="must be of one size, got 50 x 60, 60 x 50"):
-        Qwen2VLImageProcessor().prepare([frames])
+        Qwen2VLImageProcessor().video(frames)
 
 
 def test_tiles_of_frames() -> None:
-    """Stretched to one tile, whatever the shape; a picture beside the video is still cut."""
+    """Stretched to one tile, whatever the shape."""
     llava = LlavaOnevisionImageProcessor(((120, 120), (60, 120)), tile_size=60)
     internvl = InternVL2ImageProcessor(tile_size=56)
     for seed, (width, height) in enumerate(random_sizes(12, seed=4, longest=300)):
         frames = random_frames(3, width + 4, height + 4, seed)
-        picture = random_picture(120, 118, seed)
-        beside, video = llava.prepare([picture, frames])
-        assert beside.layout is not None
+        (video,) = llava.video(frames)
         assert (video.grid_thw, video.num_tokens, video.is_video) == ((3, 4, 4), 3 * 4 + 1, True)
         assert np.array_equal(video.patches, patches_of(llava_video(llava, frames)[0].numpy()))
-        tiles = internvl.prepare([frames])
+        tiles = internvl.video(frames)
         assert [(t.grid_thw, t.num_tokens, t.is_video) for t in tiles] == [
             ((1, 4, 4), 4, False)
         ] * 3
@@ -198,6 +197,7 @@ def test_pictures_go_before_videos_where_the_template_says_so(tmp_path: Path) ->
     messages = [{"role": "user", "content": [VIDEO, text("or"), {"type": "image"}]}]
     prompt = processor.prepare(messages, [random_frames(2, 60, 60), random_picture(60, 60, 0)])
     assert [image.is_video for image in prompt.images] == [False, True]
+    assert isinstance(prompt.images[0].layout, TileLayout), "the only picture is cut into tiles"
     config = processor.config
     order = [token for token in prompt.token_ids if token in config.placeholder_ids]
     picture, video = prompt.images

@@ -1,0 +1,180 @@
+"""Who gets which bytes, before anything is served (called by `engine.startup` and `inspect`).
+
+What is there, less weights, the worst moment of a forward, encoded pictures and a headroom, is the
+key/value pool. Arithmetic only, the same for every device: where the numbers come from - estimated
+from shapes, or measured on a GPU - is `startup`'s business. Too little memory is refused here, with
+the flags that would help.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from mgvq_runtime.config import (
+    MAX_AUTO_KV_CACHE_BYTES_CPU,
+    EngineConfig,
+    ModelFacts,
+    kv_block_bytes,
+    resolve_model_len,
+)
+from mgvq_runtime.errors import ConfigError
+
+MIN_CUDA_HEADROOM_BYTES = 256 << 20
+HEADROOM_SHARE = 20
+"""One part in so many stays free."""
+MIN_TEXT_TOKENS = 64
+"""A request must have room for the largest picture and so many tokens of text, at the least."""
+
+
+@dataclass(frozen=True)
+class MemoryDemand:
+    """Bytes that are there and bytes that others than the key/value pool take."""
+
+    available_bytes: int
+    """Free before the weights are loaded."""
+    weights_bytes: int
+    vision_bytes: int
+    """The most alive while pictures are encoded; 0 for a model of text alone."""
+    prefill_bytes: int
+    """The most alive while a chunk of a prompt is read."""
+    max_image_tokens: int
+    """Of the largest picture; 0 for a model of text alone."""
+    is_measured: bool
+    """Whether the worst case was run, or estimated from shapes."""
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What every byte is for."""
+
+    device: str
+    available_bytes: int
+    weights_bytes: int
+    vision_bytes: int
+    prefill_bytes: int
+    image_cache_bytes: int
+    headroom_bytes: int
+    kv_block_bytes: int
+    num_kv_blocks: int
+    block_size: int
+    max_model_len: int
+    """Most tokens of one request; not more than the pool holds."""
+    max_image_tokens: int
+    is_measured: bool
+
+    @property
+    def kv_cache_bytes(self) -> int:
+        """Size of the key/value pool."""
+        return self.num_kv_blocks * self.kv_block_bytes
+
+    @property
+    def planned_bytes(self) -> int:
+        """The most the engine is expected to hold at once, without the headroom."""
+        forward = max(self.vision_bytes, self.prefill_bytes)
+        return self.weights_bytes + forward + self.image_cache_bytes + self.kv_cache_bytes
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the plan as JSON values."""
+        sums = {"kv_cache_bytes": self.kv_cache_bytes, "planned_bytes": self.planned_bytes}
+        return {**asdict(self), **sums}
+
+    def lines(self) -> Iterator[str]:
+        """Yield the plan as a table."""
+        how = "measured" if self.is_measured else "estimated"
+        tokens = max(self.num_kv_blocks - 1, 0) * self.block_size
+        share = (
+            ""
+            if not tokens
+            else f", {tokens / self.max_model_len:.1f} requests of {self.max_model_len:,}"
+        )
+        yield f"memory on {self.device:<16}{_mib(self.available_bytes)}  available"
+        yield f"  weights                 {_mib(self.weights_bytes)}"
+        yield f"  encoding pictures       {_mib(self.vision_bytes)}  {how}, not at the same time as"
+        yield f"  reading prompts         {_mib(self.prefill_bytes)}  {how}"
+        yield f"  encoded pictures        {_mib(self.image_cache_bytes)}  kept for reuse"
+        yield f"  keys and values         {_mib(self.kv_cache_bytes)}  {tokens:,} tokens{share}"
+        yield f"  planned                 {_mib(self.planned_bytes)}"
+        yield f"  headroom                {_mib(self.headroom_bytes)}"
+
+
+def plan_memory(
+    config: EngineConfig, facts: ModelFacts, device: str, dtype: str, demand: MemoryDemand
+) -> MemoryPlan:
+    """Divide the memory of a device.
+
+    Args:
+        config: What the user said; `gpu_memory_limit` caps what is there on any device.
+        facts: Shapes of the model.
+        device: "cpu" or "cuda:N".
+        dtype: Of activations and of the pool.
+        demand: What is there and what is taken.
+
+    Raises:
+        ConfigError: if a single request would not fit; the message names the flags that help.
+    """
+    limit = config.gpu_memory_limit or demand.available_bytes
+    available = min(demand.available_bytes, limit)
+    is_cpu = device == "cpu"
+    headroom = available // HEADROOM_SHARE
+    headroom = headroom if is_cpu else max(headroom, MIN_CUDA_HEADROOM_BYTES)
+    # On a CPU prepared patches lie in the same memory as encoded pictures.
+    image_cache = config.image_cache_bytes * (2 if is_cpu else 1) if demand.max_image_tokens else 0
+    forward = max(demand.vision_bytes, demand.prefill_bytes)
+    left = available - demand.weights_bytes - forward - image_cache - headroom
+    block_bytes = kv_block_bytes(facts, config.block_size, dtype)
+    max_model_len = resolve_model_len(config, facts)
+    wanted = (config.max_num_seqs * -(-max_model_len // config.block_size) + 1) * block_bytes
+    cap = config.kv_cache_bytes or (MAX_AUTO_KV_CACHE_BYTES_CPU if is_cpu else wanted)
+    num_blocks = max(min(wanted, cap, left), 0) // block_bytes
+    plan = MemoryPlan(
+        device=device,
+        available_bytes=available,
+        weights_bytes=demand.weights_bytes,
+        vision_bytes=demand.vision_bytes,
+        prefill_bytes=demand.prefill_bytes,
+        image_cache_bytes=image_cache,
+        headroom_bytes=headroom,
+        kv_block_bytes=block_bytes,
+        num_kv_blocks=num_blocks,
+        block_size=config.block_size,
+        max_model_len=min(max_model_len, max(num_blocks - 1, 0) * config.block_size),
+        max_image_tokens=demand.max_image_tokens,
+        is_measured=demand.is_measured,
+    )
+    least = min(max_model_len, demand.max_image_tokens + MIN_TEXT_TOKENS)
+    needed = config.max_model_len or least
+    if plan.max_model_len < needed:
+        raise ConfigError(_refusal(config, plan, needed, is_capped=cap < left))
+    return plan
+
+
+def _refusal(config: EngineConfig, plan: MemoryPlan, needed: int, is_capped: bool) -> str:
+    """Say what is missing and which flags give it."""
+    flags = [f"--max-model-len (now {needed})"] if config.max_model_len else []
+    if plan.max_image_tokens:
+        flags.append(f"--max-image-tokens (a picture has up to {plan.max_image_tokens})")
+    if not is_capped:
+        if plan.prefill_bytes >= plan.vision_bytes:
+            flags.append(f"--max-batch-tokens (now {config.max_batch_tokens})")
+        else:
+            flags.append(f"--max-batch-patches (now {config.max_batch_patches})")
+        if plan.image_cache_bytes:
+            flags.append(f"--image-cache-bytes (now {config.image_cache_bytes})")
+    raised = "--kv-cache-bytes" if is_capped else "--gpu-memory-limit"
+    needed_bytes = (-(-needed // plan.block_size) + 1) * plan.kv_block_bytes
+    is_raisable = is_capped or config.gpu_memory_limit
+    hint = f"; or raise {raised}" if is_raisable else "; or use a larger device"
+    lower = ("lower " + ", ".join(flags)) if flags else "quantize to fewer bits"
+    return "\n".join(
+        [
+            f"too little memory: one request of {needed} tokens needs {needed_bytes} bytes of keys "
+            f"and values, {plan.kv_cache_bytes} are left. {lower}{hint}",
+            *plan.lines(),
+        ]
+    )
+
+
+def _mib(count: int) -> str:
+    return f"{count / 2**20:>12,.1f} MiB"
