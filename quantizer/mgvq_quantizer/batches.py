@@ -19,6 +19,8 @@ from mgvq_runtime.layers.forward_batch import ForwardBatch
 from mgvq_runtime.models.causal_lm import CausalLM
 from mgvq_runtime.request import ImageInput
 
+MAX_TOKENS = 8192
+"""Tokens of one forward without gradients, at least one sample."""
 _MAX_PATCHES = 4096
 """Patches encoded in one forward of the vision tower, at least one picture."""
 
@@ -65,6 +67,12 @@ def split_batches(samples: Sequence[Sample], max_tokens: int) -> list[list[Sampl
         batches[-1].append(sample)
         room -= length
     return batches
+
+
+def length_batches(samples: Sequence[Sample], device: torch.device) -> list[TokenBatch]:
+    """Return all samples in batches of like lengths, the shortest first."""
+    ordered = sorted(samples, key=lambda sample: len(sample.token_ids))
+    return [make_batch(part, device) for part in split_batches(ordered, MAX_TOKENS)]
 
 
 def picture_batches(pictures: Sequence[ImageInput]) -> Iterator[list[ImageInput]]:

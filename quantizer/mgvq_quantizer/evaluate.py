@@ -28,7 +28,7 @@ from mgvq_quantizer.archive import Archive, DataError
 from mgvq_quantizer.calibration import end_of_turn
 from mgvq_quantizer.questions import Question, find_questions, load_questions
 from mgvq_quantizer.shared_prefix import Asked, Exam, answer_states, make_exam
-from mgvq_quantizer.tuning import divergence
+from mgvq_quantizer.teacher import divergence
 from mgvq_runtime.checkpoint.bits import counted_bits_per_weight
 from mgvq_runtime.checkpoint.reader import Checkpoint, open_checkpoint
 from mgvq_runtime.errors import MgvqError

@@ -10,29 +10,27 @@ the same tensors, interrupted or not.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
-from mgvq_quantizer import calibration, questions, tuning
+from mgvq_quantizer import questions, tuning
 from mgvq_quantizer.allocation import MatrixPlan, plan
 from mgvq_quantizer.batches import (
     Features,
-    TokenBatch,
-    embed,
     encode_pictures,
+    length_batches,
     make_batch,
     picture_batches,
     split_batches,
     unique_pictures,
 )
-from mgvq_quantizer.calibration import CalibrationError, Sample
+from mgvq_quantizer.calibration import CalibrationError
+from mgvq_quantizer.dataset import Data, read_data
 from mgvq_quantizer.gradients import TokenWeights, squared_gradients, token_weights
 from mgvq_quantizer.precision import choose_bands
 from mgvq_quantizer.recipe import QuantRecipe
@@ -42,6 +40,7 @@ from mgvq_quantizer.sensitivity import Sensitivity
 from mgvq_quantizer.solver import Solution
 from mgvq_quantizer.stream import Stream, seeded
 from mgvq_quantizer.survey import Evidence, survey
+from mgvq_quantizer.teacher import Reference, ask_teacher, divergence_with
 from mgvq_quantizer.work_folder import WorkFolder
 from mgvq_runtime import __version__
 from mgvq_runtime.checkpoint.bits import group_of
@@ -52,10 +51,8 @@ from mgvq_runtime.checkpoint.writer import write_checkpoint
 from mgvq_runtime.errors import CheckpointError
 from mgvq_runtime.models.causal_lm import CausalLM
 from mgvq_runtime.models.loading import fill_model
-from mgvq_runtime.multimodal.chat import ChatProcessor
 from mgvq_runtime.tokenizer.folder import missing_tokenizer_json
 
-_BATCH_TOKENS = 8192
 _COMPANIONS = (
     "tokenizer*.json",
     "vocab.json",
@@ -75,23 +72,6 @@ _COMPANIONS = (
 
 
 @dataclass(frozen=True, eq=False)
-class _Data:
-    """Calibration samples, ready to be run."""
-
-    name: str
-    train: list[Sample]
-    heldout: list[Sample]
-    swapped: list[Sample]
-    """The training conversations with other pictures, for tuning."""
-    fingerprint: str
-
-    @property
-    def all(self) -> list[Sample]:
-        """Every sample."""
-        return [*self.train, *self.heldout, *self.swapped]
-
-
-@dataclass(frozen=True, eq=False)
 class _Rounded:
     """Everything before tuning."""
 
@@ -99,7 +79,7 @@ class _Rounded:
     solutions: dict[str, Solution]
     features: Features
     """From the quantized vision tower."""
-    reference: tuning.Reference
+    reference: Reference
     sensitivities: list[Sensitivity]
     """Empty where the allocation is uniform."""
 
@@ -134,7 +114,7 @@ def quantize(
     started = time.monotonic()
     source = _open_source(model, output)
     graph = fill_model(source, device)
-    data = _read_data(model, graph, recipe, calibration_data)
+    data = read_data(model, graph, recipe, calibration_data)
     facts = {
         **recipe.to_json(),
         "source": fingerprint_folder(model),
@@ -173,35 +153,8 @@ def _open_source(model: Path, output: Path) -> Checkpoint:
     return source
 
 
-def _read_data(folder: Path, graph: CausalLM, recipe: QuantRecipe, path: Path | None) -> _Data:
-    """Load, thin out, tokenize and split the calibration conversations."""
-    name, conversations = calibration.load_conversations(path, folder, graph.visual is not None)
-    step = max(1.0, len(conversations) / recipe.max_samples)
-    chosen = [
-        conversations[int(i * step)] for i in range(min(len(conversations), recipe.max_samples))
-    ]
-    processor = ChatProcessor.from_checkpoint(
-        open_checkpoint(folder), graph.config, recipe.max_image_tokens
-    )
-    samples = calibration.prepare(chosen, processor, processor.tokenizer)
-    if len(samples) < 2:
-        raise CalibrationError(f"{name} holds {len(samples)} conversation; at least 2 are needed")
-    held = max(1, round(len(samples) * recipe.heldout_share))
-    every = len(samples) / held
-    picked = {int(i * every) for i in range(held)}
-    train = [s for i, s in enumerate(samples) if i not in picked]
-    swaps = recipe.picture_swaps if recipe.tuning_steps else 0
-    return _Data(
-        name,
-        train,
-        [s for i, s in enumerate(samples) if i in picked],
-        calibration.show_other_pictures(train, swaps, recipe.seed),
-        calibration.fingerprint(chosen),
-    )
-
-
 def _round(
-    graph: CausalLM, recipe: QuantRecipe, work: WorkFolder, data: _Data, bar: Any
+    graph: CausalLM, recipe: QuantRecipe, work: WorkFolder, data: Data, bar: Any
 ) -> _Rounded:
     """Ask the dense model, plan, then round every matrix; return what tuning needs."""
 
@@ -217,9 +170,9 @@ def _round(
             f"{data.name} holds no picture: the vision tower cannot be calibrated on text alone"
         )
     features = encode_pictures(graph, unique_pictures(data.all), device)
-    reference, head_moment = _reference(graph, _batches(data.all, device), features)
+    reference, head_moment = ask_teacher(graph, length_batches(data.all, device), features)
     plans, weights, found = _plan(graph, recipe, work, data, features, reference, bar)
-    train = _batches(data.train, device)
+    train = length_batches(data.train, device)
     stream = Stream(graph, plans, recipe, work, done, weights)
     step = max(1.0, len(pictures) / recipe.max_pictures)
     shown = [pictures[int(i * step)] for i in range(min(len(pictures), recipe.max_pictures))]
@@ -239,9 +192,9 @@ def _plan(
     graph: CausalLM,
     recipe: QuantRecipe,
     work: WorkFolder,
-    data: _Data,
+    data: Data,
     features: Features,
-    reference: tuning.Reference,
+    reference: Reference,
     bar: Any,
 ) -> tuple[dict[str, MatrixPlan], TokenWeights, list[Sensitivity]]:
     """Lay out every matrix, by sensitivity where the recipe says so; weigh the tokens."""
@@ -267,9 +220,9 @@ def _plan(
     weights = {name: token_weights(gradients[name], data.train, token) for name in names}
     found: list[Sensitivity] = []
     if mixed:
-        train = _batches(data.train, device)
-        asked = _batches([*data.heldout, *data.train[: 2 * len(data.heldout)]], device)
-        alone = partial(tuning.divergence_with, graph, asked, features, reference)
+        train = length_batches(data.train, device)
+        asked = length_batches([*data.heldout, *data.train[: 2 * len(data.heldout)]], device)
+        alone = partial(divergence_with, graph, asked, features, reference)
         evidence = Evidence(train, features, gradients, weights, alone)
 
         def done(name: str) -> None:
@@ -281,40 +234,7 @@ def _plan(
     return plans, weights if recipe.guided else {}, found
 
 
-def _reference(
-    graph: CausalLM, batches: Sequence[TokenBatch], features: Features
-) -> tuple[tuning.Reference, Tensor]:
-    """Return what the dense model says about every sample, and the moment of its final states."""
-    hidden: dict[int, Tensor] = {}
-    moment: Tensor | None = None
-    for batch in batches:
-        rows = _forward(graph, batch, features)[batch.answer_rows]  # [A, D]
-        if not bool(torch.isfinite(rows).all()):
-            raise CalibrationError(
-                f"the unquantized model's activations are not finite on {batch.samples[0].where}"
-            )
-        counts = [int(sample.is_answer.sum()) for sample in batch.samples]
-        for sample, part in zip(batch.samples, torch.split(rows, counts), strict=True):
-            hidden[id(sample)] = part
-        product = (rows.T @ rows).double()
-        moment = product if moment is None else moment + product
-    assert moment is not None
-    tied = graph.config.tie_word_embeddings
-    head = graph.model.embed_tokens.weight if tied else graph.lm_head.weight
-    assert isinstance(head, Tensor)
-    return tuning.Reference(hidden, head.clone()), moment
-
-
-def _forward(graph: CausalLM, batch: TokenBatch, features: Features) -> Tensor:
-    return graph(embed(graph, batch, features), batch.forward)
-
-
-def _batches(samples: Sequence[Sample], device: torch.device) -> list[TokenBatch]:
-    ordered = sorted(samples, key=lambda sample: len(sample.token_ids))
-    return [make_batch(part, device) for part in split_batches(ordered, _BATCH_TOKENS)]
-
-
-def _facts(data: _Data) -> dict[str, Any]:
+def _facts(data: Data) -> dict[str, Any]:
     return {
         "name": data.name,
         "fingerprint": data.fingerprint,

@@ -13,44 +13,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mgvq_kernels import ops
 from mgvq_kernels.layout import VQWeight
 from mgvq_quantizer.allocation import MatrixPlan
-from mgvq_quantizer.batches import Features, TokenBatch, embed, make_batch, split_batches
+from mgvq_quantizer.batches import MAX_TOKENS, Features, make_batch, split_batches
 from mgvq_quantizer.calibration import Sample
 from mgvq_quantizer.codebook import decode, snap
 from mgvq_quantizer.recipe import QuantRecipe
+from mgvq_quantizer.teacher import Reference, Student, Values, divergences, heldout_kl
 from mgvq_runtime.models.causal_lm import CausalLM
 
 _CHECKS = 20
 """How often the held-out samples are looked at during tuning."""
 _SMALLER = 0.4
 """What step sizes are multiplied with, from the best state on, when a look shows nothing better."""
-_EVALUATION_TOKENS = 8192
 
-Values = dict[str, Tensor]
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, eq=False)
-class Reference:
-    """What the unquantized model says, kept as hidden states: `V` columns would be too many."""
-
-    hidden: Mapping[int, Tensor]
-    """`[A, D]` final hidden states of a sample's answer rows, by `id` of the sample."""
-    head: Tensor
-    """`[V, D]`: its output head."""
-
-    def log_probs(self, samples: Sequence[Sample]) -> Tensor:
-        """Return `[A, V]` float32 of the samples' answer rows, end to end."""
-        hidden = torch.cat([self.hidden[id(sample)] for sample in samples])
-        return (hidden @ self.head.T).log_softmax(-1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,17 +67,17 @@ class _Knob:
         return self.start + self.unit * self.delta
 
 
-class _Student(nn.Module):
-    """The model as one call from tokens to the logits of the answer rows."""
+class Knobs(Protocol):
+    """Trainable tensors that `find_best` turns."""
 
-    def __init__(self, model: CausalLM) -> None:
-        super().__init__()
-        self.model = model
+    def optimizer(self, recipe: QuantRecipe, share: float) -> torch.optim.Optimizer:
+        """Return a fresh optimizer with `share` of the recipe's step sizes."""
 
-    def forward(self, batch: TokenBatch, features: Features) -> Tensor:
-        """Return `[A, V]`."""
-        hidden = self.model(embed(self.model, batch, features), batch.forward)  # [T, D]
-        return self.model.logits(hidden[batch.answer_rows])
+    def copy(self) -> list[Tensor]:
+        """Return the present state."""
+
+    def put(self, state: list[Tensor]) -> None:
+        """Go back to a state that `copy` returned."""
 
 
 class _Knobs:
@@ -211,93 +195,64 @@ def tune(
         The best state on the held-out samples.
     """
     device = reference.head.device
-    student, knobs = _Student(model), _Knobs(model, plans, weights)
-    held = [make_batch(part, device) for part in split_batches(samples[1], _EVALUATION_TOKENS)]
+    student, knobs = Student(model), _Knobs(model, plans, weights)
+    held = [make_batch(part, device) for part in split_batches(samples[1], MAX_TOKENS)]
 
-    def measure() -> tuple[float, dict[str, VQWeight], Values]:
+    def measure() -> float:
         stored, others = knobs.stored()
         values = {f"model.{n}": v for n, v in others.items()}
         values |= {f"model.{n}.weight": ops.vq_dequantize(w) for n, w in stored.items()}
-        return heldout_kl(student, values, held, features, reference), stored, others
+        return heldout_kl(student, values, held, features, reference)
 
-    before, best_weights, best_others = measure()
-    best, best_step, share, start = before, 0, 1.0, knobs.copy()
+    def loss(part: list[Sample]) -> Tensor:
+        batch = make_batch(part, device)
+        return divergences(student, knobs.parameters(), batch, features, reference).mean()
+
+    before, after, steps = find_best(knobs, samples[0], loss, measure, recipe, progress)
+    return Tuned(*knobs.stored(), before, after, steps)
+
+
+def find_best(
+    knobs: Knobs,
+    samples: Sequence[Sample],
+    loss: Callable[[list[Sample]], Tensor],
+    measure: Callable[[], float],
+    recipe: QuantRecipe,
+    progress: Callable[[str], None],
+) -> tuple[float, float, int]:
+    """Turn knobs down the loss and leave them where the held-out samples liked them best.
+
+    Args:
+        knobs: changed in place.
+        samples: dealt out in batches, each time in another order.
+        loss: of one batch, a scalar with gradients.
+        measure: the held-out KL of the knobs as they would be stored.
+        recipe: steps and step sizes.
+        progress: told what happens, in words.
+
+    Returns:
+        The held-out KL before and after, and the step that was kept; 0 if none was better.
+    """
+    before = best = measure()
+    kept, best_step, share = knobs.copy(), 0, 1.0
     rng = np.random.default_rng(recipe.seed)
     optimizer = knobs.optimizer(recipe, share)
     queue: list[list[Sample]] = []
     for step in range(1, recipe.tuning_steps + 1):
         if not queue:
-            shuffled = [samples[0][i] for i in rng.permutation(len(samples[0]))]
+            shuffled = [samples[i] for i in rng.permutation(len(samples))]
             queue = split_batches(shuffled, recipe.tuning_batch_tokens)
         optimizer.zero_grad()
-        batch = make_batch(queue.pop(), device)
-        loss = _divergences(student, knobs.parameters(), batch, features, reference).mean()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss(queue.pop()).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         if step % max(1, recipe.tuning_steps // _CHECKS) == 0 or step == recipe.tuning_steps:
-            now, stored, others = measure()
+            now = measure()
             progress(f"tuning, step {step}/{recipe.tuning_steps}, held-out KL {now:.4f}")
             if now < best:
-                best, best_step, best_weights, best_others = now, step, stored, others
-                start = knobs.copy()
+                best, best_step, kept = now, step, knobs.copy()
             else:
                 share *= _SMALLER
-                knobs.put(start)
+                knobs.put(kept)
                 optimizer = knobs.optimizer(recipe, share)
-    return Tuned(best_weights, best_others, before, best, best_step)
-
-
-def divergence(reference: Tensor, student: Tensor) -> Tensor:
-    """Return `KL(reference || student)` in nats a row.
-
-    Args:
-        reference: `[A, V]` log-probabilities.
-        student: `[A, V]` log-probabilities.
-
-    Returns:
-        `[A]` float32, not below -1e-6.
-    """
-    return (reference.exp() * (reference - student)).sum(-1)
-
-
-def divergence_with(
-    model: CausalLM,
-    batches: Sequence[TokenBatch],
-    features: Features,
-    reference: Reference,
-    name: str,
-    weight: Tensor,
-) -> float:
-    """Return the mean divergence over the answer tokens when one matrix has other values.
-
-    Args:
-        model: in dense arithmetic; not changed.
-        batches: samples.
-        features: rows of every picture.
-        reference: what the unquantized model says about the samples.
-        name: the matrix.
-        weight: `[O, I]`.
-    """
-    values = {f"model.{name}.weight": weight}
-    return heldout_kl(_Student(model), values, batches, features, reference)
-
-
-@torch.no_grad()
-def heldout_kl(
-    student: nn.Module,
-    values: Values,
-    batches: Sequence[TokenBatch],
-    features: Features,
-    reference: Reference,
-) -> float:
-    """Return the mean divergence over the answer tokens of some batches."""
-    rows = [_divergences(student, values, batch, features, reference) for batch in batches]
-    return float(torch.cat(rows).double().mean())
-
-
-def _divergences(
-    student: nn.Module, values: Values, batch: TokenBatch, features: Features, reference: Reference
-) -> Tensor:
-    """Return the divergence of each answer row `[A]`, the model's parameters being `values`."""
-    logits = torch.func.functional_call(student, values, (batch, features))  # [A, V]
-    return divergence(reference.log_probs(batch.samples), logits.log_softmax(-1))
+    knobs.put(kept)
+    return before, best, best_step

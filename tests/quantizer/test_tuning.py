@@ -12,7 +12,8 @@ from mgvq_quantizer.allocation import plan
 from mgvq_quantizer.batches import embed, encode_pictures, make_batch, unique_pictures
 from mgvq_quantizer.recipe import QuantRecipe
 from mgvq_quantizer.report import Report
-from mgvq_quantizer.tuning import Reference, divergence, tune
+from mgvq_quantizer.teacher import Reference, divergence
+from mgvq_quantizer.tuning import tune
 from mgvq_runtime.checkpoint.reader import open_checkpoint
 from mgvq_runtime.models.loading import load_model
 from mgvq_runtime.multimodal.chat import ChatProcessor

@@ -24,12 +24,12 @@ from mgvq_quantizer.baselines.interface import Fisher, NotDefined, Quantized
 from mgvq_quantizer.baselines.methods import Method
 from mgvq_quantizer.baselines.through_model import bits_per_weight, fishers_of, quantize_decoder
 from mgvq_quantizer.baselines.tuned import tune_decoder
-from mgvq_quantizer.batches import encode_pictures, unique_pictures
+from mgvq_quantizer.batches import encode_pictures, length_batches, unique_pictures
+from mgvq_quantizer.dataset import read_data
 from mgvq_quantizer.evaluate import Examiner, Marks, bits_by_group, to_dense
-from mgvq_quantizer.pipeline import _batches, _Data, _read_data, _reference
 from mgvq_quantizer.questions import find_questions
 from mgvq_quantizer.recipe import QuantRecipe
-from mgvq_quantizer.tuning import Reference
+from mgvq_quantizer.teacher import Reference, ask_teacher
 from mgvq_quantizer.work_folder import ResumeError
 from mgvq_runtime import __version__
 from mgvq_runtime.checkpoint.files import fingerprint_folder
@@ -193,7 +193,7 @@ class _Bench:
         self._device, self._progress = options.device, progress
         graph = self._dense()
         self._recipe = QuantRecipe(tuning_steps=options.tuning_steps)
-        data = _read_data(model, graph, self._recipe, options.calibration)
+        data = read_data(model, graph, self._recipe, options.calibration)
         questions = find_questions(options.questions, [model])
         self._examiner = Examiner(
             model, Archive(questions), options.limit, 0, options.device, show_progress=False
@@ -208,9 +208,9 @@ class _Bench:
             "questions_fingerprint": self._examiner.fingerprint,
             "tool_version": __version__,
         }
-        self._data: _Data = data
+        self._data = data
         self._features = encode_pictures(graph, unique_pictures(data.all), options.device)
-        self._batches = _batches(data.train, next(graph.parameters()).device)
+        self._batches = length_batches(data.train, next(graph.parameters()).device)
         self._fishers: dict[str, Fisher] = {}
         self._reference: Reference | None = None
 
@@ -258,9 +258,9 @@ class _Bench:
         """Tune a quantized decoder against the dense model, which is asked once."""
         data = self._data
         if self._reference is None:
-            everything = _batches(data.all, self._batches[0].token_ids.device)
+            everything = length_batches(data.all, self._batches[0].token_ids.device)
             with torch.no_grad():
-                self._reference, _ = _reference(self._dense(), everything, self._features)
+                self._reference, _ = ask_teacher(self._dense(), everything, self._features)
         samples = ([*data.train, *data.swapped], data.heldout)
         tune_decoder(
             graph, results, self._reference, samples, self._features, self._recipe, progress

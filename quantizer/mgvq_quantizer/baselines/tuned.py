@@ -8,25 +8,17 @@ quantized here and stays.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from mgvq_quantizer.baselines.interface import Quantized, Values
-from mgvq_quantizer.batches import Features, TokenBatch, make_batch, split_batches
+from mgvq_quantizer.batches import MAX_TOKENS, Features, make_batch, split_batches
 from mgvq_quantizer.calibration import Sample
 from mgvq_quantizer.recipe import QuantRecipe
-from mgvq_quantizer.tuning import (
-    _CHECKS,
-    _EVALUATION_TOKENS,
-    _SMALLER,
-    Reference,
-    _divergences,
-    _Student,
-    heldout_kl,
-)
+from mgvq_quantizer.teacher import Reference, Student, divergences, heldout_kl
+from mgvq_quantizer.tuning import find_best
 from mgvq_runtime.models.causal_lm import CausalLM
 
 _CODEBOOKS = "codebook"
@@ -111,48 +103,23 @@ def tune_decoder(
         KL on the held-out samples before and after.
     """
     device = reference.head.device
-    student, knobs = _Student(model), _Knobs(model, results)
-    held = [make_batch(part, device) for part in split_batches(samples[1], _EVALUATION_TOKENS)]
+    student, knobs = Student(model), _Knobs(model, results)
+    held = [make_batch(part, device) for part in split_batches(samples[1], MAX_TOKENS)]
 
     @torch.no_grad()
     def measure() -> float:
         values = _of_student(knobs.parameters(stored=True))
         return heldout_kl(student, values, held, features, reference)
 
-    def loss(batch: TokenBatch) -> Tensor:
+    def loss(part: list[Sample]) -> Tensor:
         values = _of_student(knobs.parameters())
-        return _divergences(student, values, batch, features, reference).mean()
+        return divergences(student, values, make_batch(part, device), features, reference).mean()
 
-    before = best = measure()
-    kept, share = knobs.copy(), 1.0
-    optimizer = knobs.optimizer(recipe, share)
-    steps = range(1, recipe.tuning_steps + 1)
-    for step, part in zip(steps, _shuffled(samples[0], recipe), strict=False):
-        optimizer.zero_grad()
-        loss(make_batch(part, device)).backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        if step % max(1, recipe.tuning_steps // _CHECKS) == 0 or step == recipe.tuning_steps:
-            now = measure()
-            progress(f"tuning, step {step}/{recipe.tuning_steps}, held-out KL {now:.4f}")
-            if now < best:
-                best, kept = now, knobs.copy()
-            else:
-                share *= _SMALLER
-                knobs.put(kept)
-                optimizer = knobs.optimizer(recipe, share)
-    knobs.put(kept)
+    before, after, _ = find_best(knobs, samples[0], loss, measure, recipe, progress)
     with torch.no_grad():
         for name, value in knobs.parameters(stored=True).items():
             model.get_parameter(name).copy_(value)
-    return before, best
-
-
-def _shuffled(samples: Sequence[Sample], recipe: QuantRecipe) -> Iterator[list[Sample]]:
-    """Deal out all samples in batches, again and again, each time in another order."""
-    rng = np.random.default_rng(recipe.seed)
-    while True:
-        order = [samples[i] for i in rng.permutation(len(samples))]
-        yield from reversed(split_batches(order, recipe.tuning_batch_tokens))
+    return before, after
 
 
 def _of_student(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
