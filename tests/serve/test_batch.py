@@ -205,7 +205,8 @@ def test_an_engine_that_dies_leaves_no_response_behind(paths: tuple[Path, Path])
 
 
 SLOW = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 from pathlib import Path
 from tests.serve.fake_engine import FakeEngine
 from tests.serve.test_batch import run

@@ -72,15 +72,16 @@ def gemv(dtype: str, dims: int, fused: bool) -> Variant:
 def gemm(dtype: str, dims: int, fused: bool, tokens: int) -> Variant:
     """Describe the kernel for up to 64 rows; `fused` is bias and residual."""
     signature = linear_signature(dtype) | {"planes_ptr": f"*{dtype}"}
+    warps = vq_gemm.num_warps(dims, tokens)
     return Variant(
         f"vq_gemm-{dtype}-d{dims}-{tokens}{'-fused' if fused else ''}",
         vq_gemm.vq_gemm_kernel,
         signature | {"words_ptr": "*i32" if dims == 4 else "*i64"},
         {"HAS_BIAS": fused, "HAS_RESIDUAL": fused, "DIMS": dims, "ROWS": vq_gemm.TILE_ROWS}
         | {"TOKENS": tokens},
-        {"num_warps": vq_gemm.NUM_WARPS, "num_stages": vq_gemm.NUM_STAGES},
+        {"num_warps": warps, "num_stages": vq_gemm.NUM_STAGES},
         aligned=("padded_rows",),
-        loop_weights=vq_gemm.TILE_ROWS // vq_gemm.NUM_WARPS * dims,
+        loop_weights=vq_gemm.TILE_ROWS // warps * dims,
         wide_loads=True,
     )
 

@@ -27,9 +27,14 @@ TILE_ROWS = 128
 TILE_TOKENS = (16, 32, 64)
 """Tokens of a program: the least that holds them all."""
 
-NUM_WARPS = 4
 NUM_STAGES = 3
 """Codes are fetched two blocks ahead, codewords and x one."""
+
+
+def num_warps(dims: int, tokens: int) -> int:
+    """Return the warps of a program: the largest tile spills on four (bf16, sm_86 to sm_90)."""
+    return 8 if dims == 8 and tokens == 64 else 4
+
 
 PROGRAMS_PER_MULTIPROCESSOR = 2
 """Programs that run beside each other by registers and shared memory."""
@@ -143,6 +148,7 @@ def triton_vq_gemm(
     one weight at a time.
     """
     tokens, out_features = x.shape[0], scales.shape[0]
+    tile_tokens = next(most for most in TILE_TOKENS if tokens <= most)
     y = torch.empty(tokens, out_features, dtype=x.dtype, device=x.device)
     padded, dims = padded_rows(out_features), word_books.shape[2]
     partials = torch.empty(splits, tokens, padded, dtype=torch.float32, device=x.device)
@@ -170,8 +176,8 @@ def triton_vq_gemm(
             HAS_RESIDUAL=residual is not None,
             DIMS=dims,
             ROWS=TILE_ROWS,
-            TOKENS=next(most for most in TILE_TOKENS if tokens <= most),
-            num_warps=NUM_WARPS,
+            TOKENS=tile_tokens,
+            num_warps=num_warps(dims, tile_tokens),
             num_stages=NUM_STAGES,
             enable_fp_fusion=True,
         )

@@ -179,7 +179,6 @@ def test_phi3_is_llama_with_fused_names(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("edit", "problem"),
     [
-        (lambda t: t.pop("output.weight"), r"lm_head.weight \[320, 64\] is not in the checkpoint"),
         (
             lambda t: t.pop("model.layers.1.attention.wqkv.weight"),
             "missing tensor model.layers.1.attention.wqkv.weight",

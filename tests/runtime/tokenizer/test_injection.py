@@ -142,7 +142,7 @@ def test_agrees_with_the_reference_sanitizer(tokenizer: Tokenizer, tokenizer_fol
         ([{"role": "user", "content": None}], "messages[0]"),
         ([{"role": "user", "content": ["x"]}], "messages[0].content[0]"),
         ([{"role": "user", "content": [{"type": "text"}]}], "messages[0].content[0]"),
-        ([{"role": "user", "content": [{"type": "video"}]}], "messages[0].content[0]"),
+        ([{"role": "user", "content": [{"type": "audio"}]}], "messages[0].content[0]"),
         ([{"role": "user", "content": "x"}] * 10_001, "messages"),
     ],
 )
