@@ -93,10 +93,10 @@ def test_what_the_sandbox_refuses(source: str) -> None:
     ],
 )  # fmt: skip
 def test_costs_are_bounded(source: str) -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(TokenizerError):
         ChatTemplate(source).render(MESSAGES)
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
 
 
 @pytest.mark.parametrize(
