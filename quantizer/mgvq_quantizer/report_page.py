@@ -32,7 +32,7 @@ font:12px system-ui,sans-serif}
 .r1{fill:var(--r1)}.r2{fill:var(--r2)}.r3{fill:var(--r3)}.r4{fill:var(--r4)}.r8{fill:var(--r8)}
 .heat{fill:var(--heat)}.cell{fill:none;stroke:var(--line)}
 """
-_LEFT, _ROW, _CELL = 380, 18, 84
+_LEFT, _ROW, _CELL = 250, 18, 96
 
 
 def report_page(report: Report) -> str:
@@ -123,7 +123,7 @@ def _sensitivity(matrices: Mapping[str, MatrixReport]) -> list[str]:
     }
     return [
         "<p>Divergence of the model, in nats an answer token, when this matrix alone is stored at "
-        "the reference rate. Darker is more; the scale is logarithmic.</p>",
+        "the reference rate. Stronger is more; the scale is logarithmic.</p>",
         _heat_map(
             "Divergence of each matrix alone", strength, {n: f"{v:.2g}" for n, v in alone.items()}
         ),
