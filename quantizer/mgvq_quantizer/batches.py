@@ -6,8 +6,9 @@ together: the attention op runs them as one call.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 
 import numpy as np
@@ -131,3 +132,13 @@ def embed(model: CausalLM, batch: TokenBatch, features: Features) -> Tensor:
     places = (batch.token_ids == model.config.image_token_id).nonzero()  # [N, 1]
     values = torch.cat(pictures).to(rows.dtype)  # [N, D]
     return rows.scatter(0, places.expand(-1, rows.shape[1]), values)
+
+
+def decoder_runs(
+    model: CausalLM, batches: Sequence[TokenBatch], features: Features
+) -> list[Callable[[], Tensor]]:
+    """Return one forward of the decoder a batch, to be run at will; each gives `[T, D]`.
+
+    Their inputs are what the model's token table holds now.
+    """
+    return [partial(model, embed(model, batch, features), batch.forward) for batch in batches]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from mgvq_kernels import ops
 from mgvq_quantizer.allocation import MatrixPlan, sharing_groups
-from mgvq_quantizer.batches import Features, TokenBatch, embed, encode_batch
+from mgvq_quantizer.batches import Features, TokenBatch, decoder_runs, encode_batch
 from mgvq_quantizer.codebook import Codebook
 from mgvq_quantizer.gradients import TokenWeights, weights_of
 from mgvq_quantizer.ordering import channel_order
@@ -82,9 +82,12 @@ class Stream:
             features: rows of every picture.
             device: where to compute.
         """
+        groups = sharing_groups(self.plans)
+        if not groups:
+            return
         looking: list[Run] = [partial(encode_batch, self.model, part, device) for part in pictures]
-        reading = self._forwards(batches, features)
-        for label, group in sharing_groups(self.plans).items():
+        reading: list[Run] = [*decoder_runs(self.model, batches, features)]
+        for label, group in groups.items():
             modules = {matrix.name: self._module(matrix.name) for matrix in group}
             weights = {name: w for name in modules if (w := self._weights(name, batches))}
             runs = looking if group[0].name.startswith("visual.") else reading
@@ -127,14 +130,11 @@ class Stream:
             features: rows of every picture.
         """
         decoder = self.model.model
-        runs = self._forwards(batches, features)
+        runs = decoder_runs(self.model, batches, features)
         calls = record_calls(decoder.layers[0], runs)
         self._blocks("model.layers", decoder.layers, calls, batches)
         if "lm_head" in self.plans:
-            rows = [
-                run()[batch.answer_rows]  # type: ignore[index]
-                for run, batch in zip(runs, batches, strict=True)
-            ]
+            rows = [run()[batch.answer_rows] for run, batch in zip(runs, batches, strict=True)]
             self._matrix("lm_head", [partial(self.model.logits, hidden) for hidden in rows])
 
     def _blocks(
@@ -177,13 +177,6 @@ class Stream:
         module.weight.copy_(ops.vq_dequantize(solution.weight.to(module.weight.device)))
         self.solutions[name] = solution
         self.progress(name, solution)
-
-    def _forwards(self, batches: Sequence[TokenBatch], features: Features) -> list[Run]:
-        """Whole forwards of the decoder, its inputs as the present model makes them."""
-        return [
-            partial(self.model, embed(self.model, batch, features), batch.forward)
-            for batch in batches
-        ]
 
     def _weights(self, name: str, batches: Sequence[TokenBatch]) -> list[Tensor] | None:
         """How much each row of each batch counts for a matrix; None if all count alike."""

@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from mgvq_quantizer.batches import Features, TokenBatch, embed
+from mgvq_quantizer.batches import Features, TokenBatch, decoder_runs
 from mgvq_quantizer.calibration import Sample
 from mgvq_quantizer.gradients import Gradients, TokenWeights, shows_picture, weights_of
 from mgvq_quantizer.recipe import QuantRecipe
@@ -58,10 +58,7 @@ def survey(
     Returns:
         One sensitivity a name, in order.
     """
-    runs: list[Run] = [
-        partial(model, embed(model, batch, evidence.features), batch.forward)
-        for batch in evidence.batches
-    ]
+    runs = decoder_runs(model, evidence.batches, evidence.features)
     found: dict[str, Sensitivity] = {}
     for i, block in enumerate(model.model.layers):
         mine = [name for name in names if name.startswith(f"model.layers.{i}.")]

@@ -8,13 +8,12 @@ are, and bits are counted over the decoder's matrices alone.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from mgvq_quantizer.baselines.interface import Baseline, Fisher, Layer, Quantized
-from mgvq_quantizer.batches import Features, TokenBatch, embed, make_batch
+from mgvq_quantizer.batches import Features, TokenBatch, decoder_runs, embed, make_batch
 from mgvq_quantizer.calibration import Sample
 from mgvq_quantizer.statistics import Run, input_moment, record_calls
 from mgvq_quantizer.stream import seeded, walk_blocks
@@ -64,9 +63,7 @@ def quantize_decoder(
             linear.weight.copy_(results[name].weight)
 
     layers = model.model.layers
-    runs: list[Run] = [
-        partial(model, embed(model, batch, features), batch.forward) for batch in batches
-    ]
+    runs = decoder_runs(model, batches, features)
     walk_blocks(layers, record_calls(layers[0], runs), visit)
     return results
 
