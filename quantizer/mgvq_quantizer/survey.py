@@ -20,7 +20,7 @@ from mgvq_quantizer.gradients import Gradients, TokenWeights, shows_picture, wei
 from mgvq_quantizer.recipe import QuantRecipe
 from mgvq_quantizer.sensitivity import Inputs, Sensitivity, measure
 from mgvq_quantizer.statistics import Run, input_moments, record_calls
-from mgvq_quantizer.stream import seeded
+from mgvq_quantizer.stream import seeded, walk_blocks
 from mgvq_quantizer.work_folder import WorkFolder
 from mgvq_runtime.models.causal_lm import CausalLM
 
@@ -58,16 +58,17 @@ def survey(
     Returns:
         One sensitivity a name, in order.
     """
-    runs = decoder_runs(model, evidence.batches, evidence.features)
     found: dict[str, Sensitivity] = {}
-    for i, block in enumerate(model.model.layers):
+    for name in names:
+        facts = work.load_facts(f"sensitivity.{name}")
+        if facts is not None:
+            found[name] = _from_json(facts)
+            progress(name)
+
+    def visit(i: int, runs: Sequence[Run]) -> None:
         mine = [name for name in names if name.startswith(f"model.layers.{i}.")]
-        kept = {name: work.load_facts(f"sensitivity.{name}") for name in mine}
-        missing = [name for name in mine if kept[name] is None]
-        found |= {name: _from_json(facts) for name, facts in kept.items() if facts is not None}
-        if missing:
-            calls = record_calls(block, runs)
-            inputs = _inputs(model, missing, [partial(block, *call) for call in calls], evidence)
+        missing = [name for name in mine if name not in found]
+        inputs = _inputs(model, missing, runs, evidence) if missing else {}
         for name in missing:
             module = model.get_submodule(name)
             assert isinstance(module, nn.Linear)
@@ -81,8 +82,12 @@ def survey(
                 seeded(recipe.seed, f"sensitivity of {name}"),
             )
             work.save_facts(f"sensitivity.{name}", asdict(found[name]))
-        for name in mine:
             progress(name)
+
+    if len(found) < len(names):
+        layers = model.model.layers
+        runs = decoder_runs(model, evidence.batches, evidence.features)
+        walk_blocks(layers, record_calls(layers[0], runs), visit)
     return [found[name] for name in names]
 
 
