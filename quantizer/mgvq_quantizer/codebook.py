@@ -12,12 +12,15 @@ Source: method memo D.1-D.3, B.7 (metric assignment), E.1 (reference distortions
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+from mgvq_kernels import ops
 
 CODEBOOK_SIZE = 256
 Tables = Sequence[Sequence[Tensor]]
@@ -80,6 +83,8 @@ def nearest(vectors: Tensor, table: Tensor, metrics: Tensor) -> Tensor:
     """
     projected = table @ metrics  # [B, K, d]
     norms = (projected * table).sum(-1)  # [B, K]
+    if vectors.is_cpu and ops.has_numba():
+        return _compiled().nearest(vectors, projected, norms)
     B, N, _ = vectors.shape
     K = table.shape[0]
     codes = torch.empty(B, N, dtype=torch.int64, device=vectors.device)
@@ -314,6 +319,12 @@ def _spread(vectors: Tensor, metrics: Tensor, generator: torch.Generator) -> Ten
         now = ((error[:, None] @ metric)[:, 0] * error).sum(-1).clamp_min(0.0)
         distance = now if i == 0 else torch.minimum(distance, now)
     return chosen
+
+
+@functools.cache
+def _compiled() -> Any:
+    """Import the compiled search on first use."""
+    return importlib.import_module("mgvq_quantizer.cpu_search")
 
 
 def _dot(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> float:

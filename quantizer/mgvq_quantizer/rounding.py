@@ -21,7 +21,7 @@ from torch import Tensor
 from mgvq_quantizer.codebook import Tables, assign
 from mgvq_quantizer.ldl import BlockLDL
 
-_BUFFER = 128
+_BUFFER = 64
 """Columns whose mutual feedback is applied at once; beyond them it is one matmul a buffer."""
 
 
@@ -127,16 +127,17 @@ def sweep(
             start = max(0, stop - per_buffer)
             columns = slice(first + start * b, first + stop * b)
             pull = error @ feedback.coupling[:, columns]  # [O, width]
-            before = error[:, columns].clone()
             inner = feedback.coupling[columns, columns]
             for j in range(stop - 1, start - 1, -1):
                 here = slice(first + j * b, first + (j + 1) * b)
                 local = slice((j - start) * b, (j - start + 1) * b)
-                change = error[:, columns] - before
-                goal = weight[:, here] + pull[:, local] + change @ inner[:, local]
+                goal = weight[:, here] + pull[:, local]
                 value = rounded.value[:, here]  # a view: changed in place
                 loss += _round_block(j, goal, codes, value, books, metrics[j], keep_better)
-                error[:, here] = weight[:, here] - value
+                left = weight[:, here] - value
+                ahead = slice(0, local.start)
+                pull[:, ahead].addmm_(left - error[:, here], inner[local, ahead])
+                error[:, here] = left
         end = first
     return loss
 

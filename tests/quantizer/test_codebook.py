@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from mgvq_kernels import ops
 from mgvq_quantizer.codebook import (
     Codebook,
     assign,
@@ -28,8 +29,12 @@ def random_metrics(count: int, d: int, g: torch.Generator) -> torch.Tensor:
     return factor @ factor.transpose(1, 2) + 0.1 * torch.eye(d)
 
 
+@pytest.mark.parametrize("compiled", [True, False])
 @pytest.mark.parametrize("d", [1, 2, 4, 8])
-def test_nearest_is_brute_force_in_the_metric(d: int) -> None:
+def test_nearest_is_brute_force_in_the_metric(
+    d: int, compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ops, "has_numba", lambda: compiled)
     g = torch.Generator().manual_seed(d)
     vectors, table = torch.randn(3, 40, d, generator=g), torch.randn(256, d, generator=g)
     metrics = random_metrics(3, d, g)
@@ -37,6 +42,16 @@ def test_nearest_is_brute_force_in_the_metric(d: int) -> None:
     forms = torch.einsum("bnki,bij,bnkj->bnk", error, metrics, error)
     chosen = forms.gather(2, nearest(vectors, table, metrics)[..., None])[..., 0]
     assert torch.allclose(chosen, forms.min(-1).values, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_the_first_of_equal_codewords_is_taken(
+    compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ops, "has_numba", lambda: compiled)
+    table = torch.tensor([[3.0], [1.0]]).repeat(128, 1)
+    vectors = torch.tensor([[[0.9], [3.2], [2.5]]])
+    assert nearest(vectors, table, torch.ones(1, 1, 1)).tolist() == [[1, 0, 0]]
 
 
 def test_two_stages_beat_one_and_decode_to_their_value() -> None:
