@@ -85,16 +85,21 @@ def check_cu_seqlens(name: str, offsets: tuple[int, ...], tokens: int) -> None:
 
 
 def check_write(
-    k: Tensor, v: Tensor, key_cache: Tensor, value_cache: Tensor, slot_mapping: Tensor
+    k: Tensor,
+    v: Tensor,
+    caches: tuple[Tensor, Tensor],
+    slot_mapping: Tensor,
+    scales: tuple[Tensor | None, Tensor | None],
 ) -> None:
     """Ask for new keys and values that go into the caches at as many slots."""
     if slot_mapping.dtype != torch.int64:
         raise TypeError(f"slot_mapping must be int64, got {slot_mapping.dtype}")
-    if k.shape != v.shape or slot_mapping.shape != k.shape[:1]:
+    if k.dim() != 3 or k.shape != v.shape or slot_mapping.shape != k.shape[:1]:
         raise ValueError(
             f"k, v must be [T, Hk, Dh] and slot_mapping [T], got {list(k.shape)}, {list(v.shape)}, "
             f"{list(slot_mapping.shape)}"
         )
+    key_cache, value_cache = caches
     if (
         key_cache.dim() != 4
         or key_cache.shape[2:] != k.shape[1:]
@@ -104,6 +109,38 @@ def check_write(
             f"caches must be [num_blocks, block_size, {k.shape[1]}, {k.shape[2]}], got "
             f"{list(key_cache.shape)} and {list(value_cache.shape)}"
         )
+    check_caches(caches, scales, None)
+
+
+def check_caches(
+    caches: tuple[Tensor, Tensor],
+    scales: tuple[Tensor | None, Tensor | None],
+    dtype: torch.dtype | None,
+) -> None:
+    """Ask for two contiguous caches of `dtype` (None: any floating), or int8 ones with scales."""
+    if (scales[0] is None) != (scales[1] is None):
+        raise ValueError("key_scales and value_scales must both be given, or neither")
+    for name, cache, scale in zip(("key", "value"), caches, scales, strict=True):
+        if scale is None and dtype is None:
+            check_float(f"{name}_cache without {name}_scales", cache.dtype)
+        elif cache.dtype != (expected := dtype if scale is None else torch.int8):
+            raise TypeError(f"{name}_cache must be {expected}, got {cache.dtype}")
+        if cache.dim() != 4 or cache.shape != caches[0].shape or not cache.is_contiguous():
+            raise ValueError(
+                f"{name}_cache must be contiguous [num_blocks, block_size, Hk, Dh] and like the "
+                f"other, got {list(cache.shape)} with strides {list(cache.stride())}"
+            )
+        if scale is None:
+            continue
+        if (
+            scale.shape != cache.shape[:3]
+            or scale.dtype != torch.float16
+            or not scale.is_contiguous()
+        ):
+            raise ValueError(
+                f"{name}_scales must be contiguous {list(cache.shape[:3])} float16, got "
+                f"{list(scale.shape)} {scale.dtype} with strides {list(scale.stride())}"
+            )
 
 
 def check_paged(
@@ -156,21 +193,6 @@ def check_decode(
                 f"{name} must be contiguous with one entry for each of {q.shape[0]} requests, got "
                 f"{list(tensor.shape)} with strides {list(tensor.stride())}"
             )
-    for name, cache, scale in zip(("key", "value"), caches, scales, strict=True):
-        expected = torch.int8 if scale is not None else q.dtype
-        if cache.dtype != expected:
-            raise TypeError(f"{name}_cache must be {expected}, got {cache.dtype}")
-        if cache.dim() != 4 or cache.shape != caches[0].shape or not cache.is_contiguous():
-            raise ValueError(
-                f"{name}_cache must be contiguous [num_blocks, block_size, Hk, Dh] and like the "
-                f"other, got {list(cache.shape)} with strides {list(cache.stride())}"
-            )
-        if q.dim() != 3 or q.shape[2] != cache.shape[3] or q.shape[1] % cache.shape[2]:
-            raise ValueError(f"q {list(q.shape)} does not go with a cache {list(cache.shape)}")
-        if scale is not None and (scale.shape != cache.shape[:3] or scale.dtype != torch.float16):
-            raise ValueError(
-                f"{name}_scales must be {list(cache.shape[:3])} float16, got {list(scale.shape)} "
-                f"{scale.dtype}"
-            )
-    if (scales[0] is None) != (scales[1] is None):
-        raise ValueError("key_scales and value_scales must both be given, or neither")
+    check_caches(caches, scales, q.dtype)
+    if q.dim() != 3 or q.shape[2] != caches[0].shape[3] or q.shape[1] % caches[0].shape[2]:
+        raise ValueError(f"q {list(q.shape)} does not go with a cache {list(caches[0].shape)}")

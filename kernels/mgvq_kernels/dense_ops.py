@@ -126,23 +126,36 @@ def varlen_attention(
 
 
 def write_kv(
-    k: Tensor, v: Tensor, key_cache: Tensor, value_cache: Tensor, slot_mapping: Tensor
+    k: Tensor,
+    v: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    slot_mapping: Tensor,
+    key_scales: Tensor | None = None,
+    value_scales: Tensor | None = None,
 ) -> None:
     """Store new keys and values in the paged caches, in place.
+
+    With scales, each head of a token is rounded to int8 by its largest magnitude over 127.
 
     Args:
         k: `[T, Hk, Dh]` floating.
         v: `[T, Hk, Dh]` floating.
-        key_cache: `[num_blocks, block_size, Hk, Dh]`, contiguous; takes its own dtype.
-        value_cache: the same shape.
+        key_cache: `[num_blocks, block_size, Hk, Dh]`, contiguous, floating, or int8 with
+            `key_scales`; keeps its own dtype.
+        value_cache: the same.
         slot_mapping: `[T]` int64: block * block_size + offset of each token, all different.
+        key_scales: `[num_blocks, block_size, Hk]` float16, contiguous: takes what int8 keys are to
+            be multiplied by.
+        value_scales: the same for values.
 
     Raises:
-        TypeError: if `slot_mapping` is not int64.
-        ValueError: if shapes disagree.
+        TypeError: if `slot_mapping` is not int64 or a cache of the wrong dtype.
+        ValueError: if shapes disagree, a cache is not contiguous, or one scale is given alone.
     """
-    checks.check_write(k, v, key_cache, value_cache, slot_mapping)
-    reference.write_kv(k, v, key_cache, value_cache, slot_mapping)
+    caches, scales = (key_cache, value_cache), (key_scales, value_scales)
+    checks.check_write(k, v, caches, slot_mapping, scales)
+    reference.write_kv(k, v, *caches, slot_mapping, *scales)
 
 
 def paged_attention(

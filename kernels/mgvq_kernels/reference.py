@@ -115,13 +115,35 @@ def varlen_attention(
 
 
 def write_kv(
-    k: Tensor, v: Tensor, key_cache: Tensor, value_cache: Tensor, slot_mapping: Tensor
+    k: Tensor,
+    v: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    slot_mapping: Tensor,
+    key_scales: Tensor | None,
+    value_scales: Tensor | None,
 ) -> None:
-    """Store `k, v [T, Hk, Dh]` at the flat slots `slot_mapping [T]` of the paged caches."""
-    key_cache.view(-1, *key_cache.shape[2:]).index_copy_(0, slot_mapping, k.to(key_cache.dtype))
-    value_cache.view(-1, *value_cache.shape[2:]).index_copy_(
-        0, slot_mapping, v.to(value_cache.dtype)
-    )
+    """Store `k, v [T, Hk, Dh]` at the flat slots `slot_mapping [T]`; as int8 where scales are."""
+    for x, cache, scales in ((k, key_cache, key_scales), (v, value_cache, value_scales)):
+        if scales is not None:
+            x, scale = quantize_heads(x)
+            scales.view(-1, scales.shape[2]).index_copy_(0, slot_mapping, scale)
+        cache.view(-1, *cache.shape[2:]).index_copy_(0, slot_mapping, x.to(cache.dtype))
+
+
+def quantize_heads(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Round `x [T, Hk, Dh]` to int8 with a float16 scale a vector: `[T, Hk, Dh]`, `[T, Hk]`.
+
+    The scale is the largest magnitude over 127, and codes are rounded by what float16 made of it.
+    A vector of zeros, or one too small for float16, has codes and scale 0. One that is not finite
+    has a scale that is not finite, and codes 0: multiplied out it is NaN.
+    """
+    wide = x.to(compute_dtype(x.dtype))
+    scale = (wide.abs().amax(dim=-1) / 127).to(torch.float16)  # [T, Hk]
+    step = scale.to(wide.dtype).unsqueeze(-1)  # [T, Hk, 1]
+    is_usable = (step > 0) & step.isfinite()
+    codes = (wide / torch.where(is_usable, step, 1.0)).round().clamp(-127, 127)
+    return torch.where(is_usable, codes, 0.0).to(torch.int8), scale
 
 
 def paged_attention(

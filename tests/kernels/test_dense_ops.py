@@ -219,7 +219,7 @@ def test_wrong_decode_arguments_are_named() -> None:
         decode(q, cache.transpose(1, 2), cache, table, lengths, 1.0)
     with pytest.raises(ValueError, match=r"q \[2, 3, 8\] does not go with a cache"):
         decode(q[:, :3], cache, cache, table, lengths, 1.0)
-    with pytest.raises(ValueError, match=r"value_scales must be \[3, 4, 2\] float16"):
+    with pytest.raises(ValueError, match=r"value_scales must be contiguous \[3, 4, 2\] float16"):
         decode(q, cache.char(), cache.char(), table, lengths, 1.0, scales, scales[:2])
     with pytest.raises(ValueError, match="both be given"):
         decode(q, cache.char(), cache, table, lengths, 1.0, scales)
