@@ -158,7 +158,7 @@ def write_kv(
     reference.write_kv(k, v, *caches, slot_mapping, *scales)
 
 
-def paged_attention(
+def paged_attention(  # noqa: PLR0913
     q: Tensor,
     key_cache: Tensor,
     value_cache: Tensor,
@@ -166,6 +166,8 @@ def paged_attention(
     cu_seqlens_q: tuple[int, ...],
     context_lens: tuple[int, ...],
     scale: float,
+    key_scales: Tensor | None = None,
+    value_scales: Tensor | None = None,
 ) -> Tensor:
     """Attend each request's new tokens to its cached tokens, causally: prefill chunks and decode.
 
@@ -174,25 +176,28 @@ def paged_attention(
 
     Args:
         q: `[T, H, Dh]` floating: the new tokens of R requests, one after the other.
-        key_cache: `[num_blocks, block_size, Hk, Dh]`.
-        value_cache: the same shape.
+        key_cache: `[num_blocks, block_size, Hk, Dh]` floating, or int8 with `key_scales`.
+        value_cache: the same.
         block_table: `[R, max_blocks]` int32: the blocks of each request, in order.
         cu_seqlens_q: R + 1 offsets into q: (0, ..., T).
         context_lens: R counts of cached tokens, the new ones included.
         scale: multiplies the scores.
+        key_scales: `[num_blocks, block_size, Hk]` float16 that int8 keys are multiplied by.
+        value_scales: the same for values.
 
     Returns:
         `[T, H, Dh]` in q's dtype.
 
     Raises:
-        TypeError: if `block_table` is not int32.
-        ValueError: if shapes or lengths disagree, naming the request.
+        TypeError: if a dtype is not as above.
+        ValueError: if shapes or lengths disagree, naming the request, or a cache is not contiguous.
     """
-    checks.check_paged(q, key_cache, value_cache, block_table, cu_seqlens_q, context_lens)
+    scales = (key_scales, value_scales)
+    checks.check_paged(q, (key_cache, value_cache), block_table, cu_seqlens_q, context_lens, scales)
     if not q.shape[0]:
         return torch.empty_like(q)
     return reference.paged_attention(
-        q, key_cache, value_cache, block_table, cu_seqlens_q, context_lens, scale
+        q, key_cache, value_cache, block_table, cu_seqlens_q, context_lens, scale, *scales
     )
 
 

@@ -199,6 +199,8 @@ def test_paged_attention_decode(quantized: bool) -> None:
     given = (scales, scales) if quantized else (None, None)
     context = torch.tensor(lengths, dtype=torch.int32)
     y = ops.paged_attention_decode(q, keys, values, cache.table, context, 0.25, *given)
+    host = ops.paged_attention(q, keys, values, cache.table, tuple(range(4)), lengths, 0.25, *given)
+    assert torch.equal(host, y)
     for i, n in enumerate(lengths):
         truth = dense_attention(q[i : i + 1], k[i], v[i], n - 1, 0.25)
         torch.testing.assert_close(y[i : i + 1].double(), truth, rtol=1e-4, atol=1e-4)
@@ -213,7 +215,7 @@ def test_wrong_decode_arguments_are_named() -> None:
         decode(q, cache, cache, table, lengths.long(), 1.0)
     with pytest.raises(ValueError, match="block_table must be contiguous with one entry for each"):
         decode(q, cache, cache, table[:1], lengths, 1.0)
-    with pytest.raises(TypeError, match="key_cache must be torch.int8, got torch.float32"):
+    with pytest.raises(TypeError, match="key_cache must be torch.int8, as key_scales is given"):
         decode(q, cache, cache, table, lengths, 1.0, scales, scales)
     with pytest.raises(ValueError, match="key_cache must be contiguous"):
         decode(q, cache.transpose(1, 2), cache, table, lengths, 1.0)
