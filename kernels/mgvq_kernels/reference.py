@@ -178,6 +178,24 @@ def paged_attention(  # noqa: PLR0913
     return torch.cat(outputs) if len(outputs) != 1 else outputs[0]  # [T, H, Dh]
 
 
+def paged_attention_prefill(  # noqa: PLR0913
+    q: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_table: Tensor,
+    cu_seqlens_q: Tensor,
+    context_lens: Tensor,
+    scale: float,
+    key_scales: Tensor | None,
+    value_scales: Tensor | None,
+) -> Tensor:
+    """Attend as `paged_attention`, offsets and lengths in tensors."""
+    offsets, lengths = tuple(cu_seqlens_q.tolist()), tuple(context_lens.tolist())
+    return paged_attention(
+        q, key_cache, value_cache, block_table, offsets, lengths, scale, key_scales, value_scales
+    )
+
+
 def paged_attention_decode(
     q: Tensor,
     key_cache: Tensor,
