@@ -121,17 +121,22 @@ def check_caches(
     if (scales[0] is None) != (scales[1] is None):
         raise ValueError("key_scales and value_scales must both be given, or neither")
     for name, cache, scale in zip(("key", "value"), caches, scales, strict=True):
+        asked = "" if scale is None else f", as {name}_scales is given"
         if scale is None and dtype is None:
             check_float(f"{name}_cache without {name}_scales", cache.dtype)
         elif cache.dtype != (expected := dtype if scale is None else torch.int8):
-            raise TypeError(f"{name}_cache must be {expected}, got {cache.dtype}")
+            raise TypeError(f"{name}_cache must be {expected}{asked}, got {cache.dtype}")
         if cache.dim() != 4 or cache.shape != caches[0].shape or not cache.is_contiguous():
             raise ValueError(
                 f"{name}_cache must be contiguous [num_blocks, block_size, Hk, Dh] and like the "
                 f"other, got {list(cache.shape)} with strides {list(cache.stride())}"
             )
+        if cache.device != caches[0].device:
+            raise ValueError(f"value_cache is on {cache.device}, key_cache on {caches[0].device}")
         if scale is None:
             continue
+        if scale.device != cache.device:
+            raise ValueError(f"{name}_scales is on {scale.device}, its cache on {cache.device}")
         if (
             scale.shape != cache.shape[:3]
             or scale.dtype != torch.float16
@@ -145,11 +150,11 @@ def check_caches(
 
 def check_paged(
     q: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
+    caches: tuple[Tensor, Tensor],
     block_table: Tensor,
     cu_seqlens_q: tuple[int, ...],
     context_lens: tuple[int, ...],
+    scales: tuple[Tensor | None, Tensor | None],
 ) -> None:
     """Ask for caches, tables and lengths that tell one story about every request."""
     if block_table.dtype != torch.int32:
@@ -161,14 +166,9 @@ def check_paged(
             f"cu_seqlens_q names {requests} requests, block_table is {list(block_table.shape)}, "
             f"context_lens has {len(context_lens)}"
         )
-    if key_cache.dim() != 4 or key_cache.shape != value_cache.shape:
-        raise ValueError(
-            f"caches must be [num_blocks, block_size, Hk, Dh] and alike, got "
-            f"{list(key_cache.shape)} and {list(value_cache.shape)}"
-        )
-    if q.dim() != 3 or q.shape[2] != key_cache.shape[3] or q.shape[1] % key_cache.shape[2]:
-        raise ValueError(f"q {list(q.shape)} does not go with a cache {list(key_cache.shape)}")
-    room = block_table.shape[1] * key_cache.shape[1]
+    check_caches(caches, scales, None)
+    _check_query(q, caches[0])
+    room = block_table.shape[1] * caches[0].shape[1]
     for i, (start, end) in enumerate(itertools.pairwise(cu_seqlens_q)):
         if not end - start <= context_lens[i] <= room:
             raise ValueError(
@@ -177,22 +177,38 @@ def check_paged(
             )
 
 
-def check_decode(
+def check_device_lengths(
     q: Tensor,
     caches: tuple[Tensor, Tensor],
     block_table: Tensor,
+    cu_seqlens_q: Tensor | None,
     context_lens: Tensor,
     scales: tuple[Tensor | None, Tensor | None],
 ) -> None:
-    """Ask for one query a request and caches, tables and lengths that go with it."""
-    for name, tensor, shape in (("block_table", block_table, 2), ("context_lens", context_lens, 1)):
+    """Ask for tables and lengths in tensors; without offsets q has one token a request."""
+    requests = q.shape[0] if cu_seqlens_q is None else context_lens.numel()
+    asked = {
+        "block_table": (block_table, (requests, block_table.shape[-1])),
+        "context_lens": (context_lens, (requests,)),
+    }
+    if cu_seqlens_q is not None:
+        asked["cu_seqlens_q"] = (cu_seqlens_q, (requests + 1,))
+    for name, (tensor, shape) in asked.items():
         if tensor.dtype != torch.int32:
             raise TypeError(f"{name} must be int32, got {tensor.dtype}")
-        if tensor.dim() != shape or tensor.shape[0] != q.shape[0] or not tensor.is_contiguous():
+        if tensor.shape != shape or not tensor.is_contiguous():
             raise ValueError(
-                f"{name} must be contiguous with one entry for each of {q.shape[0]} requests, got "
+                f"{name} must be contiguous {list(shape)} for {requests} requests, got "
                 f"{list(tensor.shape)} with strides {list(tensor.stride())}"
             )
+        if tensor.device != q.device:
+            raise ValueError(f"{name} is on {tensor.device}, q is on {q.device}")
     check_caches(caches, scales, q.dtype)
-    if q.dim() != 3 or q.shape[2] != caches[0].shape[3] or q.shape[1] % caches[0].shape[2]:
-        raise ValueError(f"q {list(q.shape)} does not go with a cache {list(caches[0].shape)}")
+    _check_query(q, caches[0])
+
+
+def _check_query(q: Tensor, cache: Tensor) -> None:
+    if q.dim() != 3 or q.shape[2] != cache.shape[3] or q.shape[1] % cache.shape[2]:
+        raise ValueError(f"q {list(q.shape)} does not go with a cache {list(cache.shape)}")
+    if q.device != cache.device:
+        raise ValueError(f"q is on {q.device}, the caches are on {cache.device}")

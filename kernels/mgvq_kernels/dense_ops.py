@@ -11,7 +11,8 @@ import importlib
 import torch
 from torch import Tensor
 
-from mgvq_kernels import checks, reference
+from mgvq_kernels import checks, dispatch, reference
+from mgvq_kernels.installed import has_triton
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -158,7 +159,7 @@ def write_kv(
     reference.write_kv(k, v, *caches, slot_mapping, *scales)
 
 
-def paged_attention(
+def paged_attention(  # noqa: PLR0913
     q: Tensor,
     key_cache: Tensor,
     value_cache: Tensor,
@@ -166,34 +167,98 @@ def paged_attention(
     cu_seqlens_q: tuple[int, ...],
     context_lens: tuple[int, ...],
     scale: float,
+    key_scales: Tensor | None = None,
+    value_scales: Tensor | None = None,
 ) -> Tensor:
     """Attend each request's new tokens to its cached tokens, causally: prefill chunks and decode.
 
     Query i of a request with q_len new tokens sits at position `context_len - q_len + i`. The
-    cache must hold the new tokens already (`write_kv`).
+    cache must hold the new tokens already (`write_kv`). On a GPU in half precision this is
+    `paged_attention_decode` where every request brings one token, else `paged_attention_prefill`;
+    the lengths are copied there in each call.
 
     Args:
         q: `[T, H, Dh]` floating: the new tokens of R requests, one after the other.
-        key_cache: `[num_blocks, block_size, Hk, Dh]`.
-        value_cache: the same shape.
+        key_cache: `[num_blocks, block_size, Hk, Dh]` floating, or int8 with `key_scales`.
+        value_cache: the same.
         block_table: `[R, max_blocks]` int32: the blocks of each request, in order.
         cu_seqlens_q: R + 1 offsets into q: (0, ..., T).
         context_lens: R counts of cached tokens, the new ones included.
         scale: multiplies the scores.
+        key_scales: `[num_blocks, block_size, Hk]` float16 that int8 keys are multiplied by.
+        value_scales: the same for values.
 
     Returns:
         `[T, H, Dh]` in q's dtype.
 
     Raises:
-        TypeError: if `block_table` is not int32.
-        ValueError: if shapes or lengths disagree, naming the request.
+        TypeError: if a dtype is not as above.
+        ValueError: if shapes, lengths or devices disagree, or a cache is not contiguous.
     """
-    checks.check_paged(q, key_cache, value_cache, block_table, cu_seqlens_q, context_lens)
+    caches, scales = (key_cache, value_cache), (key_scales, value_scales)
+    checks.check_paged(q, caches, block_table, cu_seqlens_q, context_lens, scales)
+    T, R = q.shape[0], len(context_lens)
+    if not T:
+        return torch.empty_like(q)
+    one_each = cu_seqlens_q == tuple(range(R + 1))
+    path = _attention_path(q, key_cache, one_each)
+    if path == "reference":
+        return reference.paged_attention(
+            q, *caches, block_table, cu_seqlens_q, context_lens, scale, *scales
+        )
+    table = block_table.contiguous()
+    lengths = torch.tensor(context_lens, dtype=torch.int32, device=q.device)
+    if path == "triton_decode":
+        return paged_attention_decode(q, *caches, table, lengths, scale, *scales)
+    offsets = torch.tensor(cu_seqlens_q, dtype=torch.int32, device=q.device)
+    return paged_attention_prefill(q, *caches, table, offsets, lengths, scale, *scales)
+
+
+def paged_attention_prefill(  # noqa: PLR0913
+    q: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_table: Tensor,
+    cu_seqlens_q: Tensor,
+    context_lens: Tensor,
+    scale: float,
+    key_scales: Tensor | None = None,
+    value_scales: Tensor | None = None,
+) -> Tensor:
+    """Attend as `paged_attention`, offsets and lengths read where they lie and not checked.
+
+    In the Triton kernel a row's bits depend on its own query, its position and its context alone:
+    not on other requests, nor on how the prompt was cut into chunks. `paged_attention_decode` sums
+    in another order, so a token agrees with it within rounding only; so does float32, which takes
+    the reference.
+
+    Args:
+        q: `[T, H, Dh]` floating: the new tokens of R requests, one after the other.
+        key_cache: `[num_blocks, block_size, Hk, Dh]` of q's dtype, or int8 with `key_scales`.
+        value_cache: the same.
+        block_table: `[R, max_blocks]` int32: the blocks of each request, in order.
+        cu_seqlens_q: `[R + 1]` int32 offsets into q, rising from 0 to T.
+        context_lens: `[R]` int32 counts of cached tokens, the new ones included.
+        scale: multiplies the scores.
+        key_scales: `[num_blocks, block_size, Hk]` float16 that int8 keys are multiplied by.
+        value_scales: the same for values.
+
+    Returns:
+        `[T, H, Dh]` in q's dtype.
+
+    Raises:
+        TypeError: if a dtype is not as above.
+        ValueError: if shapes or devices disagree or a tensor is not contiguous.
+    """
+    caches, scales = (key_cache, value_cache), (key_scales, value_scales)
+    checks.check_device_lengths(q, caches, block_table, cu_seqlens_q, context_lens, scales)
     if not q.shape[0]:
         return torch.empty_like(q)
-    return reference.paged_attention(
-        q, key_cache, value_cache, block_table, cu_seqlens_q, context_lens, scale
-    )
+    arguments = (*caches, block_table, cu_seqlens_q, context_lens, scale, *scales)
+    if _attention_path(q, key_cache, False) == "reference":
+        return reference.paged_attention_prefill(q, *arguments)
+    kernel = importlib.import_module("mgvq_kernels.triton.paged_prefill")
+    return kernel.paged_attention_prefill(q.contiguous(), *arguments)
 
 
 def paged_attention_decode(
@@ -227,13 +292,18 @@ def paged_attention_decode(
 
     Raises:
         TypeError: if a dtype is not as above.
-        ValueError: if shapes disagree or a cache is not contiguous.
+        ValueError: if shapes or devices disagree or a tensor is not contiguous.
     """
-    checks.check_decode(
-        q, (key_cache, value_cache), block_table, context_lens, (key_scales, value_scales)
-    )
-    arguments = (key_cache, value_cache, block_table, context_lens, scale, key_scales, value_scales)
-    if q.is_cuda and q.element_size() == 2:
-        kernel = importlib.import_module("mgvq_kernels.triton.paged_attention")
-        return kernel.paged_attention_decode(q.contiguous(), *arguments)
-    return reference.paged_attention_decode(q, *arguments)
+    caches, scales = (key_cache, value_cache), (key_scales, value_scales)
+    checks.check_device_lengths(q, caches, block_table, None, context_lens, scales)
+    arguments = (*caches, block_table, context_lens, scale, *scales)
+    if _attention_path(q, key_cache, True) == "reference":
+        return reference.paged_attention_decode(q, *arguments)
+    kernel = importlib.import_module("mgvq_kernels.triton.paged_attention")
+    return kernel.paged_attention_decode(q.contiguous(), *arguments)
+
+
+def _attention_path(q: Tensor, key_cache: Tensor, one_token_each: bool) -> str:
+    """Choose the path of attention over a paged cache."""
+    is_half = q.element_size() == 2 and key_cache.dtype in (q.dtype, torch.int8)
+    return dispatch.choose_attention(q.device.type, is_half, one_token_each, has_triton())

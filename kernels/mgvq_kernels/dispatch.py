@@ -1,4 +1,4 @@
-"""Which code path runs an op: a pure table (called by `ops`, tested without a GPU).
+"""Which code path runs an op: pure tables (called by `ops`, tested without a GPU).
 
 Looks at shapes and at what is installed; touches no device and imports no kernel.
 """
@@ -85,3 +85,22 @@ def choose_backend(
             return "triton_decode"
         return "triton_gemv" if rows <= TRITON_GEMV_ROWS else "triton_gemm"
     return "reference"
+
+
+def choose_attention(
+    device_type: str, is_half: bool, one_token_each: bool, triton_available: bool
+) -> str:
+    """Choose the path of attention over a paged cache.
+
+    Args:
+        device_type: where the cache lives.
+        is_half: whether q is float16 or bfloat16, and the cache of its dtype or int8.
+        one_token_each: whether every request brings one new token.
+        triton_available: whether Triton kernels can be compiled.
+
+    Returns:
+        "triton_decode", "triton_prefill" or "reference".
+    """
+    if device_type != "cuda" or not is_half or not triton_available:
+        return "reference"
+    return "triton_decode" if one_token_each else "triton_prefill"

@@ -146,7 +146,7 @@ def quantize_heads(x: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(is_usable, codes, 0.0).to(torch.int8), scale
 
 
-def paged_attention(
+def paged_attention(  # noqa: PLR0913
     q: Tensor,
     key_cache: Tensor,
     value_cache: Tensor,
@@ -154,6 +154,8 @@ def paged_attention(
     cu_seqlens_q: tuple[int, ...],
     context_lens: tuple[int, ...],
     scale: float,
+    key_scales: Tensor | None,
+    value_scales: Tensor | None,
 ) -> Tensor:
     """Attend each request's queries to its cached tokens; query i sits at `context - q_len + i`."""
     outputs = []
@@ -165,8 +167,8 @@ def paged_attention(
         if q_len:
             blocks = block_table[first : first + count, : -(-context // block_size)]
             blocks = blocks.flatten().long()
-            keys = _pages(key_cache, blocks, count, context)  # [n, Hk, S, Dh]
-            values = _pages(value_cache, blocks, count, context)
+            keys = _pages(key_cache, key_scales, blocks, count, context)  # [n, Hk, S, Dh]
+            values = _pages(value_cache, value_scales, blocks, count, context)
             start = cu_seqlens_q[first]
             queries = _batched(q[start : start + count * q_len], count)  # [n, H, q_len, Dh]
             causal = q_len == context
@@ -174,6 +176,24 @@ def paged_attention(
             outputs.append(_unbatched(_attend(queries, keys, values, mask, causal, scale)))
         first += count
     return torch.cat(outputs) if len(outputs) != 1 else outputs[0]  # [T, H, Dh]
+
+
+def paged_attention_prefill(  # noqa: PLR0913
+    q: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_table: Tensor,
+    cu_seqlens_q: Tensor,
+    context_lens: Tensor,
+    scale: float,
+    key_scales: Tensor | None,
+    value_scales: Tensor | None,
+) -> Tensor:
+    """Attend as `paged_attention`, offsets and lengths in tensors."""
+    offsets, lengths = tuple(cu_seqlens_q.tolist()), tuple(context_lens.tolist())
+    return paged_attention(
+        q, key_cache, value_cache, block_table, offsets, lengths, scale, key_scales, value_scales
+    )
 
 
 def paged_attention_decode(
@@ -186,14 +206,11 @@ def paged_attention_decode(
     key_scales: Tensor | None,
     value_scales: Tensor | None,
 ) -> Tensor:
-    """Attend `q [R, H, Dh]`, a token a request, to int8 caches with scales or to plain ones."""
-    if key_scales is not None and value_scales is not None:
-        wide = compute_dtype(q.dtype)
-        key_cache = key_cache.to(wide) * key_scales.to(wide).unsqueeze(-1)
-        value_cache = value_cache.to(wide) * value_scales.to(wide).unsqueeze(-1)
-    offsets = tuple(range(q.shape[0] + 1))
-    lengths = tuple(context_lens.tolist())
-    return paged_attention(q, key_cache, value_cache, block_table, offsets, lengths, scale)
+    """Attend `q [R, H, Dh]`, a token a request: `paged_attention`, lengths in a tensor."""
+    offsets, lengths = tuple(range(q.shape[0] + 1)), tuple(context_lens.tolist())
+    return paged_attention(
+        q, key_cache, value_cache, block_table, offsets, lengths, scale, key_scales, value_scales
+    )
 
 
 def _with_rows(weight: VQWeight, rows: int) -> VQLayout:
@@ -210,9 +227,13 @@ def _unbatched(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(0, 1)
 
 
-def _pages(cache: Tensor, blocks: Tensor, count: int, context: int) -> Tensor:
-    """Gather the pages of `count` requests of one length: `[n, Hk, S, Dh]`."""
+def _pages(
+    cache: Tensor, scales: Tensor | None, blocks: Tensor, count: int, context: int
+) -> Tensor:
+    """Gather the pages of `count` requests of one length, int8 ones scaled: `[n, Hk, S, Dh]`."""
     pages = cache.index_select(0, blocks)  # [n * blocks, block_size, Hk, Dh]
+    if scales is not None:
+        pages = pages.float() * scales.index_select(0, blocks).float().unsqueeze(-1)
     return pages.view(count, -1, *cache.shape[2:])[:, :context].transpose(1, 2)
 
 

@@ -126,6 +126,10 @@ def test_paged_attention(
     offsets = (0, *torch.tensor(new).cumsum(0).tolist())
     y = ops.paged_attention(q, cache.keys, cache.values, cache.table, offsets, contexts, 0.25)
     assert y.dtype == dtype
+    if dtype == cache.keys.dtype:
+        lengths = [torch.tensor(x, dtype=torch.int32) for x in (offsets, contexts)]
+        caches = (cache.keys, cache.values, cache.table)
+        assert torch.equal(ops.paged_attention_prefill(q, *caches, *lengths, 0.25), y)
     for i, (start, end) in enumerate(zip(offsets[:-1], offsets[1:], strict=True)):
         first = contexts[i] - new[i]
         truth = dense_attention(q[start:end], cache.k[i], cache.v[i], first, 0.25)
@@ -199,6 +203,8 @@ def test_paged_attention_decode(quantized: bool) -> None:
     given = (scales, scales) if quantized else (None, None)
     context = torch.tensor(lengths, dtype=torch.int32)
     y = ops.paged_attention_decode(q, keys, values, cache.table, context, 0.25, *given)
+    host = ops.paged_attention(q, keys, values, cache.table, tuple(range(4)), lengths, 0.25, *given)
+    assert torch.equal(host, y)
     for i, n in enumerate(lengths):
         truth = dense_attention(q[i : i + 1], k[i], v[i], n - 1, 0.25)
         torch.testing.assert_close(y[i : i + 1].double(), truth, rtol=1e-4, atol=1e-4)
@@ -211,9 +217,11 @@ def test_wrong_decode_arguments_are_named() -> None:
     decode = ops.paged_attention_decode
     with pytest.raises(TypeError, match="context_lens must be int32, got torch.int64"):
         decode(q, cache, cache, table, lengths.long(), 1.0)
-    with pytest.raises(ValueError, match="block_table must be contiguous with one entry for each"):
+    with pytest.raises(
+        ValueError, match=r"block_table must be contiguous \[2, 2\] for 2 requests, got \[1, 2\]"
+    ):
         decode(q, cache, cache, table[:1], lengths, 1.0)
-    with pytest.raises(TypeError, match="key_cache must be torch.int8, got torch.float32"):
+    with pytest.raises(TypeError, match="key_cache must be torch.int8, as key_scales is given"):
         decode(q, cache, cache, table, lengths, 1.0, scales, scales)
     with pytest.raises(ValueError, match="key_cache must be contiguous"):
         decode(q, cache.transpose(1, 2), cache, table, lengths, 1.0)
@@ -223,3 +231,25 @@ def test_wrong_decode_arguments_are_named() -> None:
         decode(q, cache.char(), cache.char(), table, lengths, 1.0, scales, scales[:2])
     with pytest.raises(ValueError, match="both be given"):
         decode(q, cache.char(), cache, table, lengths, 1.0, scales)
+
+
+def test_wrong_prefill_arguments_are_named() -> None:
+    q, cache = torch.zeros(5, 4, 8), torch.zeros(3, 4, 2, 8)
+    table, lengths = torch.zeros(2, 2, dtype=torch.int32), torch.full((2,), 4, dtype=torch.int32)
+    offsets = torch.tensor([0, 2, 5], dtype=torch.int32)
+    scales, codes = torch.ones(3, 4, 2).half(), cache.char()
+    prefill = ops.paged_attention_prefill
+    with pytest.raises(TypeError, match="cu_seqlens_q must be int32, got torch.int64"):
+        prefill(q, cache, cache, table, offsets.long(), lengths, 1.0)
+    with pytest.raises(ValueError, match=r"cu_seqlens_q must be contiguous \[3\] for 2 requests"):
+        prefill(q, cache, cache, table, offsets[:2], lengths, 1.0)
+    with pytest.raises(ValueError, match=r"block_table must .* got \[2, 2\] with strides \[1, 2\]"):
+        prefill(q, cache, cache, table.t(), offsets, lengths, 1.0)
+    with pytest.raises(ValueError, match="context_lens is on meta, q is on cpu"):
+        prefill(q, cache, cache, table, offsets, lengths.to("meta"), 1.0)
+    with pytest.raises(ValueError, match="q is on cpu, the caches are on meta"):
+        prefill(q, cache.to("meta"), cache.to("meta"), table, offsets, lengths, 1.0)
+    with pytest.raises(ValueError, match="key_scales is on meta, its cache on cpu"):
+        prefill(q, codes, codes, table, offsets, lengths, 1.0, scales.to("meta"), scales)
+    with pytest.raises(TypeError, match="key_cache must be torch.float32, got torch.float16"):
+        prefill(q, cache.half(), cache.half(), table, offsets, lengths, 1.0)

@@ -60,3 +60,19 @@ def test_nothing_compiled_means_the_reference() -> None:
 def test_an_unknown_op_is_refused() -> None:
     with pytest.raises(ValueError, match="'vq_conv'"):
         dispatch.choose_backend("vq_conv", 1, LAYOUT, "cpu", True, True)
+
+
+@pytest.mark.parametrize(
+    ("device", "is_half", "one_each", "triton", "path"),
+    [
+        ("cuda", True, True, True, "triton_decode"),
+        ("cuda", True, False, True, "triton_prefill"),
+        ("cuda", False, True, True, "reference"),
+        ("cuda", True, False, False, "reference"),
+        ("cpu", True, True, True, "reference"),
+    ],
+)
+def test_attention_follows_the_batch(
+    device: str, is_half: bool, one_each: bool, triton: bool, path: str
+) -> None:
+    assert dispatch.choose_attention(device, is_half, one_each, triton) == path

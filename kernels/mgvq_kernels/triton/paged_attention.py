@@ -15,45 +15,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mgvq_kernels.triton.kv_tile import attend_tile
+
 SPLIT_TOKENS = 256
 """Tokens of a split: fixed, so that sums are taken in one order at any batch."""
 
 TILE_TOKENS = 32
 """Tokens of a step."""
-
-
-@triton.jit
-def load_tile(
-    cache_ptr,
-    scales_ptr,
-    slots,  # [TILE] int64
-    mask,
-    head,
-    dims,
-    heads,
-    head_dim,
-    QUANTIZED: tl.constexpr,
-    dtype: tl.constexpr,
-):
-    """Load `[TILE, DIMS]` of one head at the slots, in `dtype`, scaled if int8."""
-    place = (slots * heads + head)[:, None] * head_dim + dims[None, :]
-    tile = tl.load(cache_ptr + place, mask=mask[:, None] & (dims < head_dim)[None, :], other=0)
-    if QUANTIZED:
-        scales = tl.load(scales_ptr + slots * heads + head, mask=mask, other=0.0)
-        tile = tile.to(tl.float32) * scales.to(tl.float32)[:, None]
-    return tile.to(dtype)
-
-
-@triton.jit
-def add_tile(q, k, v, mask, score_scale, top, mass, total):
-    """Add a tile of tokens to a running softmax: its largest score, its mass, its weighted sum."""
-    scores = tl.dot(q, tl.trans(k)) * score_scale
-    scores = tl.where(mask[None, :], scores, float("-inf"))
-    new_top = tl.maximum(top, tl.max(scores, axis=1))
-    faded = tl.exp2(top - new_top)
-    weights = tl.exp2(scores - new_top[:, None])
-    total = tl.dot(weights.to(q.dtype), v, total * faded[:, None])
-    return new_top, mass * faded + tl.sum(weights, axis=1), total
 
 
 @triton.jit
@@ -95,22 +63,13 @@ def attend_split_kernel(
         top = tl.full((HEADS,), float("-inf"), tl.float32)
         mass = tl.zeros((HEADS,), tl.float32)
         total = tl.zeros((HEADS, DIMS), tl.float32)
+        positions = tl.full((HEADS,), 0, tl.int32) + context - 1
         for begin in range(first, tl.minimum(first + SPLIT, context), TILE):
-            tokens = begin + tl.arange(0, TILE)
-            mask = tokens < context
-            blocks = tl.load(
-                block_table_ptr + request * max_blocks + tokens // BLOCK_SIZE, mask=mask, other=0
-            )
-            slots = blocks.to(tl.int64) * BLOCK_SIZE + tokens % BLOCK_SIZE
-            k = load_tile(
-                key_ptr, key_scales_ptr, slots, mask, kv_head, dims, num_kv_heads, head_dim,
-                QUANTIZED, q.dtype,
+            top, mass, total = attend_tile(
+                q, begin, positions, context, key_ptr, value_ptr, key_scales_ptr,
+                value_scales_ptr, block_table_ptr + request * max_blocks, kv_head, num_kv_heads,
+                dims, head_dim, score_scale, top, mass, total, True, QUANTIZED, BLOCK_SIZE, TILE,
             )  # fmt: skip
-            v = load_tile(
-                value_ptr, value_scales_ptr, slots, mask, kv_head, dims, num_kv_heads, head_dim,
-                QUANTIZED, q.dtype,
-            )  # fmt: skip
-            top, mass, total = add_tile(q, k, v, mask, score_scale, top, mass, total)
         slot = (request * tl.num_programs(2) + split).to(tl.int64) * num_heads + head
         tl.store(sums_ptr + slot[:, None] * head_dim + dims[None, :], total, mask=wanted)
         tl.store(tops_ptr + slot * 2, top, mask=sibling < siblings)

@@ -9,7 +9,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 
-from mgvq_kernels.triton import paged_attention, vq_dequant, vq_embedding, vq_gemm, vq_gemv
+from mgvq_kernels.triton import (
+    paged_attention,
+    paged_prefill,
+    vq_dequant,
+    vq_embedding,
+    vq_gemm,
+    vq_gemv,
+)
 from mgvq_kernels.triton.aot import Variant
 
 WEIGHT = {
@@ -39,6 +46,8 @@ def variants() -> Iterator[Variant]:
         yield arrange(dtype, gated)
     for dtype, quantized in itertools.product(HALVES, (False, True)):
         yield from decode_attention(dtype, quantized)
+        for dims in (64, 128):
+            yield prefill_attention(dtype, quantized, dims)
 
 
 def main_variants() -> Iterator[Variant]:
@@ -51,6 +60,8 @@ def main_variants() -> Iterator[Variant]:
     yield arrange("fp16", True)
     yield from decode_attention("fp16", False)
     yield from decode_attention("fp16", True)
+    yield prefill_attention("fp16", False, 128)
+    yield prefill_attention("fp16", True, 128)
 
 
 def gemv(dtype: str, dims: int, fused: bool) -> Variant:
@@ -137,21 +148,8 @@ def decoders(dtype: str, permuted: bool) -> Iterator[Variant]:
 def decode_attention(dtype: str, quantized: bool) -> Iterator[Variant]:
     """Describe the two kernels of decode attention, with heads of 128 and pages of 16 tokens."""
     mark = f"{dtype}{'-int8' if quantized else ''}"
-    cache = "*i8" if quantized else f"*{dtype}"
-    signature = {
-        "q_ptr": f"*{dtype}",
-        "key_ptr": cache,
-        "value_ptr": cache,
-        "key_scales_ptr": "*fp16",
-        "value_scales_ptr": "*fp16",
-        "block_table_ptr": "*i32",
-        "context_lens_ptr": "*i32",
-        "sums_ptr": "*fp32",
-        "tops_ptr": "*fp32",
-        "out_ptr": f"*{dtype}",
-        "score_scale": "fp32",
-    } | dict.fromkeys(("num_heads", "num_kv_heads", "head_dim", "max_blocks", "splits"), "i32")
     sizes = {"DIMS": 128, "SPLIT": paged_attention.SPLIT_TOKENS}
+    signature = attention_signature(dtype, quantized)
     yield Variant(
         f"attend_split-{mark}",
         paged_attention.attend_split_kernel,
@@ -166,3 +164,38 @@ def decode_attention(dtype: str, quantized: bool) -> Iterator[Variant]:
         yield Variant(
             f"combine_splits-{mark}", paged_attention.combine_splits_kernel, signature, sizes, {}
         )
+
+
+def prefill_attention(dtype: str, quantized: bool, dims: int) -> Variant:
+    """Describe the kernel for prompts, with seven query heads a key/value head as in Qwen2-VL."""
+    return Variant(
+        f"attend_chunk-{dtype}-{dims}{'-int8' if quantized else ''}",
+        paged_prefill.attend_chunk_kernel,
+        attention_signature(dtype, quantized),
+        {"QUANTIZED": quantized, "BLOCK_SIZE": 16, "DIMS": dims}
+        | {"ROWS": paged_prefill.TILE_ROWS, "QUERIES": paged_prefill.TILE_ROWS // 7}
+        | {"TILE": paged_prefill.TILE_TOKENS},
+        {"num_stages": paged_prefill.NUM_STAGES},
+        aligned=("head_dim",),
+        wide_loads=True,
+    )
+
+
+def attention_signature(dtype: str, quantized: bool) -> dict[str, str]:
+    """Type the arguments that the kernels of attention take."""
+    cache = "*i8" if quantized else f"*{dtype}"
+    counts = ("num_heads", "num_kv_heads", "head_dim", "max_blocks", "splits", "requests")
+    return {
+        "q_ptr": f"*{dtype}",
+        "key_ptr": cache,
+        "value_ptr": cache,
+        "key_scales_ptr": "*fp16",
+        "value_scales_ptr": "*fp16",
+        "block_table_ptr": "*i32",
+        "cu_seqlens_q_ptr": "*i32",
+        "context_lens_ptr": "*i32",
+        "sums_ptr": "*fp32",
+        "tops_ptr": "*fp32",
+        "out_ptr": f"*{dtype}",
+        "score_scale": "fp32",
+    } | dict.fromkeys(counts, "i32")
