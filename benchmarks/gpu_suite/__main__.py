@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         run_workers(options, journal)
         if options.sanitizer:
-            for row in sanitizer.sanitize(options.out, ops.OPS, sanitizer.find()):
+            for row in sanitizer.sanitize(ops.OPS, sanitizer.find()):
                 journal.write("row", "sanitizer", row=row)
                 print(
                     row.get("absent") or f"{row['tool']} {row['op']}: {row['verdict']}", flush=True

@@ -6,12 +6,12 @@ Both are made from the journal alone, so a run that was cut short has its report
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu_suite.steps import Journal, Row, failures
+from mgvq_kernels.tuned import slug
 
 
 def document(journal: Journal, minutes: float, interrupted: bool) -> dict[str, Any]:
@@ -57,8 +57,7 @@ def is_clean(result: dict[str, Any]) -> bool:
 def write(result: dict[str, Any], folder: Path) -> Path:
     """Write `gpu_suite_<device>.json` and the Markdown beside it; returns the JSON's path."""
     name = result["device"].get("name", "no device")
-    slug = re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
-    path = folder / f"gpu_suite_{slug}.json"
+    path = folder / f"gpu_suite_{slug(name)}.json"
     folder.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")
     path.with_suffix(".md").write_text("\n".join(markdown(result)) + "\n")

@@ -6,15 +6,17 @@ Memory is taken with plain cudaMalloc, so that each buffer has borders that are 
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from benchmarks.gpu_suite.steps import Journal, Row
+from benchmarks.gpu_suite.steps import Row
 
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 
@@ -27,11 +29,10 @@ FOUND_SOMETHING = 86
 LIMIT_S = 300
 
 
-def sanitize(folder: Path, ops: Sequence[str], command: str | None) -> Iterator[Row]:
+def sanitize(ops: Sequence[str], command: str | None) -> Iterator[Row]:
     """Run every tool over the small check of every op.
 
     Args:
-        folder: where scratch journals go.
         ops: names of ops.
         command: the sanitizer's path, or None where it is not installed.
 
@@ -42,27 +43,29 @@ def sanitize(folder: Path, ops: Sequence[str], command: str | None) -> Iterator[
         why = "compute-sanitizer is not on PATH nor in " + KNOWN_PLACES
         yield {"kind": "absent", "variant": "compute-sanitizer", "absent": why}
         return
-    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    for op in ops:
-        for tool in TOOLS:
-            journal = Journal(folder / f"sanitizer_{tool}_{op}.jsonl")
-            journal.path.unlink(missing_ok=True)
-            arguments = ["--only", f"check {op}", "--small", "--step-seconds", str(LIMIT_S)]
-            process = [
-                command, "--tool", tool, "--error-exitcode", str(FOUND_SOMETHING),
-                sys.executable, "-m", "benchmarks.gpu_suite.worker",
-                "--journal", str(journal.path), "--deadline", str(time.time() + 10 * LIMIT_S),
-                *arguments,
-            ]  # fmt: skip
-            try:
-                run = subprocess.run(
-                    process, env=environment, capture_output=True, text=True, timeout=LIMIT_S
-                )
-                verdict = describe(run.returncode, run.stdout)
-            except subprocess.TimeoutExpired:
-                verdict = f"not finished in {LIMIT_S} s"
-            row: Row = {"kind": "sanitizer", "tool": tool, "op": op, "verdict": verdict}
-            yield row | {"passed": verdict == "clean"}
+    for op, tool in itertools.product(ops, TOOLS):
+        verdict = sanitize_one(op, tool, command)
+        row: Row = {"kind": "sanitizer", "tool": tool, "op": op, "verdict": verdict}
+        yield row | {"passed": verdict == "clean"}
+
+
+def sanitize_one(op: str, tool: str, command: str) -> str:
+    """Run one tool over one op: "clean", or what was found, or that it took too long."""
+    with tempfile.TemporaryDirectory() as folder:
+        process = [
+            command, "--tool", tool, "--error-exitcode", str(FOUND_SOMETHING),
+            sys.executable, "-m", "benchmarks.gpu_suite.worker", "--small", "--only", f"check {op}",
+            "--journal", str(Path(folder) / "journal"), "--step-seconds", str(LIMIT_S),
+            "--deadline", str(time.time() + 2 * LIMIT_S),
+        ]  # fmt: skip
+        environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        try:
+            run = subprocess.run(
+                process, env=environment, capture_output=True, text=True, timeout=LIMIT_S
+            )
+        except subprocess.TimeoutExpired:
+            return f"not finished in {LIMIT_S} s"
+    return describe(run.returncode, run.stdout)
 
 
 def describe(returncode: int, output: str) -> str:
