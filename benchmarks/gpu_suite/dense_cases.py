@@ -40,8 +40,9 @@ def entry(op: str, place: Place) -> Callable[..., Any]:
 
 def draw(place: Place, dtype: torch.dtype, *shape: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Draw normal numbers: in `dtype` on the device, and the same in float64 on the CPU."""
-    wide = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-    return wide.to(place.device), wide.double()
+    generator = torch.Generator(place.device).manual_seed(seed)
+    drawn = torch.randn(shape, generator=generator, device=place.device).to(dtype)
+    return drawn, drawn.cpu().double()
 
 
 def normed(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
@@ -207,36 +208,42 @@ class Paged:
         dim: int,
         is_int8: bool = False,
     ) -> None:
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator(place.device).manual_seed(0)
+        device = place.device
         most = max(-(-n // BLOCK) for n in lengths)
         count = len(lengths) * most + 2
-        table = torch.randperm(count, generator=generator)[:-2].view(len(lengths), most)
-        self.table = table.int().to(place.device)
+        order = torch.randperm(count, generator=generator, device=device)
+        self.table = order[:-2].view(len(lengths), most).int()
         self.lengths = lengths
-        used = torch.zeros(count, BLOCK, dtype=torch.bool)
-        for blocks, n in zip(table, lengths, strict=True):
-            used[blocks] = torch.arange(most * BLOCK).view(most, BLOCK) < n
-        self.caches, self.scales, self.wide = [], [], []
+        used = torch.zeros(count, BLOCK, dtype=torch.bool, device=device)
+        places = torch.arange(most * BLOCK, device=device).view(most, BLOCK)
+        for blocks, n in zip(self.table.long(), lengths, strict=True):
+            used[blocks] = places < n
+        shape = (count, BLOCK, kv_heads, dim)
+        self.caches, self.scales = [], []
         for _ in range(2):
-            shape = (count, BLOCK, kv_heads, dim)
-            scales = torch.rand(shape[:3], generator=generator).half() / 50
-            values = torch.randn(shape, generator=generator).to(dtype)
+            values = torch.randn(shape, generator=generator, device=device).to(dtype)
             if is_int8:
-                values = torch.randint(-127, 128, shape, generator=generator, dtype=torch.int8)
-            wide = values.double() * (scales.double()[..., None] if is_int8 else 1.0)
-            self.wide.append(
-                [wide[b].flatten(0, 1)[:n] for b, n in zip(table, lengths, strict=True)]
-            )
+                values = values.mul(40).clamp(-127, 127).to(torch.int8)
+                scales = torch.rand(shape[:3], generator=generator, device=device).half() / 50
+                scales[~used] = float("nan")
             values[~used] = 127 if is_int8 else float("nan")
-            scales[~used] = float("nan")
-            self.caches.append(values.to(place.device))
-            self.scales.append(scales.to(place.device) if is_int8 else None)
+            self.caches.append(values)
+            self.scales.append(scales if is_int8 else None)
 
     def truth(self, q: Tensor, q_lens: tuple[int, ...], scale: float) -> Tensor:
         """Attend each request's queries `q [T, H, Dh]` float64 to its own tokens."""
-        parts = q.split(q_lens)
-        pairs = zip(parts, self.wide[0], self.wide[1], strict=True)
-        return torch.cat([attended(part, k, v, scale) for part, k, v in pairs])
+        keys, values = (self.rows(i) for i in range(2))
+        parts = zip(q.split(q_lens), keys, values, strict=True)
+        return torch.cat([attended(part, k, v, scale) for part, k, v in parts])
+
+    def rows(self, which: int) -> list[Tensor]:
+        """Gather the keys (0) or values (1) of every request in float64: `[S, Hk, Dh]` each."""
+        wide, scales = self.caches[which].cpu().double(), self.scales[which]
+        if scales is not None:
+            wide = wide * scales.cpu().double()[..., None]
+        pairs = zip(self.table.cpu().long(), self.lengths, strict=True)
+        return [wide[blocks].flatten(0, 1)[:n] for blocks, n in pairs]
 
 
 def paged_attention(place: Place, real: bool) -> Iterator[OpCase]:

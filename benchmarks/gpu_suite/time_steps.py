@@ -22,6 +22,9 @@ from mgvq_kernels.layout import VQLayout
 
 DTYPE = torch.float16
 
+MOST_SETS = 16
+"""Sets of buffers of an op without weights: what they hold is a cache's in a server too."""
+
 RATES = (1, 3, 4)
 """Bits a weight that one matrix is timed at beside the 2 of all others."""
 
@@ -88,13 +91,15 @@ def linear_row(
 
 def op_times(place: Place, op: str) -> Iterator[Row]:
     """Time the real-shape cases of one op, each on as many sets of buffers as outrun the cache."""
-    for index, case in enumerate(CASES[op](place, place.is_gpu)):
+    first = list(CASES[op](place, place.is_gpu))
+    least = min((case.nbytes for case in first if case.nbytes), default=0)
+    count = min(place.clock.copies(least), MOST_SETS)
+    sets = [first, *(list(CASES[op](place, place.is_gpu)) for _ in range(count - 1))]
+    for alike in zip(*sets, strict=True):
+        case = alike[0]
         if place.is_gpu and not case.nbytes:
             continue
-        count = min(place.clock.copies(case.nbytes), 16)
-        sets = (list(CASES[op](place, place.is_gpu)) for _ in range(count - 1))
-        calls = [case.run, *(others[index].run for others in sets)]
-        timing = place.clock.time(calls)
+        timing = place.clock.time([other.run for other in alike])
         row = {"kind": "op", "op": op, "variant": case.variant}
         yield row | timing_fields(timing, case.nbytes)
 
