@@ -25,11 +25,13 @@ REPEATS = 7
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """Time of one call in microseconds over the replays of a graph."""
+    """Time of one call in microseconds over several rounds."""
 
     us: float
     least_us: float
     most_us: float
+    how: str = "graph"
+    """"graph", or "eager" for calls that cannot be captured: launches count too."""
 
 
 class Clock(Protocol):
@@ -53,7 +55,10 @@ class GraphClock:
         return min(MOST_COPIES, max(2, -(-L2_TURNS * self.cache_bytes // max(nbytes, 1))))
 
     def time(self, calls: Sequence[Call]) -> Timing:
-        """Capture every call at least once and replay; median, least and most of the replays."""
+        """Capture every call at least once and replay; median, least and most of the replays.
+
+        What cannot be captured, as it copies from the host, is called from Python instead.
+        """
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -61,21 +66,30 @@ class GraphClock:
             calls[-1]()
         torch.cuda.current_stream().wait_stream(side)
         turns = -(-LEAST_NODES // len(calls))
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+
+        def run_all() -> None:
             for call in itertools.chain.from_iterable(itertools.repeat(calls, turns)):
                 call()
-        graph.replay()
+
+        graph, how = torch.cuda.CUDAGraph(), "graph"
+        try:
+            with torch.cuda.graph(graph):
+                run_all()
+        except RuntimeError:
+            torch.cuda.synchronize()  # raises again if it was more than the capture
+            how = "eager"
+        run = graph.replay if how == "graph" else run_all
+        run()
         torch.cuda.synchronize()
         taken = []
         for _ in range(REPEATS):
             start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
-            graph.replay()
+            run()
             stop.record()
             stop.synchronize()
             taken.append(start.elapsed_time(stop) * 1e3 / (turns * len(calls)))
-        return Timing(statistics.median(taken), min(taken), max(taken))
+        return Timing(statistics.median(taken), min(taken), max(taken), how)
 
 
 class NoClock:

@@ -146,4 +146,5 @@ def _cell(row: Row | None) -> str:
     if row["us"] is None:
         return row["note"]
     share = row.get("copy_share")
-    return f"{row['us']}" + ("" if share is None else f" ({share:.0%})")
+    eager = " eager" if row["how"] == "eager" else ""
+    return f"{row['us']}{eager}" + ("" if share is None else f" ({share:.0%})")

@@ -112,5 +112,6 @@ def timing_fields(timing: Timing | None, nbytes: int) -> Row:
     return {
         "us": round(timing.us, 3 - min(2, int(math.log10(max(timing.us, 1))))),
         "spread": round(spread, 3),
+        "how": timing.how,
         "gb_s": round(nbytes / timing.us / 1e3, 1),
     }
