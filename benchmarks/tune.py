@@ -126,9 +126,7 @@ def workloads() -> Iterator[Workload]:
             default = {"num_warps": vq_gemm.num_warps(dims, tokens), "num_stages": stages}
             make = functools.partial(products, "gemm", bits, tokens)
             yield Workload(f"vq_gemm-d{dims}-{tokens}", grid((4, 8), (2, 3, 4), default), make)
-    yield Workload(
-        "vq_dequant", grid((2, 4, 8), (1, 3), {"num_warps": 4, "num_stages": 3}), decodings
-    )
+    yield Workload("vq_dequant", ({"num_warps": 2}, {"num_warps": 8}), decodings)
     split = grid((2, 4, 8), (2, 3), {"num_warps": 4, "num_stages": 3})
     yield Workload("attend_split", split, attention)
 

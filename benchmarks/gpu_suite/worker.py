@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--journal", type=Path, required=True)
     parser.add_argument("--deadline", type=float, required=True, help="seconds since the epoch")
     parser.add_argument("--step-seconds", type=int, default=120)
-    parser.add_argument("--only", default="", help="only steps whose names begin so")
+    parser.add_argument("--only", default="", help="only steps that begin so, and device")
     parser.add_argument("--interpret", action="store_true")
     parser.add_argument("--small", action="store_true", help="only checks of small shapes")
     options = parser.parse_args(argv)
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not options.small:
         steps = [*device_steps(place), *steps, *time_steps(place), *peer_steps(place)]
     done = run_steps(
-        [step for step in steps if step.name.startswith(options.only)],
+        [step for step in steps if step.name == "device" or step.name.startswith(options.only)],
         Journal(options.journal),
         options.deadline,
         options.step_seconds,

@@ -20,7 +20,7 @@ from benchmarks.gpu_suite import __main__ as gpu_suite
 from benchmarks.gpu_suite import check_steps, report, sanitizer
 from benchmarks.gpu_suite.cases import OpCase, measure_error, ulps
 from benchmarks.gpu_suite.peers import PEERS, AbsentError, wanted
-from benchmarks.gpu_suite.place import NoClock, Place
+from benchmarks.gpu_suite.place import NoClock, Place, find_place
 from benchmarks.gpu_suite.steps import Journal, Row, Step, run_steps
 from benchmarks.gpu_suite.weights import MIXED, decode, random_weight
 from mgvq_kernels import ops
@@ -183,6 +183,18 @@ def test_the_sanitizer_is_asked_for_every_tool(tmp_path: Path) -> None:
     rows = list(sanitizer.sanitize(["swiglu"], str(fake)))
     assert [row["tool"] for row in rows] == list(sanitizer.TOOLS)
     assert [row["passed"] for row in rows] == [True, False, True, True]
+
+
+@pytest.mark.gpu
+def test_the_clock_captures_what_it_can_and_says_what_it_cannot() -> None:
+    x = torch.ones(1 << 20, device="cuda")
+    clock = find_place(interpret=False).clock
+    for call, how in ((lambda: x * 2, "graph"), (lambda: x.sum().item(), "eager")):
+        timing = clock.time([call])
+        assert timing is not None
+        assert timing.how == how
+        assert 0 < timing.least_us <= timing.us <= timing.most_us
+    assert clock.copies(1 << 20) * (1 << 20) > torch.cuda.get_device_properties(0).L2_cache_size
 
 
 def step(
