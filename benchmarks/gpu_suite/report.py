@@ -13,6 +13,11 @@ from typing import Any
 from benchmarks.gpu_suite.steps import Journal, Row, failures
 from mgvq_kernels.tuned import slug
 
+OURS = ("gemv", "gemm", "decode")
+"""Our ways to multiply, as `vq_cases.LINEARS` names them: this file imports no kernel."""
+
+LAYER_LINEARS = 4
+
 
 def document(journal: Journal, minutes: float, interrupted: bool) -> dict[str, Any]:
     """Gather the journal into one document.
@@ -33,20 +38,34 @@ def document(journal: Journal, minutes: float, interrupted: bool) -> dict[str, A
         for kind in ("device", "copy", "launch", "check", "linear", "op", "absent", "sanitizer")
     }
     copy = by_kind["copy"][0]["gb_s"] if by_kind["copy"] else None
+    device = by_kind["device"][0] if by_kind["device"] else {}
     for row in by_kind["linear"] + by_kind["op"]:
         if copy is not None and row.get("gb_s") is not None:
             row["copy_share"] = round(row["gb_s"] / copy, 3)
+    for row in by_kind["linear"]:
+        rate = weights_a_clock(row, device)
+        if rate is not None:
+            row["weights_per_clock_and_multiprocessor"] = rate
     return {
         "benchmark": "gpu_suite",
         "minutes": minutes,
         "interrupted": interrupted,
-        "device": by_kind["device"][0] if by_kind["device"] else {},
+        "device": device,
         "copy_gb_s": copy,
         **{k: by_kind[k] for k in ("launch", "check", "linear", "op", "absent", "sanitizer")},
         "errors": [{k: e[k] for k in ("step", "error")} for e in ended if e["error"] is not None],
         "dropped": [{k: e[k] for k in ("step", "why")} for e in events if e["event"] == "dropped"],
         "seconds": {event["step"]: event["seconds"] for event in ended},
     }
+
+
+def weights_a_clock(row: Row, device: Row) -> float | None:
+    """Say how many weights a multiprocessor decodes a clock, at the highest clock the GPU has."""
+    megahertz = str(device.get("clocks.max.sm", ""))
+    if row["us"] is None or not megahertz.isdigit():
+        return None
+    clocks = row["us"] * int(megahertz) * device["multiprocessors"]
+    return round(row["shape"][0] * row["shape"][1] / clocks, 2)
 
 
 def is_clean(result: dict[str, Any]) -> bool:
@@ -76,6 +95,7 @@ def markdown(result: dict[str, Any]) -> Iterator[str]:
     if result["interrupted"]:
         yield "**Stopped by hand: what follows is what was measured until then.**\n"
     yield from checks(result["check"])
+    yield from layers(result["linear"])
     for model in dict.fromkeys(row["model"] for row in result["linear"]):
         yield from linears(model, [row for row in result["linear"] if row["model"] == model])
     yield from other_ops(result["op"])
@@ -100,6 +120,32 @@ def checks(rows: Sequence[Row]) -> Iterator[str]:
     for row in failures(rows):
         what = row.get("message") or f"error {row['error']:.3g}, at most {row['tolerance']:.3g}"
         yield f"- **{row['op']}** {row['variant']}: {what}"
+
+
+def layers(rows: Sequence[Row]) -> Iterator[str]:
+    """Add the four matrices of a layer up: ours by its best way, and each peer."""
+    timed = [row for row in rows if row["us"] is not None]
+    if not timed:
+        return
+    peers = list(dict.fromkeys(row["variant"] for row in timed if row["variant"] not in OURS))
+    yield "## The linears of one decoder layer, us\n"
+    yield f"| model | rows | ours, 2 bits | {' | '.join(peers)} |"
+    yield "|---" * (3 + len(peers)) + "|"
+    for model, count in dict.fromkeys((row["model"], row["rows"]) for row in timed):
+        mine = [row for row in timed if (row["model"], row["rows"]) == (model, count)]
+        ours = layer_us([row for row in mine if row["variant"] in OURS and row["bits"] == 2])
+        cells = [layer_us([row for row in mine if row["variant"] == peer]) for peer in peers]
+        words = ["" if us is None else f"{us:.1f}" for us in (ours, *cells)]
+        yield f"| {model} | {count} | {' | '.join(words)} |"
+    yield ""
+
+
+def layer_us(rows: Sequence[Row]) -> float | None:
+    """Add the fastest time of each matrix; None unless all of a layer's were timed."""
+    best: dict[str, float] = {}
+    for row in rows:
+        best[row["linear"]] = min(row["us"], best.get(row["linear"], row["us"]))
+    return sum(best.values()) if len(best) == LAYER_LINEARS else None
 
 
 def linears(model: str, rows: Sequence[Row]) -> Iterator[str]:

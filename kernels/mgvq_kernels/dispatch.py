@@ -23,9 +23,9 @@ TRITON_GEMV_ROWS = 4
 TRITON_GEMM_ROWS = 64
 """Most rows of x that are multiplied by tables of partial sums, and by codewords on the tensor
 cores; more by slices of the decoded matrix. Set by design; `tuned` may hold other limits for the
-GPU at hand. One H100, triton 3.6, 2026-11, us, GEMV / GEMM / decode + matmul: 4608x3584 9.5 / 20.9 /
-43 at 1 row, 28 / 22.5 / 43 at 4, - / 30 / 43 at 64; 37888x3584 37 / 98 / 299, 116 / 99 / 294, - / 121
-/ 287."""
+GPU at hand. One H100, triton 3.6, 2026-11, us, GEMV / GEMM / decode + matmul at 1, 4 and 64 rows:
+4608x3584 9.5 / 20.9 / 43, 28 / 22.5 / 43, 434 / 30 / 43; 37888x3584 37 / 98 / 299, 116 / 99 / 294,
+1,811 / 121 / 287."""
 
 CHOSEN_OPS = ("vq_linear", "vq_dequantize", "vq_embedding")
 """Ops that have more than the reference path."""

@@ -22,6 +22,7 @@ from benchmarks.gpu_suite.cases import OpCase, measure_error, ulps
 from benchmarks.gpu_suite.peers import PEERS, AbsentError, wanted
 from benchmarks.gpu_suite.place import NoClock, Place, find_place
 from benchmarks.gpu_suite.steps import Journal, Row, Step, run_steps
+from benchmarks.gpu_suite.vq_cases import LINEARS
 from benchmarks.gpu_suite.weights import MIXED, decode, random_weight
 from mgvq_kernels import ops
 from tests.kernels.random_weights import oracle
@@ -119,6 +120,27 @@ def test_the_least_important_is_dropped_and_named(tmp_path: Path) -> None:
     assert [(row["step"], "100 s" in row["why"]) for row in result["dropped"]] == [("later", True)]
     assert list(result["seconds"]) == ["first"]
     assert report.is_clean(result), "a budget is not a failure"
+
+
+def test_a_layer_is_the_best_of_each_matrix(tmp_path: Path) -> None:
+    """Known answers: 1 + 1 + 1 + 2 us, a peer with a matrix missing, 3 weights a clock."""
+    journal = Journal(tmp_path / "journal")
+    device = {"kind": "device", "name": "G", "multiprocessors": 2, "clocks.max.sm": "1000"}
+    linears = [("qkv", "gemv", 1.0), ("o", "gemv", 1.0), ("up", "gemm", 1.0), ("down", "gemm", 2.0)]
+    linears += [("down", "gemv", 3.0), ("qkv", "bf16 F.linear", 9.0)]
+    shared = {"kind": "linear", "model": "M", "shape": [60, 100], "bits": 2, "rows": 1}
+    for row in (device, {"kind": "copy", "gb_s": 100.0}):
+        journal.write("row", "device", row=row)
+    for linear, variant, us in linears:
+        timing = {"us": us, "gb_s": 50.0 / us, "how": "graph"}
+        row = shared | {"linear": linear, "variant": variant} | timing
+        journal.write("row", "time", row=row)
+    result = report.document(journal, 1, interrupted=False)
+    assert result["linear"][0]["weights_per_clock_and_multiprocessor"] == 3.0
+    text = "\n".join(report.markdown(result))
+    assert "| M | 1 | 5.0 |  |" in text
+    assert "| qkv 60x100 | 2 | gemv | 1.0 (50%) |" in text
+    assert set(report.OURS) == set(LINEARS)
 
 
 def test_a_step_that_hangs_ends_its_process(tmp_path: Path) -> None:
