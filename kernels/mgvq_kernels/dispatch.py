@@ -5,6 +5,8 @@ Looks at shapes and at what is installed; touches no device and imports no kerne
 
 from __future__ import annotations
 
+import dataclasses
+
 from mgvq_kernels.layout import VQLayout
 
 LOOKUP_ROWS = 32
@@ -20,10 +22,24 @@ VBMI switched off, us: 1536x256 70 a row, 180 to decode; 1536x8960 2,100 a row, 
 TRITON_GEMV_ROWS = 4
 TRITON_GEMM_ROWS = 64
 """Most rows of x that are multiplied by tables of partial sums, and by codewords on the tensor
-cores; more by slices of the decoded matrix. Set by design, measured on no GPU yet."""
+cores; more by slices of the decoded matrix. Set by design; `tuned` may hold other limits for the
+GPU at hand. One H100, triton 3.6, 2026-11, us, GEMV / GEMM / decode + matmul at 1, 4 and 64 rows:
+4608x3584 9.5 / 20.9 / 43, 28 / 22.5 / 43, 434 / 30 / 43; 37888x3584 37 / 98 / 299, 116 / 99 / 294,
+1,811 / 121 / 287."""
 
 CHOSEN_OPS = ("vq_linear", "vq_dequantize", "vq_embedding")
 """Ops that have more than the reference path."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RowLimits:
+    """Most rows of x for each Triton kernel."""
+
+    gemv: int = TRITON_GEMV_ROWS
+    gemm: int = TRITON_GEMM_ROWS
+
+
+DEFAULT_LIMITS = RowLimits()
 
 
 def choose_pack(device_type: str, numba_available: bool, triton_available: bool) -> str:
@@ -44,7 +60,7 @@ def choose_pack(device_type: str, numba_available: bool, triton_available: bool)
     return "reference"
 
 
-def choose_backend(
+def choose_backend(  # noqa: PLR0913
     op: str,
     rows: int,
     layout: VQLayout,
@@ -53,6 +69,7 @@ def choose_backend(
     triton_available: bool,
     has_byte_permute: bool = False,
     is_half: bool = True,
+    limits: RowLimits = DEFAULT_LIMITS,
 ) -> str:
     """Choose the path that runs one op.
 
@@ -65,6 +82,7 @@ def choose_backend(
         triton_available: whether Triton kernels can be compiled.
         has_byte_permute: whether the CPU looks 64 codes up at a time.
         is_half: whether x is float16 or bfloat16, which the tensor cores multiply exactly.
+        limits: most rows of x for each Triton kernel.
 
     Returns:
         "cpu_lookup" (partial sums, codes only), "cpu_decode" (decode with the cpu kernels, then
@@ -81,9 +99,9 @@ def choose_backend(
         most = LOOKUP_ROWS if has_byte_permute else GATHER_ROWS
         return "cpu_lookup" if op == "vq_linear" and rows <= most else "cpu_decode"
     if order == "triton":
-        if op != "vq_linear" or not is_half or rows > TRITON_GEMM_ROWS:
+        if op != "vq_linear" or not is_half or rows > limits.gemm:
             return "triton_decode"
-        return "triton_gemv" if rows <= TRITON_GEMV_ROWS else "triton_gemm"
+        return "triton_gemv" if rows <= limits.gemv else "triton_gemm"
     return "reference"
 
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mgvq_kernels import checks, dispatch, reference
+from mgvq_kernels import checks, dispatch, reference, tuned
 from mgvq_kernels.dense_ops import add_rms_norm as add_rms_norm
 from mgvq_kernels.dense_ops import paged_attention as paged_attention
 from mgvq_kernels.dense_ops import paged_attention_decode as paged_attention_decode
@@ -63,15 +63,19 @@ def pack_for(weight: VQWeight, device: torch.device | str) -> PackedVQ:
 
 
 def warm_up(device: torch.device | str = "cpu") -> None:
-    """Compile what `device` will need, so that the first request does not wait for it.
+    """Compile or read what `device` will need, so that the first request does not wait for it.
 
-    Does nothing where there is nothing to compile.
+    Does nothing where there is nothing to compile, nor a table of tuned launches to read.
 
     Args:
         device: the device about to serve.
     """
-    if torch.device(device).type == "cpu" and has_numba():
+    device = torch.device(device)
+    if device.type == "cpu" and has_numba():
         _cpu().warm_up()
+    if device.type == "cuda" and has_triton():
+        index = torch.cuda.current_device() if device.index is None else device.index
+        tuned.for_device(torch.device("cuda", index))
 
 
 def vq_dequantize(weight: VQWeight | PackedVQ, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -191,6 +195,7 @@ def _path(op: str, rows: int, weight: PackedVQ, is_half: bool = True) -> str:
         raise TypeError(f"weight must be a PackedVQ or VQWeight, got {type(weight).__name__}")
     order = weight.backend
     wide = order == "cpu" and _cpu().HAS_BYTE_PERMUTE
+    limits = tuned.for_device(weight.device).rows if order == "triton" else dispatch.DEFAULT_LIMITS
     return dispatch.choose_backend(
         op,
         rows,
@@ -200,6 +205,7 @@ def _path(op: str, rows: int, weight: PackedVQ, is_half: bool = True) -> str:
         order == "triton",
         wide,
         is_half,
+        limits,
     )
 
 

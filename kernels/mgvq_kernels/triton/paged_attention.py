@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mgvq_kernels.triton.kv_tile import attend_tile
+from mgvq_kernels.tuned import launch_options
 
 SPLIT_TOKENS = 256
 """Tokens of a split: fixed, so that sums are taken in one order at any batch."""
@@ -150,7 +151,7 @@ def paged_attention_decode(
             DIMS=dims,
             SPLIT=SPLIT_TOKENS,
             TILE=TILE_TOKENS,
-            num_warps=4,
+            **launch_options(q.device, "attend_split", num_warps=4),
         )
         combine_splits_kernel[(requests, heads)](
             sums,

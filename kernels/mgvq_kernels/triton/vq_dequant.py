@@ -15,6 +15,7 @@ from torch import Tensor
 from mgvq_kernels.block_order import ROW_MULTIPLE, padded_rows
 from mgvq_kernels.layout import PackedVQ
 from mgvq_kernels.triton.weight_tile import weight_tile
+from mgvq_kernels.tuned import launch_options
 
 BLOCK_O = 16
 BLOCK_I = 128
@@ -99,7 +100,7 @@ def decode_rows(weight: PackedVQ, dtype: torch.dtype, first: int, end: int) -> T
             HAS_PERMUTATION=permutation is not None,
             BLOCK_O=BLOCK_O,
             BLOCK_I=BLOCK_I,
-            num_warps=4,
+            **launch_options(out.device, "vq_dequant", num_warps=4),
             enable_fp_fusion=False,
         )
     return out.to(dtype)

@@ -18,6 +18,7 @@ from mgvq_kernels.block_order import STAGE_FIELDS as _STAGE_FIELDS
 from mgvq_kernels.block_order import padded_rows
 from mgvq_kernels.layout import PackedVQ
 from mgvq_kernels.triton.split_k import choose_splits, finish_tile, multiprocessors
+from mgvq_kernels.tuned import launch_options
 
 STAGE_FIELDS = tl.constexpr(_STAGE_FIELDS)
 
@@ -152,6 +153,12 @@ def triton_vq_gemm(
     y = torch.empty(tokens, out_features, dtype=x.dtype, device=x.device)
     padded, dims = padded_rows(out_features), word_books.shape[2]
     partials = torch.empty(splits, tokens, padded, dtype=torch.float32, device=x.device)
+    options = launch_options(
+        x.device,
+        f"vq_gemm-d{dims}-{tile_tokens}",
+        num_warps=num_warps(dims, tile_tokens),
+        num_stages=NUM_STAGES,
+    )
     with torch.cuda.device_of(x):
         planes = arrange(x, sources, in_features)
         vq_gemm_kernel[(padded // TILE_ROWS, splits)](
@@ -177,8 +184,7 @@ def triton_vq_gemm(
             DIMS=dims,
             ROWS=TILE_ROWS,
             TOKENS=tile_tokens,
-            num_warps=num_warps(dims, tile_tokens),
-            num_stages=NUM_STAGES,
+            **options,
             enable_fp_fusion=True,
         )
     return y

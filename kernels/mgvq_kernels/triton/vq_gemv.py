@@ -24,6 +24,7 @@ from mgvq_kernels.block_order import LEAST_TILE, padded_rows
 from mgvq_kernels.block_order import STAGE_FIELDS as _STAGE_FIELDS
 from mgvq_kernels.layout import PackedVQ
 from mgvq_kernels.triton.split_k import choose_splits, finish_tile, multiprocessors
+from mgvq_kernels.tuned import launch_options
 
 STAGE_FIELDS = tl.constexpr(_STAGE_FIELDS)
 
@@ -208,7 +209,7 @@ def triton_vq_gemv(
             SWIGLU=x.shape[1] != in_features,
             DIMS=dims,
             ROWS=TILE_ROWS[dims],
-            num_warps=NUM_WARPS,
+            **launch_options(x.device, f"vq_gemv-d{dims}", num_warps=NUM_WARPS),
             enable_fp_fusion=True,
         )
     return y

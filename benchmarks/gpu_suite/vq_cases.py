@@ -1,0 +1,164 @@
+"""Cases of the ops on quantized weights: decoding, embedding and every way to multiply.
+
+One generator an op, in `CASES`. A new way to multiply is a line of `LINEARS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.gpu_suite.cases import TOLERANCES, Cases, OpCase
+from benchmarks.gpu_suite.place import Place
+from benchmarks.gpu_suite.weights import MIXED, TINY, decode, random_weight
+from mgvq_kernels import ops, reference
+from mgvq_kernels.layout import PackedVQ, VQLayout, VQWeight, pack
+from mgvq_kernels.triton import vq_dequant, vq_embedding, vq_gemm, vq_gemv
+
+Linear = Callable[[Tensor, PackedVQ, Tensor | None, Tensor | None], Tensor]
+
+
+def decode_linear(
+    x: Tensor, weight: PackedVQ, bias: Tensor | None, residual: Tensor | None
+) -> Tensor:
+    """Multiply by slices of the decoded matrix; the residual is added as the front door does."""
+    y = vq_dequant.decode_linear(x, weight, bias)
+    return y if residual is None else y + residual
+
+
+LINEARS: Mapping[str, tuple[Linear, str, int]] = {
+    "gemv": (vq_gemv.linear, "gemv", 16),
+    "gemm": (vq_gemm.linear, "gemm", 64),
+    "decode": (decode_linear, "gemm", 1 << 30),
+}
+"""Ways to multiply: entry point, tolerance, and the most rows of x it is tried with."""
+
+REAL = VQLayout.uniform(3584, 3584, 2, has_permutation=True)
+"""o_proj of Qwen2-VL-7B."""
+
+
+def layouts(place: Place, real: bool) -> tuple[VQLayout, ...]:
+    """Choose the layouts that are checked: all bands and stages at once, or a real matrix."""
+    if real:
+        return (REAL,) if place.is_gpu else ()
+    return (MIXED, VQLayout.uniform(520, 264, 2)) if place.is_gpu else (TINY,)
+
+
+def vq_linear(place: Place, real: bool) -> Iterator[OpCase]:
+    """Every way to multiply at the rows where its tiles change; the front door on a GPU."""
+    for layout in layouts(place, real):
+        weight = random_weight(layout, seed=1, device=place.device)
+        packed, dense = pack(weight, "triton", place.device), decode(weight)
+        shape = f"{layout.in_features}->{layout.out_features}"
+        for dtype in place.dtypes:
+            for name, (linear, tolerance, most) in LINEARS.items():
+                counts = (1, 4, 5, 16, 17, 64, 65) if place.is_gpu else (1, 3)
+                for rows in (n for n in counts if n <= most):
+                    yield product(
+                        f"{name} {_words(dtype)} {rows}x{shape}",
+                        linear, packed, dense, rows, dtype, TOLERANCES[tolerance][dtype],
+                    )  # fmt: skip
+            if place.is_gpu:
+                for rows in (1, 6, 66):
+                    yield gated_product(packed, dense, rows, dtype)
+
+
+def product(
+    variant: str,
+    linear: Linear,
+    packed: PackedVQ,
+    dense: Tensor,
+    rows: int,
+    dtype: torch.dtype,
+    tolerance: float,
+) -> OpCase:
+    """Describe `linear` on random rows with bias and residual, against `dense` in float64."""
+    generator = torch.Generator().manual_seed(rows)
+    outputs, inputs = dense.shape
+    x = torch.randn(rows, inputs, generator=generator).to(dtype)
+    bias = torch.randn(outputs, generator=generator).to(dtype)
+    residual = torch.randn(rows, outputs, generator=generator).to(dtype)
+    here = [tensor.to(packed.device) for tensor in (x, bias, residual)]
+    return OpCase(
+        variant,
+        lambda: linear(here[0], packed, here[1], here[2]),
+        lambda: x.double() @ dense.T + bias.double() + residual.double(),
+        tolerance,
+    )
+
+
+def gated_product(packed: PackedVQ, dense: Tensor, rows: int, dtype: torch.dtype) -> OpCase:
+    """Describe the front door on gate and up: it chooses the path by rows."""
+    x = torch.randn(rows, 2 * dense.shape[1], generator=torch.Generator().manual_seed(rows))
+    x = x.to(dtype)
+    gate, up = x.double().chunk(2, dim=-1)
+    product_input = (gate * torch.sigmoid(gate) * up).to(dtype).double()
+    here = x.to(packed.device)
+    return OpCase(
+        f"front door, gated {_words(dtype)} {rows}x{dense.shape[1]}->{dense.shape[0]}",
+        lambda: ops.vq_linear(here, packed, gated=True),
+        lambda: product_input @ dense.T,
+        TOLERANCES["gemm"][dtype],
+    )
+
+
+def vq_dequantize(place: Place, real: bool) -> Iterator[OpCase]:
+    """Decode a whole matrix: the bits of the reference on the CPU, and near the float64 truth."""
+    for layout in layouts(place, real):
+        weight = random_weight(layout, seed=2, device=place.device)
+        packed = pack(weight, "triton", place.device)
+        shape = f"{layout.out_features}x{layout.in_features}"
+        for dtype in (torch.float32, *place.dtypes):
+            yield OpCase(
+                f"bits {_words(dtype)} {shape}",
+                lambda dtype=dtype, packed=packed: vq_dequant.vq_dequantize(packed, dtype),
+                lambda dtype=dtype, weight=weight: _reference(weight, dtype),
+                0.0,
+                "bits",
+                nbytes=packed.num_codes + 2 * layout.num_weights if real else 0,
+            )
+        yield OpCase(
+            f"float64 {shape}",
+            lambda packed=packed: vq_dequant.vq_dequantize(packed, torch.float32),
+            lambda weight=weight: decode(weight),
+            1e-6,
+        )
+
+
+def embedding(place: Place, real: bool) -> Iterator[OpCase]:
+    """Decode rows by id, the first and the last among them."""
+    for layout in layouts(place, real):
+        weight = random_weight(layout, seed=3, device=place.device)
+        packed = pack(weight, "triton", place.device)
+        last = layout.out_features - 1
+        ids = torch.tensor([last, 0, last // 2] * (32 if real else 1))
+        here = ids.to(place.device)
+        for dtype in place.dtypes:
+            yield OpCase(
+                f"{_words(dtype)} {len(ids)} ids of {layout.out_features}x{layout.in_features}",
+                lambda dtype=dtype, packed=packed, here=here: vq_embedding.vq_embedding(
+                    here, packed, dtype
+                ),
+                lambda weight=weight, ids=ids: decode(weight)[ids],
+                torch.finfo(dtype).eps,
+                nbytes=len(ids) * layout.in_features * 2 if real else 0,
+            )
+
+
+CASES: Mapping[str, Cases] = {
+    "vq_linear": vq_linear,
+    "vq_dequantize": vq_dequantize,
+    "vq_embedding": embedding,
+}
+"""By op of `mgvq_kernels.ops.OPS`."""
+
+
+def _reference(weight: VQWeight, dtype: torch.dtype) -> Tensor:
+    return reference.vq_dequantize(weight.to("cpu"), dtype)
+
+
+def _words(dtype: Any) -> str:
+    return str(dtype).removeprefix("torch.")
