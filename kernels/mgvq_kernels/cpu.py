@@ -1,8 +1,9 @@
 """Linear and embedding on a CPU over packed codes (called by `ops`, which has checked arguments).
 
-Few rows go through the partial-sum lookup of `cpu_lookup`; for many rows the matrix is decoded
-into a buffer that lives as long as the call, and torch multiplies. Large matrices are cut by output
-rows over as many threads as torch may use; the result does not depend on their number.
+Few rows go through the partial-sum lookup of `cpu_lookup`, or of `cpu_lookup_rows` eight at a time;
+for many rows the matrix is decoded into a small buffer, and torch multiplies. Large matrices are
+cut by output rows over as many threads as torch may use; the result does not depend on their
+number.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from mgvq_kernels import cpu_decode, cpu_lookup
+from mgvq_kernels import cpu_decode, cpu_lookup, cpu_lookup_rows
 from mgvq_kernels.cpu_order import STRIP_ROWS
 from mgvq_kernels.layout import Band, PackedVQ, Stage, VQLayout, VQWeight, pack
 
@@ -40,11 +41,13 @@ def lookup_linear(x: Tensor, weight: PackedVQ, bias: Tensor | None) -> Tensor:
     x_address, y_address, address = wide.data_ptr(), y.data_ptr(), weight.address
     bias_address = 0 if bias is None else bias.data_ptr()
     strips, codes = weight.strips, rows * weight.num_codes
+    is_alone = rows == 1 or HAS_BYTE_PERMUTE
+    lookup = cpu_lookup.lookup if is_alone else cpu_lookup_rows.lookup_rows
     if codes < THREAD_CODES:  # the hot path of small models: nothing between here and the kernel
-        cpu_lookup.lookup(x_address, y_address, bias_address, rows, address, 0, strips)
+        lookup(x_address, y_address, bias_address, rows, address, 0, strips)
     else:
         _over_strips(
-            lambda first, last: cpu_lookup.lookup(
+            lambda first, last: lookup(
                 x_address, y_address, bias_address, rows, address, first, last
             ),
             0,
@@ -116,6 +119,7 @@ def warm_up() -> None:
     )
     packed = pack(weight, "cpu")
     lookup_linear(torch.zeros(1, 32), packed, None)
+    lookup_linear(torch.zeros(2, 32), packed, None)
     decode(packed)
     embedding(torch.zeros(1, dtype=torch.int64), packed)
 
