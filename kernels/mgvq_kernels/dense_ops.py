@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mgvq_kernels import checks, reference
+from mgvq_kernels.installed import has_numba
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -196,7 +197,10 @@ def paged_attention(  # noqa: PLR0913
     checks.check_paged(q, (key_cache, value_cache), block_table, cu_seqlens_q, context_lens, scales)
     if not q.shape[0]:
         return torch.empty_like(q)
-    return reference.paged_attention(
+    backend = reference
+    if _is_compiled(q, key_cache):
+        backend = importlib.import_module("mgvq_kernels.cpu")
+    return backend.paged_attention(
         q, key_cache, value_cache, block_table, cu_seqlens_q, context_lens, scale, *scales
     )
 
@@ -241,4 +245,15 @@ def paged_attention_decode(
     if q.is_cuda and q.element_size() == 2:
         kernel = importlib.import_module("mgvq_kernels.triton.paged_attention")
         return kernel.paged_attention_decode(q.contiguous(), *arguments)
+    if _is_compiled(q, key_cache):
+        offsets, lengths = tuple(range(q.shape[0] + 1)), tuple(context_lens.tolist())
+        return paged_attention(
+            q, key_cache, value_cache, block_table, offsets, lengths, scale, *arguments[5:]
+        )
     return reference.paged_attention_decode(q, *arguments)
+
+
+def _is_compiled(q: Tensor, key_cache: Tensor) -> bool:
+    """Whether attention over this cache has a kernel of the cpu backend."""
+    is_wide = q.dtype is torch.float32 and key_cache.dtype in (torch.float32, torch.int8)
+    return q.device.type == "cpu" and is_wide and has_numba()

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.util
-import logging
 from typing import Any
 
 import torch
@@ -26,9 +24,9 @@ from mgvq_kernels.dense_ops import rope as rope
 from mgvq_kernels.dense_ops import swiglu as swiglu
 from mgvq_kernels.dense_ops import varlen_attention as varlen_attention
 from mgvq_kernels.dense_ops import write_kv as write_kv
+from mgvq_kernels.installed import has_numba as has_numba
+from mgvq_kernels.installed import has_triton as has_triton
 from mgvq_kernels.layout import PackedVQ, VQWeight, pack, unpack
-
-logger = logging.getLogger(__name__)
 
 OPS = (
     "vq_dequantize",
@@ -44,27 +42,6 @@ OPS = (
     "paged_attention_decode",
 )
 """Every op, each with a reference of the same name and a test."""
-
-
-@functools.cache
-def has_numba() -> bool:
-    """Say whether the cpu kernels can be compiled; logs the fallback once if they cannot."""
-    found = importlib.util.find_spec("numba") is not None
-    if not found:
-        logger.warning(
-            "numba is not installed: quantized layers on the CPU decode their weights at every "
-            "call, which is slow (install the 'cpu' extra)"
-        )
-    return found
-
-
-@functools.cache
-def has_triton() -> bool:
-    """Say whether the GPU kernels can be compiled; logs the fallback once if they cannot."""
-    found = importlib.util.find_spec("triton") is not None
-    if not found:
-        logger.warning("triton is not installed: quantized layers on the GPU run plain torch ops")
-    return found
 
 
 def pack_for(weight: VQWeight, device: torch.device | str) -> PackedVQ:
