@@ -1,13 +1,15 @@
-"""Linear and embedding on a CPU over packed codes (called by `ops`, which has checked arguments).
+"""Linear, embedding and attention on a CPU (called by `ops`, which has checked arguments).
 
-Few rows go through the partial-sum lookup of `cpu_lookup`; for many rows the matrix is decoded
-into a buffer that lives as long as the call, and torch multiplies. Large matrices are cut by output
-rows over as many threads as torch may use; the result does not depend on their number.
+Few rows go through the partial-sum lookup of `cpu_lookup`, or of `cpu_lookup_rows` eight at a time;
+for many rows the matrix is decoded into a small buffer, and torch multiplies. Large work is cut by
+output rows, or by request and head, over as many threads as torch may use; the result does not
+depend on their number.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -15,13 +17,16 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from mgvq_kernels import cpu_decode, cpu_lookup
+from mgvq_kernels import cpu_attention, cpu_decode, cpu_lookup, cpu_lookup_rows, reference
 from mgvq_kernels.cpu_order import STRIP_ROWS
 from mgvq_kernels.layout import Band, PackedVQ, Stage, VQLayout, VQWeight, pack
 
 THREAD_CODES = 1 << 20
 """Codes (times rows of x) below which a call stays on its own thread: about 100 us of work, where
 handing a part to another thread costs 20 to 50 us."""
+
+THREAD_PRODUCTS = 1 << 20
+"""Products of queries and keys below which attention stays on its own thread."""
 
 HAS_BYTE_PERMUTE = cpu_lookup.HAS_VBMI
 """Whether the lookup handles 64 codes at a time here; `dispatch` asks."""
@@ -40,11 +45,13 @@ def lookup_linear(x: Tensor, weight: PackedVQ, bias: Tensor | None) -> Tensor:
     x_address, y_address, address = wide.data_ptr(), y.data_ptr(), weight.address
     bias_address = 0 if bias is None else bias.data_ptr()
     strips, codes = weight.strips, rows * weight.num_codes
+    is_alone = rows == 1 or HAS_BYTE_PERMUTE
+    lookup = cpu_lookup.lookup if is_alone else cpu_lookup_rows.lookup_rows
     if codes < THREAD_CODES:  # the hot path of small models: nothing between here and the kernel
-        cpu_lookup.lookup(x_address, y_address, bias_address, rows, address, 0, strips)
+        lookup(x_address, y_address, bias_address, rows, address, 0, strips)
     else:
         _over_strips(
-            lambda first, last: cpu_lookup.lookup(
+            lambda first, last: lookup(
                 x_address, y_address, bias_address, rows, address, first, last
             ),
             0,
@@ -104,6 +111,51 @@ def embedding(ids: Tensor, weight: PackedVQ) -> Tensor:
     return out
 
 
+def paged_attention(  # noqa: PLR0913
+    q: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_table: Tensor,
+    cu_seqlens_q: tuple[int, ...],
+    context_lens: tuple[int, ...],
+    scale: float,
+    key_scales: Tensor | None,
+    value_scales: Tensor | None,
+) -> Tensor:
+    """Attend single tokens by the kernel, longer chunks one by one by torch: `[T, H, Dh]`.
+
+    Float32, over caches of float32 or of int8 with scales; a request's result depends on no other.
+    """
+    q, table = q.contiguous(), block_table.contiguous()
+    out = torch.empty_like(q)
+    caches, scales = (key_cache, value_cache), (key_scales, value_scales)
+    pointers = [tensor.data_ptr() for tensor in (q, out, table, *caches)]
+    pointers += [0 if one is None else one.data_ptr() for one in scales]
+    shapes = (*q.shape, *table.shape, *key_cache.shape[:3])
+    plan = torch.tensor([*pointers, *shapes, *cu_seqlens_q, *context_lens])
+    address = plan.data_ptr()
+    _over_threads(
+        lambda first, last: cpu_attention.paged_attention_decode(address, scale, first, last),
+        0,
+        table.shape[0] * key_cache.shape[2],
+        1,
+        sum(context_lens) * q.shape[1] * q.shape[2] >= THREAD_PRODUCTS,
+    )
+    if q.shape[0] > len(context_lens):
+        for r, (begin, end) in enumerate(itertools.pairwise(cu_seqlens_q)):
+            if end - begin > 1:
+                out[begin:end] = reference.paged_attention(
+                    q[begin:end],
+                    *caches,
+                    table[r : r + 1],
+                    (0, end - begin),
+                    context_lens[r : r + 1],
+                    scale,
+                    *scales,
+                )
+    return out
+
+
 def warm_up() -> None:
     """Compile every kernel, or load it from the disk cache."""
     layout = VQLayout(64, 32, (Band(0, 32, (Stage(4),)),))
@@ -116,8 +168,14 @@ def warm_up() -> None:
     )
     packed = pack(weight, "cpu")
     lookup_linear(torch.zeros(1, 32), packed, None)
+    lookup_linear(torch.zeros(2, 32), packed, None)
     decode(packed)
     embedding(torch.zeros(1, dtype=torch.int64), packed)
+    q, table = torch.zeros(1, 1, 32), torch.zeros(1, 1, dtype=torch.int32)
+    cache, scales = torch.zeros(1, 1, 1, 32), torch.zeros(1, 1, 1, dtype=torch.float16)
+    paged_attention(q, cache, cache, table, (0, 1), (1,), 1.0, None, None)
+    codes = cache.to(torch.int8)
+    paged_attention(q, codes, codes, table, (0, 1), (1,), 1.0, scales, scales)
 
 
 def _float32(x: Tensor) -> Tensor:
@@ -143,12 +201,19 @@ def _over_strips(run: Callable[[int, int], None], first: int, last: int, codes: 
     Little work (by the number of codes) stays on the calling thread. Runs are multiples of the
     strips one kernel pass serves, so that no thread works in half passes.
     """
-    passes = -(-(last - first) // cpu_lookup.WIDE_STRIPS)
-    threads = min(torch.get_num_threads(), passes) if codes >= THREAD_CODES else 1
+    _over_threads(run, first, last, cpu_lookup.WIDE_STRIPS, codes >= THREAD_CODES)
+
+
+def _over_threads(
+    run: Callable[[int, int], None], first: int, last: int, unit: int, is_much: bool
+) -> None:
+    """Cut first..last into equal runs of whole units, one a thread, if there is much to do."""
+    units = -(-(last - first) // unit)
+    threads = min(torch.get_num_threads(), units) if is_much else 1
     if threads == 1:
         run(first, last)
         return
-    cuts = [first + passes * i // threads * cpu_lookup.WIDE_STRIPS for i in range(threads)]
+    cuts = [first + units * i // threads * unit for i in range(threads)]
     cuts.append(last)
     pool = _pool(os.getpid(), threads)
     waiting = [pool.submit(run, cuts[i], cuts[i + 1]) for i in range(1, threads)]

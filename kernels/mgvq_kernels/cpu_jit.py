@@ -1,5 +1,5 @@
 # mypy: disable-error-code="untyped-decorator"
-"""How the cpu kernels are compiled and reach memory (called by `cpu_lookup` and `cpu_decode`).
+"""How the cpu kernels are compiled and reach memory (called by the `cpu_*` files).
 
 They are compiled on first use and kept on disk; arguments are raw addresses, because a call with
 arrays costs more than a small matrix does.

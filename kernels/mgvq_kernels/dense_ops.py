@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mgvq_kernels import checks, dispatch, reference
-from mgvq_kernels.installed import has_triton
+from mgvq_kernels.installed import has_numba, has_triton
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -202,8 +202,9 @@ def paged_attention(  # noqa: PLR0913
         return torch.empty_like(q)
     one_each = cu_seqlens_q == tuple(range(R + 1))
     path = _attention_path(q, key_cache, one_each)
-    if path == "reference":
-        return reference.paged_attention(
+    if path in ("cpu", "reference"):
+        backend = reference if path == "reference" else importlib.import_module("mgvq_kernels.cpu")
+        return backend.paged_attention(
             q, *caches, block_table, cu_seqlens_q, context_lens, scale, *scales
         )
     table = block_table.contiguous()
@@ -255,7 +256,11 @@ def paged_attention_prefill(  # noqa: PLR0913
     if not q.shape[0]:
         return torch.empty_like(q)
     arguments = (*caches, block_table, cu_seqlens_q, context_lens, scale, *scales)
-    if _attention_path(q, key_cache, False) == "reference":
+    path = _attention_path(q, key_cache, False)
+    if path == "cpu":
+        offsets, lengths = tuple(cu_seqlens_q.tolist()), tuple(context_lens.tolist())
+        return paged_attention(q, *caches, block_table, offsets, lengths, scale, *scales)
+    if path == "reference":
         return reference.paged_attention_prefill(q, *arguments)
     kernel = importlib.import_module("mgvq_kernels.triton.paged_prefill")
     return kernel.paged_attention_prefill(q.contiguous(), *arguments)
@@ -297,7 +302,11 @@ def paged_attention_decode(
     caches, scales = (key_cache, value_cache), (key_scales, value_scales)
     checks.check_device_lengths(q, caches, block_table, None, context_lens, scales)
     arguments = (*caches, block_table, context_lens, scale, *scales)
-    if _attention_path(q, key_cache, True) == "reference":
+    path = _attention_path(q, key_cache, True)
+    if path == "cpu":
+        offsets, lengths = tuple(range(q.shape[0] + 1)), tuple(context_lens.tolist())
+        return paged_attention(q, *caches, block_table, offsets, lengths, scale, *scales)
+    if path == "reference":
         return reference.paged_attention_decode(q, *arguments)
     kernel = importlib.import_module("mgvq_kernels.triton.paged_attention")
     return kernel.paged_attention_decode(q.contiguous(), *arguments)
@@ -305,5 +314,7 @@ def paged_attention_decode(
 
 def _attention_path(q: Tensor, key_cache: Tensor, one_token_each: bool) -> str:
     """Choose the path of attention over a paged cache."""
-    is_half = q.element_size() == 2 and key_cache.dtype in (q.dtype, torch.int8)
-    return dispatch.choose_attention(q.device.type, is_half, one_token_each, has_triton())
+    if key_cache.dtype not in (q.dtype, torch.int8):
+        return "reference"
+    numba, triton = q.is_cpu and has_numba(), q.is_cuda and has_triton()
+    return dispatch.choose_attention(q.device.type, q.dtype, one_token_each, numba, triton)

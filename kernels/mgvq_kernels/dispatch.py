@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 
+import torch
+
 from mgvq_kernels.layout import VQLayout
 
 LOOKUP_ROWS = 32
@@ -15,9 +17,11 @@ torch 2.13, 2026-11, us, lookup / decode + matmul: 512x256 196 / 229 at 32 rows,
 8960x1536 11,800 / 40,900 at 32 rows, 24,000 / 29,950 at 64. More rows are decoded on large
 matrices too: there it is then exact in float32."""
 
-GATHER_ROWS = 4
-"""Most rows of x that are looked up elsewhere, where each code costs a gather. The same core with
-VBMI switched off, us: 1536x256 70 a row, 180 to decode; 1536x8960 2,100 a row, 8,700 to decode."""
+GATHER_ROWS = 64
+"""Most rows of x that are looked up elsewhere, eight at a time. One Zen 3 core (AVX2) of a busy
+machine, torch 2.13, 2026-11, us, lookup / decode + matmul: 1536x256 95 / 622 at 8 rows, 1,011 /
+1,975 at 64, 1,300 / 2,355 at 128; 256x768 137 / 361, 765 / 888, 1,364 / 1,164; 1536x1536 744 /
+11,941 at 8 rows."""
 
 TRITON_GEMV_ROWS = 4
 TRITON_GEMM_ROWS = 64
@@ -106,19 +110,26 @@ def choose_backend(  # noqa: PLR0913
 
 
 def choose_attention(
-    device_type: str, is_half: bool, one_token_each: bool, triton_available: bool
+    device_type: str,
+    dtype: torch.dtype,
+    one_token_each: bool,
+    numba_available: bool,
+    triton_available: bool,
 ) -> str:
     """Choose the path of attention over a paged cache.
 
     Args:
         device_type: where the cache lives.
-        is_half: whether q is float16 or bfloat16, and the cache of its dtype or int8.
+        dtype: of the queries; the cache has it too, or is int8.
         one_token_each: whether every request brings one new token.
+        numba_available: whether the cpu kernels can be compiled.
         triton_available: whether Triton kernels can be compiled.
 
     Returns:
-        "triton_decode", "triton_prefill" or "reference".
+        "triton_decode", "triton_prefill", "cpu" or "reference".
     """
-    if device_type != "cuda" or not is_half or not triton_available:
+    if device_type == "cpu" and dtype is torch.float32 and numba_available:
+        return "cpu"
+    if device_type != "cuda" or dtype.itemsize != 2 or not triton_available:
         return "reference"
     return "triton_decode" if one_token_each else "triton_prefill"

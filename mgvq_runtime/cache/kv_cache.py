@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from mgvq_runtime.config import ModelFacts
+from mgvq_runtime.layers.forward_batch import LayerCache
 
 
 class KVCache:
@@ -22,23 +23,27 @@ class KVCache:
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        """Allocate the pool, all zeros: padding must never hold a NaN."""
-        self._pool = torch.zeros(
-            facts.num_hidden_layers,
-            2,
-            num_blocks,
-            block_size,
-            facts.num_key_value_heads,
-            facts.head_dim,
-            dtype=dtype,
-            device=device,
-        )  # [layers, 2, num_blocks, block_size, Hk, Dh]
-        self.layers: tuple[tuple[torch.Tensor, torch.Tensor], ...] = tuple(
-            (layer[0], layer[1]) for layer in self._pool
+        """Allocate the pool, all zeros: padding must never hold a NaN.
+
+        Args:
+            facts: Shapes of the model.
+            num_blocks: Blocks, the reserved block 0 included.
+            block_size: Tokens of a block.
+            device: Where the pool lies.
+            dtype: A floating type, or int8, which has a float16 scale a token and head.
+        """
+        shape = (facts.num_hidden_layers, 2, num_blocks, block_size, facts.num_key_value_heads)
+        pool = torch.zeros(*shape, facts.head_dim, dtype=dtype, device=device)
+        self._tensors = [pool]  # [layers, 2, num_blocks, block_size, Hk, Dh]
+        if dtype is torch.int8:
+            self._tensors.append(torch.zeros(shape, dtype=torch.float16, device=device))
+        self.layers: tuple[LayerCache, ...] = tuple(
+            LayerCache(*(half for tensor in self._tensors for half in tensor[layer]))
+            for layer in range(facts.num_hidden_layers)
         )
-        """Per layer the key and the value blocks, each `[num_blocks, block_size, Hk, Dh]`."""
+        """One a layer, views of the pool."""
 
     @property
     def num_bytes(self) -> int:
-        """Size of the pool."""
-        return self._pool.numel() * self._pool.element_size()
+        """Size of the pool, scales included."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self._tensors)

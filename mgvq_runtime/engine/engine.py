@@ -30,6 +30,7 @@ from mgvq_runtime.engine.memory import (
     peak_rss_bytes,
     weights_bytes,
 )
+from mgvq_runtime.engine.memory_demand import model_facts
 from mgvq_runtime.engine.memory_plan import MemoryPlan
 from mgvq_runtime.engine.model_runner import ModelRunner
 from mgvq_runtime.engine.output import OutputText
@@ -37,7 +38,7 @@ from mgvq_runtime.engine.prompt_check import check_prompt
 from mgvq_runtime.engine.sampler import BAD_ROW, Sample, sample
 from mgvq_runtime.engine.scheduler import Chunk, Scheduler
 from mgvq_runtime.engine.sequence import ImageKey, Sequence
-from mgvq_runtime.engine.startup import model_facts, start
+from mgvq_runtime.engine.startup import start
 from mgvq_runtime.errors import ContextLengthError, EngineDeadError, RequestError
 from mgvq_runtime.models.causal_lm import CausalLM
 from mgvq_runtime.models.config import ModelConfig
@@ -81,7 +82,7 @@ class Engine:
             config.num_kv_blocks,
             config.block_size,
             device,
-            getattr(torch, config.dtype),
+            getattr(torch, config.kv_cache_dtype),
         )
         images = LRUCache[ImageKey, torch.Tensor](config.image_cache_bytes)
         self._runner = ModelRunner(model, cache, images, config)
@@ -100,7 +101,7 @@ class Engine:
         self._sequences: dict[str, Sequence] = {}
         self._seeds = random.Random(config.seed)
         self._clock = clock
-        self._cache_facts = (repr(model.config), config.dtype)
+        self._cache_facts = (repr(model.config), config.dtype, config.kv_cache_dtype)
         self._is_dead = False
 
     @classmethod

@@ -10,19 +10,33 @@ import math
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from mgvq_runtime.cache.kv_cache import KVCache
 from mgvq_runtime.checkpoint.bits import TOTAL, count_bits
 from mgvq_runtime.checkpoint.reader import Checkpoint
-from mgvq_runtime.config import EngineConfig
+from mgvq_runtime.config import EngineConfig, ModelFacts, resolve_kv_cache_dtype
 from mgvq_runtime.engine.memory_plan import MemoryDemand
 from mgvq_runtime.layers.forward_batch import ForwardBatch
 from mgvq_runtime.models.activations import decoder_activation_bytes, vision_activation_bytes
 from mgvq_runtime.models.causal_lm import CausalLM
 from mgvq_runtime.models.config import ModelConfig
 from mgvq_runtime.multimodal.processors import ImageProcessor
+
+
+def model_facts(config: ModelConfig, is_quantized: bool) -> ModelFacts:
+    """Return what planning must know of a model."""
+    text = config.text_config
+    return ModelFacts(
+        max_position_embeddings=text.max_position_embeddings,
+        is_quantized=is_quantized,
+        num_hidden_layers=text.num_hidden_layers,
+        num_key_value_heads=text.num_key_value_heads,
+        head_dim=text.head_dim,
+    )
 
 
 def available_bytes(device: torch.device) -> int:
@@ -134,8 +148,9 @@ def read_longest_chunk(model: CausalLM, config: EngineConfig, max_model_len: int
     device = next(model.parameters()).device
     T = min(config.max_batch_tokens, max_model_len)
     num_blocks = -(-max_model_len // size)
-    shape = (num_blocks, size, text.num_key_value_heads, text.head_dim)
-    pool = (torch.zeros(shape, dtype=model.dtype, device=device),) * 2
+    one_layer = replace(model_facts(model.config, is_quantized=False), num_hidden_layers=1)
+    dtype = resolve_kv_cache_dtype(config.kv_cache_dtype, str(model.dtype).removeprefix("torch."))
+    cache = KVCache(one_layer, num_blocks, size, device, getattr(torch, dtype))
     places = torch.arange(max_model_len - T, max_model_len, device=device)  # [T]
     batch = ForwardBatch(
         positions=places.expand(3, T),
@@ -143,7 +158,7 @@ def read_longest_chunk(model: CausalLM, config: EngineConfig, max_model_len: int
         context_lens=(max_model_len,),
         block_table=torch.arange(num_blocks, dtype=torch.int32, device=device)[None],
         slot_mapping=places,
-        kv_cache=(pool,) * text.num_hidden_layers,
+        kv_cache=cache.layers * text.num_hidden_layers,
     )
     hidden = model(model.embed(torch.zeros_like(places)), batch)  # [T, D]
     model.logits(hidden[: config.max_num_seqs])

@@ -17,6 +17,7 @@ from mgvq_runtime.config import (
     EngineConfig,
     ModelFacts,
     kv_block_bytes,
+    resolve_kv_cache_dtype,
     resolve_model_len,
 )
 from mgvq_runtime.errors import ConfigError
@@ -56,6 +57,7 @@ class MemoryPlan:
     prefill_bytes: int
     image_cache_bytes: int
     headroom_bytes: int
+    kv_cache_dtype: str
     kv_block_bytes: int
     num_kv_blocks: int
     block_size: int
@@ -94,7 +96,8 @@ class MemoryPlan:
         yield f"  encoding pictures       {_mib(self.vision_bytes)}  {how}, not at the same time as"
         yield f"  reading prompts         {_mib(self.prefill_bytes)}  {how}"
         yield f"  encoded pictures        {_mib(self.image_cache_bytes)}  kept for reuse"
-        yield f"  keys and values         {_mib(self.kv_cache_bytes)}  {tokens:,} tokens{share}"
+        pool = f"{self.kv_cache_dtype}, {tokens:,} tokens{share}"
+        yield f"  keys and values         {_mib(self.kv_cache_bytes)}  {pool}"
         yield f"  planned                 {_mib(self.planned_bytes)}"
         yield f"  headroom                {_mib(self.headroom_bytes)}"
 
@@ -108,7 +111,7 @@ def plan_memory(
         config: What the user said; `gpu_memory_limit` caps what is there on any device.
         facts: Shapes of the model.
         device: "cpu" or "cuda:N".
-        dtype: Of activations and of the pool.
+        dtype: Of activations.
         demand: What is there and what is taken.
 
     Raises:
@@ -123,7 +126,8 @@ def plan_memory(
     image_cache = config.image_cache_bytes * (2 if is_cpu else 1) if demand.max_image_tokens else 0
     forward = max(demand.vision_bytes, demand.prefill_bytes)
     left = available - demand.weights_bytes - forward - image_cache - headroom
-    block_bytes = kv_block_bytes(facts, config.block_size, dtype)
+    kv_cache_dtype = resolve_kv_cache_dtype(config.kv_cache_dtype, dtype)
+    block_bytes = kv_block_bytes(facts, config.block_size, kv_cache_dtype)
     max_model_len = resolve_model_len(config, facts)
     wanted = (config.max_num_seqs * -(-max_model_len // config.block_size) + 1) * block_bytes
     cap = config.kv_cache_bytes or (MAX_AUTO_KV_CACHE_BYTES_CPU if is_cpu else wanted)
@@ -136,6 +140,7 @@ def plan_memory(
         prefill_bytes=demand.prefill_bytes,
         image_cache_bytes=image_cache,
         headroom_bytes=headroom,
+        kv_cache_dtype=kv_cache_dtype,
         kv_block_bytes=block_bytes,
         num_kv_blocks=num_blocks,
         block_size=config.block_size,

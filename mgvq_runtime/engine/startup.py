@@ -28,11 +28,11 @@ from mgvq_runtime.engine.memory_demand import (
     checkpoint_bytes,
     estimated_demand,
     measured_demand,
+    model_facts,
     worst_patches,
 )
 from mgvq_runtime.engine.memory_plan import MemoryPlan, plan_memory
 from mgvq_runtime.models.causal_lm import CausalLM
-from mgvq_runtime.models.config import ModelConfig
 from mgvq_runtime.models.loading import fill_model, model_config
 from mgvq_runtime.multimodal.chat import ChatProcessor
 
@@ -136,21 +136,10 @@ def start(path: str | Path | None, config: EngineConfig) -> Started:
         max_num_seqs=config.max_num_seqs,
         max_batch_tokens=config.max_batch_tokens,
         block_size=config.block_size,
+        kv_cache_dtype=plan.kv_cache_dtype,
         num_kv_blocks=plan.num_kv_blocks,
         max_batch_patches=patches if images is None else worst_patches(config, images.max_grid),
         image_cache_bytes=config.image_cache_bytes,
         seed=config.seed,
     )
     return Started(model, opened.chat_processor, resolved, plan)
-
-
-def model_facts(config: ModelConfig, is_quantized: bool) -> ModelFacts:
-    """Return what planning must know of a model."""
-    text = config.text_config
-    return ModelFacts(
-        max_position_embeddings=text.max_position_embeddings,
-        is_quantized=is_quantized,
-        num_hidden_layers=text.num_hidden_layers,
-        num_key_value_heads=text.num_key_value_heads,
-        head_dim=text.head_dim,
-    )

@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from mgvq_kernels import ops
-from mgvq_runtime.layers.forward_batch import ForwardBatch
+from mgvq_runtime.layers.forward_batch import ForwardBatch, LayerCache
 from mgvq_runtime.layers.linear import LayerFactory
 
 
@@ -53,7 +53,7 @@ class Attention(nn.Module):
         cos: Tensor,
         sin: Tensor,
         batch: ForwardBatch,
-        kv_cache: tuple[Tensor, Tensor] | None,
+        kv_cache: LayerCache | None,
     ) -> Tensor:
         """Return `[T, D]`, the mixed values.
 
@@ -75,20 +75,26 @@ class Attention(nn.Module):
         return self.o_proj(mixed.reshape(T, -1))  # [T, H * Dh]
 
     def _through_cache(
-        self, q: Tensor, k: Tensor, v: Tensor, batch: ForwardBatch, cache: tuple[Tensor, Tensor]
+        self, q: Tensor, k: Tensor, v: Tensor, batch: ForwardBatch, cache: LayerCache
     ) -> Tensor:
         """Write this forward's keys and values, then attend over each request's whole context."""
-        key_cache, value_cache = cache
+        keys, values, *scales = cache
         assert batch.slot_mapping is not None, "a batch with a cache needs a slot_mapping"
         assert batch.block_table is not None, "a batch with a cache needs a block_table"
+        ops.write_kv(k, v, keys, values, batch.slot_mapping, *scales)
+        lengths = batch.context_lens_tensor
+        if lengths is not None and lengths.shape[0] == batch.num_tokens:
+            return ops.paged_attention_decode(
+                q, keys, values, batch.block_table, lengths, self.scale, *scales
+            )
         assert batch.context_lens is not None, "a batch with a cache needs context_lens"
-        ops.write_kv(k, v, key_cache, value_cache, batch.slot_mapping)
         return ops.paged_attention(
             q,
-            key_cache,
-            value_cache,
+            keys,
+            values,
             batch.block_table,
             batch.cu_seqlens_q,
             batch.context_lens,
             self.scale,
+            *scales,
         )

@@ -7,9 +7,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class LayerCache(NamedTuple):
+    """The cached keys and values of one layer."""
+
+    keys: Tensor
+    """`[num_blocks, block_size, Hk, Dh]`, floating or int8."""
+    values: Tensor
+    """The same."""
+    key_scales: Tensor | None = None
+    """`[num_blocks, block_size, Hk]` float16 that int8 keys are multiplied by."""
+    value_scales: Tensor | None = None
+    """The same for values."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,8 +45,11 @@ class ForwardBatch:
     """`[R, max_blocks]` int32: cache blocks of each request, in order."""
     slot_mapping: Tensor | None = None
     """`[T]` int64: block * block_size + offset where each token's key and value go."""
-    kv_cache: Sequence[tuple[Tensor, Tensor]] | None = None
-    """A layer's key and value cache, each `[num_blocks, block_size, Hk, Dh]`."""
+    kv_cache: Sequence[LayerCache] | None = None
+    """One a layer."""
+    context_lens_tensor: Tensor | None = None
+    """`[R]` int32: `context_lens` where the caches lie; where it is given and every request has one
+    new token, attention reads its lengths there."""
 
     @classmethod
     def of_sequence(cls, positions: Tensor) -> ForwardBatch:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mgvq_runtime.layers.attention import Attention
-from mgvq_runtime.layers.forward_batch import ForwardBatch
+from mgvq_runtime.layers.forward_batch import ForwardBatch, LayerCache
 from mgvq_runtime.layers.linear import LayerFactory
 from mgvq_runtime.layers.mlp import GatedMLP
 from mgvq_runtime.layers.norm import RMSNorm
@@ -45,7 +45,7 @@ class DecoderLayer(nn.Module):
         cos: Tensor,
         sin: Tensor,
         batch: ForwardBatch,
-        kv_cache: tuple[Tensor, Tensor] | None = None,
+        kv_cache: LayerCache | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Return the block's MLP output and the stream before it; their sum is the hidden state.
 

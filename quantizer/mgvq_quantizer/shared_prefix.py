@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from mgvq_quantizer.batches import encode_pictures
-from mgvq_runtime.layers.forward_batch import ForwardBatch
+from mgvq_runtime.layers.forward_batch import ForwardBatch, LayerCache
 from mgvq_runtime.models.causal_lm import CausalLM
 from mgvq_runtime.request import ImageInput, Prompt
 
@@ -147,7 +147,7 @@ def answer_states(model: CausalLM, exam: Exam) -> Tensor:
     text = model.config.text_config
     shape = (exam.num_blocks, _BLOCK, text.num_key_value_heads, text.head_dim)
     cache = [
-        (parameter.new_zeros(shape), parameter.new_zeros(shape))
+        LayerCache(parameter.new_zeros(shape), parameter.new_zeros(shape))
         for _ in range(text.num_hidden_layers)
     ]
     if exam.prefixes is not None:
@@ -155,9 +155,7 @@ def answer_states(model: CausalLM, exam: Exam) -> Tensor:
     return _forward(model, exam.rests, pictures, cache)[exam.answer_rows]
 
 
-def _forward(
-    model: CausalLM, half: _Half, pictures: Tensor, cache: list[tuple[Tensor, Tensor]]
-) -> Tensor:
+def _forward(model: CausalLM, half: _Half, pictures: Tensor, cache: list[LayerCache]) -> Tensor:
     embeds = model.embed(half.token_ids)  # [T, D]
     places = (half.picture_rows >= 0).nonzero()[:, 0]
     if len(places):

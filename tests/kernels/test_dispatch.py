@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from mgvq_kernels import dispatch
 from mgvq_kernels.layout import VQLayout
@@ -63,16 +64,18 @@ def test_an_unknown_op_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("device", "is_half", "one_each", "triton", "path"),
+    ("device", "dtype", "one_each", "compilers", "path"),
     [
-        ("cuda", True, True, True, "triton_decode"),
-        ("cuda", True, False, True, "triton_prefill"),
-        ("cuda", False, True, True, "reference"),
-        ("cuda", True, False, False, "reference"),
-        ("cpu", True, True, True, "reference"),
+        ("cuda", torch.float16, True, True, "triton_decode"),
+        ("cuda", torch.bfloat16, False, True, "triton_prefill"),
+        ("cuda", torch.float32, True, True, "reference"),
+        ("cuda", torch.float16, False, False, "reference"),
+        ("cpu", torch.float32, True, True, "cpu"),
+        ("cpu", torch.float32, False, False, "reference"),
+        ("cpu", torch.bfloat16, True, True, "reference"),
     ],
 )
 def test_attention_follows_the_batch(
-    device: str, is_half: bool, one_each: bool, triton: bool, path: str
+    device: str, dtype: torch.dtype, one_each: bool, compilers: bool, path: str
 ) -> None:
-    assert dispatch.choose_attention(device, is_half, one_each, triton) == path
+    assert dispatch.choose_attention(device, dtype, one_each, compilers, compilers) == path

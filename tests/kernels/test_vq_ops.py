@@ -173,10 +173,23 @@ def test_repeats_and_batches_are_bitwise_equal(mixed: tuple[VQWeight, np.ndarray
         assert torch.equal(ops.vq_linear(x[i : i + 1], packed)[0], first[i])
 
 
+def test_eight_rows_at_a_time_are_exact_and_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where this processor would permute bytes; more strips than one table serves."""
+    monkeypatch.setattr(cpu, "HAS_BYTE_PERMUTE", False)
+    weight = random_weight(VQLayout.uniform(4166, 32, 3, has_permutation=True))
+    packed, x, bias = pack(weight, "cpu"), torch.randn(11, 32), torch.randn(4166)
+    y = cpu.lookup_linear(x, packed, bias)
+    expected = x.double().numpy() @ oracle(weight).T + bias.double().numpy()
+    assert relative_error(y, expected) < REFERENCE_ERROR
+    for i in range(11):
+        pair = x[[i, 0]]  # two rows take the same way in other lanes
+        assert torch.equal(cpu.lookup_linear(pair, packed, bias)[0], y[i])
+
+
 def test_threads_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = random_weight(VQLayout.uniform(1000, 96, 2, has_permutation=True))
     packed = pack(weight, "cpu")
-    x = torch.randn(2, 96)
+    x = torch.randn(3, 96)
     alone = (cpu.lookup_linear(x, packed, None), cpu.decode_linear(x, packed, None))
     monkeypatch.setattr(cpu, "THREAD_CODES", 1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)

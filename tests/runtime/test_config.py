@@ -17,6 +17,7 @@ from mgvq_runtime.config import (
     field_docs,
     resolve_device,
     resolve_dtype,
+    resolve_kv_cache_dtype,
     resolve_model_len,
 )
 from mgvq_runtime.errors import ConfigError
@@ -67,6 +68,7 @@ def test_flags_can_be_left_out() -> None:
         ({"max_model_length": 5}, "did you mean 'max_model_len'"),
         ({"zzz": 1}, "known ones: checkpoint, "),
         ({"dtype": "int4"}, "dtype must be one of auto, float32"),
+        ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype must be one of auto, int8, got 'fp8'"),
         ({"device": "tpu"}, "device must be auto, cpu, cuda"),
         ({"device": "cuda:x"}, "device must be auto, cpu, cuda"),
         ({"block_size": 0}, "block_size must be an integer of at least 1"),
@@ -95,6 +97,12 @@ def test_dtype_auto_goes_by_device_and_checkpoint() -> None:
     assert resolve_dtype("auto", "cuda:0", True) == "float16"
     assert resolve_dtype("auto", "cuda:0", False) == "bfloat16"
     assert resolve_dtype("bfloat16", "cpu", False) == "bfloat16"
+
+
+def test_the_pool_has_the_type_of_activations_unless_told_otherwise() -> None:
+    assert resolve_kv_cache_dtype("auto", "bfloat16") == "bfloat16"
+    assert resolve_kv_cache_dtype("int8", "bfloat16") == "int8"
+    assert parse("--kv-cache-dtype", "int8").kv_cache_dtype == "int8"
 
 
 def test_context_is_the_models_own_up_to_8192_and_never_longer() -> None:

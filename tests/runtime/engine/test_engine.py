@@ -162,9 +162,9 @@ def test_a_poisoned_picture_ends_its_own_request_alone(make_engine: MakeEngine) 
 
 def test_slots_beyond_the_context_are_never_read(make_engine: MakeEngine) -> None:
     engine, poisoned = make_engine(), make_engine()
-    for keys, values in poisoned._runner.kv_cache.layers:
-        keys.fill_(float("nan"))
-        values.fill_(float("nan"))
+    for layer in poisoned._runner.kv_cache.layers:
+        layer.keys.fill_(float("nan"))
+        layer.values.fill_(float("nan"))
     expected, found = run(engine, prompts(engine)), run(poisoned, prompts(poisoned))
     assert {k: tokens(v) for k, v in found.items()} == {k: tokens(v) for k, v in expected.items()}
 

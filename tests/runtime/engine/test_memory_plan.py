@@ -53,6 +53,14 @@ def test_the_pool_gets_what_is_left() -> None:
     assert plan.max_model_len == 4096
 
 
+def test_an_int8_pool_holds_more_tokens_in_the_same_bytes() -> None:
+    assert kv_block_bytes(FACTS, 16, "int8") == BLOCK // 2 + 2 * 3 * 2 * 2 * 16  # codes, scales
+    config = EngineConfig(kv_cache_bytes=100 * BLOCK, kv_cache_dtype="int8")
+    plan = plan_memory(config, FACTS, "cuda:0", "float16", DEMAND)
+    assert plan.num_kv_blocks == 100 * BLOCK // kv_block_bytes(FACTS, 16, "int8") > 150
+    assert any("int8" in line for line in plan.lines())
+
+
 def test_the_pool_takes_no_more_than_is_of_use_and_no_more_than_is_allowed() -> None:
     config = EngineConfig(max_num_seqs=2, max_model_len=100)
     assert plan_memory(config, FACTS, "cuda:0", "float16", DEMAND).num_kv_blocks == 2 * 7 + 1

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from mgvq_runtime.layers.forward_batch import ForwardBatch
+from mgvq_runtime.layers.forward_batch import ForwardBatch, LayerCache
 from mgvq_runtime.models.causal_lm import CausalLM
 from mgvq_runtime.multimodal.prompt import mrope_positions
 from mgvq_runtime.request import ImageInput
@@ -68,7 +68,9 @@ class PagedRunner:
         self.model, self.block_size = model, block_size
         layers = range(text.num_hidden_layers)
         # NaN everywhere: a read of a slot that was never written shows.
-        self.caches = [(torch.full(shape, torch.nan), torch.full(shape, torch.nan)) for _ in layers]
+        self.caches = [
+            LayerCache(torch.full(shape, torch.nan), torch.full(shape, torch.nan)) for _ in layers
+        ]
         order = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(7))
         self.free = order.tolist()
 

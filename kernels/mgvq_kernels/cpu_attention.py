@@ -1,0 +1,153 @@
+# mypy: disable-error-code="untyped-decorator"
+"""Numba kernel of attention of single tokens over a paged cache (called by `cpu`).
+
+Blocks are read where they lie, int8 ones multiplied by their scales as they are read; nothing is
+gathered. A request's result depends on no other request. Nothing is checked here.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from numba import (  # noqa: TID253 (this file is made of it)
+    carray,
+    float32,
+    int8,
+    int32,
+    int64,
+    njit,
+    uint16,
+)
+
+from mgvq_kernels.cpu_jit import compile_cached, pointer
+
+PLAN_FIELDS = 15
+"""Numbers of a plan before the offsets."""
+
+SUMS_IN_ANY_ORDER = {"reassoc", "nsz", "contract"}
+"""What a dot product may do to be made of vectors; NaN and infinity keep their meaning."""
+
+
+@njit(fastmath=SUMS_IN_ANY_ORDER)
+def _dot(x: Any, y: Any) -> Any:
+    total = float32(0.0)
+    for d in range(x.size):
+        total += x[d] * float32(y[d])
+    return total
+
+
+@njit
+def _half(bits: int) -> Any:
+    """Read a float16 that is not negative, which numba does not know on a CPU; infinity is NaN."""
+    if bits >= 0x7C00:
+        return float32(math.nan)
+    return np.int32(bits << 13).view(np.float32) * float32(2.0**112)
+
+
+@njit
+def _softmax(scores: Any) -> Any:
+    """Leave exp(score - best) in place; return one over their sum."""
+    best = scores[0]
+    for j in range(1, scores.size):
+        best = max(best, scores[j])
+    total = float32(0.0)
+    for j in range(scores.size):
+        scores[j] = math.exp(scores[j] - best)
+        total += scores[j]
+    return float32(1.0) / total
+
+
+@njit(fastmath={"contract"})
+def _add_scaled(out: Any, x: Any, factor: Any) -> None:
+    for d in range(out.size):
+        out[d] += factor * float32(x[d])
+
+
+@njit
+def _attend(
+    q: Any, first_head: int, caches: Any, scales: Any, blocks: Any, head: int, scores: Any, out: Any
+) -> None:
+    """Attend some query heads of `q, out [H, Dh]`, those of one key/value head, to cached tokens.
+
+    `scores [G, S]` says how many heads and tokens; q is scaled.
+    """
+    keys, values = caches
+    key_scales, value_scales = scales
+    size = keys.shape[1]
+    group, length = scores.shape
+    for j in range(length):
+        block, offset = blocks[j // size], j % size
+        factor = _half(key_scales[block, offset, head]) if key_scales.size else float32(1.0)
+        for g in range(group):
+            scores[g, j] = factor * _dot(q[first_head + g], keys[block, offset, head])
+    for g in range(group):
+        share = _softmax(scores[g])
+        for j in range(length):
+            scores[g, j] *= share
+        out[first_head + g] = 0.0
+    for j in range(length):
+        block, offset = blocks[j // size], j % size
+        factor = _half(value_scales[block, offset, head]) if value_scales.size else float32(1.0)
+        for g in range(group):
+            _add_scaled(out[first_head + g], values[block, offset, head], scores[g, j] * factor)
+
+
+@njit
+def _attend_pairs(
+    tensors: Any, caches: Any, scales: Any, scale: Any, first: int, last: int
+) -> None:
+    """Attend for the pairs first..last of a request with one new token and a key/value head."""
+    q, out, table, offsets, lengths = tensors
+    num_heads = caches[0].shape[2]
+    group = q.shape[1] // num_heads
+    for pair in range(first, last):
+        r, head = pair // num_heads, pair % num_heads
+        t = offsets[r]
+        if offsets[r + 1] - t == 1:
+            scores = np.empty((group, lengths[r]), np.float32)
+            scaled = q[t] * scale
+            _attend(scaled, head * group, caches, scales, table[r], head, scores, out[t])
+
+
+@compile_cached
+def paged_attention_decode(plan_address: int, scale: float, first: int, last: int) -> None:
+    """Attend for the pairs first..last of request and key/value head; others are left alone.
+
+    The plan is int64: addresses of q `[T, H, Dh]` float32, the result, block_table `[R, width]`
+    int32, keys and values `[num_blocks, block_size, Hk, Dh]`, and of their scales
+    `[num_blocks, block_size, Hk]` float16 (int8 caches) or zeros (float32 ones); T, H, Dh, R,
+    width, num_blocks, block_size, Hk; R + 1 offsets into q; R lengths. One number, because
+    a call with tuples costs 20 us.
+    """
+    head = carray(pointer(plan_address), PLAN_FIELDS, int64)
+    T, H, Dh, R, width = head[7], head[8], head[9], head[10], head[11]
+    scale_shape = (head[12], head[13], head[14])
+    cache_shape = (head[12], head[13], head[14], Dh)
+    plan = carray(pointer(plan_address), PLAN_FIELDS + 2 * R + 1, int64)
+    tensors = (
+        carray(pointer(head[0]), (T, H, Dh), float32),
+        carray(pointer(head[1]), (T, H, Dh), float32),
+        carray(pointer(head[2]), (R, width), int32),
+        plan[PLAN_FIELDS : PLAN_FIELDS + R + 1],
+        plan[PLAN_FIELDS + R + 1 :],
+    )
+    factor = float32(scale)
+    if head[5]:
+        codes = (
+            carray(pointer(head[3]), cache_shape, int8),
+            carray(pointer(head[4]), cache_shape, int8),
+        )
+        scales = (
+            carray(pointer(head[5]), scale_shape, uint16),
+            carray(pointer(head[6]), scale_shape, uint16),
+        )
+        _attend_pairs(tensors, codes, scales, factor, first, last)
+    else:
+        caches = (
+            carray(pointer(head[3]), cache_shape, float32),
+            carray(pointer(head[4]), cache_shape, float32),
+        )
+        nothing = np.empty((0, 0, 0), np.uint16)
+        _attend_pairs(tensors, caches, (nothing, nothing), factor, first, last)
