@@ -60,6 +60,9 @@ class EngineConfig:
     image_cache_bytes: int = 128 << 20
     """Bytes of encoded pictures kept beside the model, and of prepared ones in main memory, for
     pictures that come again; 0 keeps none."""
+    enforce_eager: bool = False
+    """Launch every kernel of a decode step anew on a GPU, instead of replaying recorded steps
+    (CUDA graphs); slower, but it takes less memory."""
     num_threads: int | None = None
     """CPU threads for arithmetic; all cores when not given."""
     seed: int = 0
@@ -72,6 +75,8 @@ class EngineConfig:
         index = device.removeprefix("cuda:")
         if device not in ("auto", "cpu", "cuda") and not (device != index and index.isdecimal()):
             raise ConfigError(f"device must be auto, cpu, cuda or cuda:N, got {self.device!r}")
+        if not isinstance(self.enforce_eager, bool):
+            raise ConfigError(f"enforce_eager must be True or False, got {self.enforce_eager!r}")
         for name, low in _LOWEST.items():
             value = getattr(self, name)
             if value is None and name in _OPTIONAL:
@@ -139,6 +144,8 @@ class ResolvedConfig:
     dtype: str
     max_model_len: int
     max_num_seqs: int
+    decode_batch_sizes: tuple[int, ...]
+    """Batch sizes of recorded decode steps, ascending; none where every step is launched anew."""
     max_batch_tokens: int
     block_size: int
     num_kv_blocks: int
@@ -223,13 +230,17 @@ def add_config_arguments(
             continue
         default = None if field.default is MISSING else field.default
         shown = docs[field.name].rstrip(".")
+        flag = "--" + field.name.replace("_", "-")
+        if types[field.name] is bool:
+            group.add_argument(flag, action="store_true", help=shown.replace("%", "%%"))
+            continue
         if default is not None:
             shown += f" (default: {default})"
         is_integer = int in typing.get_args(types[field.name]) or types[field.name] is int
         metavar = _METAVARS.get(field.name)
         kind = byte_count if metavar == "BYTES" else int if is_integer else str
         group.add_argument(
-            "--" + field.name.replace("_", "-"),
+            flag,
             type=kind,
             default=default,
             choices=DTYPES if field.name == "dtype" else None,

@@ -21,6 +21,7 @@ from mgvq_runtime.cache.block_manager import BlockManager
 from mgvq_runtime.cache.kv_cache import KVCache
 from mgvq_runtime.cache.lru import LRUCache
 from mgvq_runtime.config import EngineConfig, ResolvedConfig
+from mgvq_runtime.engine.decode_graphs import CudaRecorder, DecodeGraphs
 from mgvq_runtime.engine.grammar import GrammarCompiler
 from mgvq_runtime.engine.logits_processor import make_logits_processor
 from mgvq_runtime.engine.memory import (
@@ -84,7 +85,11 @@ class Engine:
             getattr(torch, config.dtype),
         )
         images = LRUCache[ImageKey, torch.Tensor](config.image_cache_bytes)
-        self._runner = ModelRunner(model, cache, images, config)
+        graphs = None
+        if config.decode_batch_sizes:
+            sizes, recorder = config.decode_batch_sizes, CudaRecorder(device)
+            graphs = DecodeGraphs(model, cache.layers, sizes, config.max_model_len, recorder)
+        self._runner = ModelRunner(model, cache, images, config, graphs)
         self._blocks = BlockManager(config.num_kv_blocks, config.block_size)
         self._scheduler = Scheduler(
             self._blocks,

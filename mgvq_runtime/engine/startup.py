@@ -22,6 +22,7 @@ from mgvq_runtime.config import (
     resolve_dtype,
     resolve_model_len,
 )
+from mgvq_runtime.engine.decode_graphs import decode_batch_sizes
 from mgvq_runtime.engine.memory import weights_bytes
 from mgvq_runtime.engine.memory_demand import (
     available_bytes,
@@ -54,6 +55,12 @@ class Plannable(NamedTuple):
     facts: ModelFacts
     device: str
     dtype: str
+
+    def decode_batch_sizes(self, config: EngineConfig) -> tuple[int, ...]:
+        """Return the batch sizes of decode steps to record; none where they run eagerly."""
+        if config.enforce_eager:
+            return ()
+        return decode_batch_sizes(self.device, self.dtype, config.max_num_seqs)
 
     def plan(self, config: EngineConfig, available: int, weights: int | None = None) -> MemoryPlan:
         """Estimate and divide.
@@ -134,6 +141,7 @@ def start(path: str | Path | None, config: EngineConfig) -> Started:
         dtype=opened.dtype,
         max_model_len=plan.max_model_len,
         max_num_seqs=config.max_num_seqs,
+        decode_batch_sizes=opened.decode_batch_sizes(config),
         max_batch_tokens=config.max_batch_tokens,
         block_size=config.block_size,
         num_kv_blocks=plan.num_kv_blocks,

@@ -81,8 +81,13 @@ class Attention(nn.Module):
         key_cache, value_cache = cache
         assert batch.slot_mapping is not None, "a batch with a cache needs a slot_mapping"
         assert batch.block_table is not None, "a batch with a cache needs a block_table"
-        assert batch.context_lens is not None, "a batch with a cache needs context_lens"
         ops.write_kv(k, v, key_cache, value_cache, batch.slot_mapping)
+        if batch.context_lens_tensor is not None:
+            lengths = batch.context_lens_tensor
+            return ops.paged_attention_decode(
+                q, key_cache, value_cache, batch.block_table, lengths, self.scale
+            )
+        assert batch.context_lens is not None, "a batch with a cache needs context_lens"
         return ops.paged_attention(
             q,
             key_cache,

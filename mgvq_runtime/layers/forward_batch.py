@@ -33,6 +33,9 @@ class ForwardBatch:
     """`[T]` int64: block * block_size + offset where each token's key and value go."""
     kv_cache: Sequence[tuple[Tensor, Tensor]] | None = None
     """A layer's key and value cache, each `[num_blocks, block_size, Hk, Dh]`."""
+    context_lens_tensor: Tensor | None = None
+    """`[R]` int32: `context_lens` on the device, instead of it, where every request has one
+    new token and its length must not be read on the host (`engine.decode_graphs`)."""
 
     @classmethod
     def of_sequence(cls, positions: Tensor) -> ForwardBatch:

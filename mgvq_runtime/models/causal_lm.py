@@ -79,6 +79,11 @@ class CausalLM(nn.Module):
         """Type of activations; norms are never quantized, so one of them tells."""
         return self.model.norm.weight.dtype
 
+    @property
+    def device(self) -> torch.device:
+        """Where the model runs."""
+        return self.model.norm.weight.device
+
     def set_context_length(self, num_tokens: int) -> None:
         """Say how long contexts will get, before the first forward; see `Decoder`."""
         self.model.set_context_length(num_tokens)
