@@ -24,6 +24,7 @@ from mgvq_runtime.errors import ConfigError
 DEFAULT_MAX_MODEL_LEN = 8192
 MAX_AUTO_KV_CACHE_BYTES_CPU = 1 << 30
 DTYPES = ("auto", "float32", "float16", "bfloat16")
+EMBEDDING_DEVICES = ("auto", "host", "device")
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,10 @@ class EngineConfig:
     image_cache_bytes: int = 128 << 20
     """Bytes of encoded pictures kept beside the model, and of prepared ones in main memory, for
     pictures that come again; 0 keeps none."""
+    embedding_device: str = "auto"
+    """Where an unquantized token table lies that is not the output head too: device, beside the
+    model on a GPU; host, pinned in main memory, from where the rows of each step are copied; auto,
+    host where the key/value cache would be cut short otherwise."""
     enforce_eager: bool = False
     """Launch every kernel of a decode step anew on a GPU, instead of replaying recorded steps
     (CUDA graphs); slower, but it takes less memory."""
@@ -71,6 +76,11 @@ class EngineConfig:
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        if self.embedding_device not in EMBEDDING_DEVICES:
+            raise ConfigError(
+                f"embedding_device must be one of {', '.join(EMBEDDING_DEVICES)}, "
+                f"got {self.embedding_device!r}"
+            )
         device = str(self.device)
         index = device.removeprefix("cuda:")
         if device not in ("auto", "cpu", "cuda") and not (device != index and index.isdecimal()):
@@ -243,13 +253,14 @@ def add_config_arguments(
             flag,
             type=kind,
             default=default,
-            choices=DTYPES if field.name == "dtype" else None,
+            choices=_CHOICES.get(field.name),
             metavar=metavar,
             help=shown.replace("%", "%%"),
         )
     return group
 
 
+_CHOICES = {"dtype": DTYPES, "embedding_device": EMBEDDING_DEVICES}
 _METAVARS = {
     "checkpoint": "DIR",
     "device": "DEVICE",

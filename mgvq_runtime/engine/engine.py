@@ -217,7 +217,7 @@ class Engine:
         """Return what the engine holds now and the most its process has held."""
         device = torch.device(self.config.device)
         return MemorySummary(
-            weights_bytes=weights_bytes(self._runner.model),
+            weights_bytes=weights_bytes(self._runner.model, device_type=device.type),
             decode_bytes=decode_bytes(self._runner.model),
             kv_cache_bytes=self._runner.kv_cache.num_bytes,
             peak_rss_bytes=peak_rss_bytes(),

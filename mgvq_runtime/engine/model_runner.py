@@ -104,7 +104,8 @@ class ModelRunner:
                 self._fill_one(columns, chunk.sequence, chunk.start)
             else:
                 self._fill_many(columns, chunk, table[row])
-        tensors = torch.from_numpy(packed).to(self._device)
+        on_host = torch.from_numpy(packed)
+        tensors = on_host.to(self._device)
         batch = ForwardBatch(
             positions=tensors[1:4],
             cu_seqlens_q=tuple(cu_seqlens),
@@ -113,7 +114,7 @@ class ModelRunner:
             slot_mapping=tensors[4],
             kv_cache=self.kv_cache.layers,
         )
-        return tensors[0], batch
+        return (on_host if self.model.ids_device.type == "cpu" else tensors)[0], batch
 
     def _fill_one(self, columns: np.ndarray, sequence: Sequence, index: int) -> None:
         """Write id, positions and slot of one token, without an array in between."""

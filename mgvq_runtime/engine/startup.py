@@ -7,6 +7,7 @@ what was measured; the key/value pool gets what is left. Nothing is served here.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,9 +30,10 @@ from mgvq_runtime.engine.memory_demand import (
     checkpoint_bytes,
     estimated_demand,
     measured_demand,
+    movable_table_bytes,
     worst_patches,
 )
-from mgvq_runtime.engine.memory_plan import MemoryPlan, plan_memory
+from mgvq_runtime.engine.memory_plan import MemoryDemand, MemoryPlan, plan_memory
 from mgvq_runtime.models.causal_lm import CausalLM
 from mgvq_runtime.models.config import ModelConfig
 from mgvq_runtime.models.loading import fill_model, model_config
@@ -82,7 +84,20 @@ class Plannable(NamedTuple):
             width,
             available,
             checkpoint_bytes(self.checkpoint, width) if weights is None else weights,
+            self.decode_batch_sizes(config),
         )
+        return self.divide(config, demand)
+
+    def divide(self, config: EngineConfig, demand: MemoryDemand) -> MemoryPlan:
+        """Divide what a device has; the token table may go to main memory where that helps.
+
+        Raises:
+            ConfigError: as `plan`, or if the token table cannot go where the user wants it.
+        """
+        shapes, device = self.chat_processor.config, torch.device(self.device)
+        width = getattr(torch, self.dtype).itemsize
+        table = movable_table_bytes(config, self.checkpoint, shapes, device, width)
+        demand = replace(demand, table_bytes=table)
         return plan_memory(config, self.facts, self.device, self.dtype, demand)
 
 
@@ -127,11 +142,16 @@ def start(path: str | Path | None, config: EngineConfig) -> Started:
     device = torch.device(opened.device)
     available = available_bytes(device)
     plan = opened.plan(config, available)
-    model = fill_model(opened.checkpoint, device, getattr(torch, opened.dtype))
+    dtype, on_host = getattr(torch, opened.dtype), plan.host_bytes > 0
+    model = fill_model(opened.checkpoint, device, dtype, on_host)
     images = opened.chat_processor.image_processor
     if device.type == "cuda":
-        demand = measured_demand(model, images, config, plan.max_model_len, device, available)
-        plan = plan_memory(config, opened.facts, opened.device, opened.dtype, demand)
+        sizes = opened.decode_batch_sizes(config)
+        demand = measured_demand(
+            model, images, config, plan.max_model_len, available, sizes, plan.host_bytes
+        )
+        settled = replace(config, embedding_device="host" if on_host else "device")
+        plan = opened.divide(settled, demand)
     else:
         plan = opened.plan(config, available, weights_bytes(model))
     model.set_context_length(plan.max_model_len)

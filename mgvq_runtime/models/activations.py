@@ -11,6 +11,8 @@ from mgvq_runtime.models.decoder_config import DecoderConfig
 from mgvq_runtime.models.vision_config import VisionConfig
 
 _FLOAT_BYTES = 4
+SPLIT_TOKENS = 256
+"""Tokens of a context that decode attention sums apart (`mgvq_kernels.triton.paged_attention`)."""
 
 
 def vision_activation_bytes(
@@ -31,7 +33,29 @@ def vision_activation_bytes(
     attention = 7 * E * element_bytes + rope  # q, k, v twice, the mixed values
     mlp = 4 * F * element_bytes  # before and after the activation, and its own temporaries
     dense = max(3 * E * E, E * F, config.patch_dim * E) * element_bytes
-    return num_patches * patches + num_at_once * (stream + max(attention, mlp)) + dense
+    # What came out of the tower in parts, put together, and put in its order.
+    rows = 3 * (num_patches // config.spatial_merge_size**2) * config.hidden_size * element_bytes
+    return num_patches * patches + num_at_once * (stream + max(attention, mlp)) + dense + rows
+
+
+def decode_graph_bytes(
+    config: DecoderConfig, batch_size: int, block_size: int, context: int, element_bytes: int
+) -> int:
+    """Return the bytes that recorded decode steps hold: their buffers and the largest step.
+
+    Args:
+        config: The decoder's shape.
+        batch_size: Requests of the largest recorded step.
+        block_size: Tokens of a block.
+        context: Most tokens of a request.
+        element_bytes: Bytes of an activation.
+    """
+    D, V = config.hidden_size, config.vocab_size
+    table = -(-context // block_size) * 4
+    buffers = D * element_bytes + 5 * 8 + table + V * _FLOAT_BYTES
+    splits = -(-context // SPLIT_TOKENS) * config.num_attention_heads * (config.head_dim + 2)
+    step = decoder_activation_bytes(config, batch_size, 0, batch_size, element_bytes)
+    return batch_size * (buffers + splits * _FLOAT_BYTES) + step
 
 
 def decoder_activation_bytes(

@@ -84,13 +84,13 @@ def test_the_worst_case_runs_as_large_as_it_says(
     assert largest >= 4 * 12
     for budget, expected in [(1, largest), (2 * largest + 1, 2 * largest)]:
         config = EngineConfig(max_batch_patches=budget)
-        encode_largest_pictures(model, images, config)
+        encode_largest_pictures(model, images, config, 48)
         assert seen == [expected, expected]
         assert worst_patches(config, images.max_grid) == expected
         del seen[:]
-    tiled = SimpleNamespace(max_grid=(7, 4, 4))
+    tiled = SimpleNamespace(max_grid=(7, 4, 4), max_video_grid=lambda most: None)
     for budget, num_patches, at_once in [(1, 112, 16), (40, 112, 32), (170, 160, 160)]:
-        encode_largest_pictures(model, tiled, EngineConfig(max_batch_patches=budget))
+        encode_largest_pictures(model, tiled, EngineConfig(max_batch_patches=budget), 48)
         assert seen == [num_patches, at_once]
         del seen[:]
     read_longest_chunk(model, EngineConfig(max_batch_tokens=33), 100)
