@@ -19,6 +19,7 @@ from mgvq_runtime.engine.memory_demand import (
 )
 from mgvq_runtime.engine.startup import start
 from mgvq_runtime.errors import CheckpointError, ConfigError
+from tests.runtime.conftest import write_hub_folder
 from tests.runtime.engine.engine_runs import prompts, run, tokens
 
 
@@ -108,3 +109,24 @@ def test_a_gpu_gives_the_text_of_the_cpu(tiny_qwen2_vl_folder: Path) -> None:
     peak = on_gpu.memory_summary().peak_device_bytes
     assert peak is not None
     assert peak > 0
+
+
+@pytest.mark.gpu
+def test_a_table_in_main_memory_feeds_a_gpu(tmp_path: Path) -> None:
+    write_hub_folder(tmp_path, seed=1, tie_word_embeddings=False)
+    answers, plans = [], []
+    for place in ("device", "host"):
+        config = EngineConfig(
+            device="cuda", dtype="float16", max_model_len=512, embedding_device=place
+        )
+        engine = Engine.from_checkpoint(tmp_path, config)
+        answers.append({k: tokens(v) for k, v in run(engine, prompts(engine)).items()})
+        plans.append(engine.memory_plan)
+        weight = engine._runner.model.model.embed_tokens.weight
+        assert (weight.is_cuda, weight.is_pinned()) == (place == "device", place == "host")
+    assert answers[0] == answers[1]
+    beside, apart = plans
+    assert beside is not None
+    assert apart is not None
+    assert (beside.host_bytes, apart.host_bytes) == (0, weight.numel() * 2)
+    assert apart.graphs_bytes > 0
