@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -40,8 +42,14 @@ class HostEmbedding(nn.Embedding):
         self.rows_device = rows_device
 
     def pin(self) -> None:
-        """Lock the filled table into memory for good: paged out, it would stall the device."""
-        self.weight = nn.Parameter(self.weight.pin_memory(), requires_grad=False)
+        """Lock the filled table into memory where it lies: paged out, it would stall the device.
+
+        `Tensor.pin_memory` would copy it and round up: 1,100 MiB took 2,074 (torch 2.11, H100).
+        """
+        runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+        address = self.weight.data_ptr()
+        torch.cuda.check_error(runtime.cudaHostRegister(address, self.weight.nbytes, 0))
+        weakref.finalize(self, runtime.cudaHostUnregister, address).atexit = False
 
     def forward(self, ids: Tensor) -> Tensor:
         """Return the rows `[T, D]` of `ids [T]` int64 on the CPU; sent, but not waited for."""
