@@ -103,7 +103,7 @@ class DecodeGraphs:
             batch: As for the model; its cache is the recorded one.
 
         Returns:
-            `[R, V]` float32 logits, in a buffer that the next call writes again.
+            `[R, V]` float32 logits.
         """
         R = len(embeds)
         assert batch.context_lens is not None, "a step that is replayed goes through the cache"
@@ -118,7 +118,7 @@ class DecodeGraphs:
         width = batch.block_table.shape[1]
         _fill(self._block_table[:size, :width], batch.block_table, DUMMY_BLOCK)
         self._replays[size]()
-        return self._logits[:R]
+        return self._logits[:R].clone()  # the next replay writes there again
 
     def _step(self, size: int) -> None:
         """Do one step of `size` requests, from buffers to a buffer."""

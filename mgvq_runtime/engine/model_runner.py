@@ -80,7 +80,7 @@ class ModelRunner:
         embeds = self._embed(chunks, input_ids, batch.cu_seqlens_q)  # [T, D]
         ends = batch.cu_seqlens_q[1:]
         rows = [end - 1 for end, chunk in zip(ends, chunks, strict=True) if chunk.is_sampled]
-        if self.decode_graphs is not None and rows and len(chunks) == batch.num_tokens:
+        if self.decode_graphs is not None and len(chunks) == batch.num_tokens:
             logits = self.decode_graphs.run(embeds, batch)  # [R, V]
             return logits if len(rows) == len(logits) else logits[rows]
         hidden = self.model(embeds, batch)  # [T, D]

@@ -82,7 +82,25 @@ def test_a_step_of_one_token_prompts_and_pictures_is_replayed_too(make_engine: M
     asked = prompts(eager)[:2]
     expected, found = run(eager, asked), run(replayed, asked)
     assert {k: tokens(v) for k, v in found.items()} == {k: tokens(v) for k, v in expected.items()}
-    assert len(recorder.replayed) == 2 * GREEDY.max_tokens, "only steps that need logits"
+    last = [outputs[-1] for outputs in found.values()]
+    num_run = [o.num_prompt_tokens - o.num_cached_tokens + GREEDY.max_tokens - 1 for o in last]
+    assert len(recorder.replayed) == sum(num_run)
+
+
+def test_logits_of_one_step_outlive_the_next(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine()
+    with_graphs(engine, (1,))
+    engine.add(Request("r", prompts(engine)[1], GREEDY))
+    kept, run_step = [], engine._runner.run
+
+    def keep(chunks: list[Any]) -> torch.Tensor:
+        kept.append(run_step(chunks))
+        return kept[-1]
+
+    monkeypatch.setattr(engine._runner, "run", keep)
+    assert tokens(finish(engine)["r"]) == [int(logits.argmax()) for logits in kept]
 
 
 def test_padding_writes_to_the_dummy_block_alone(make_engine: MakeEngine) -> None:
@@ -186,7 +204,7 @@ def test_cuda_graphs_give_what_eager_steps_give(tiny_qwen2_vl_folder: Any, dtype
     replay = graphs.run
 
     def both(embeds: torch.Tensor, batch: ForwardBatch) -> torch.Tensor:
-        found = replay(embeds, batch).clone()
+        found = replay(embeds, batch)
         lengths = torch.tensor(batch.context_lens, dtype=torch.int32, device=embeds.device)
         hidden = model(embeds, replace(batch, context_lens_tensor=lengths))
         seen.append((found, model.logits(hidden)))
