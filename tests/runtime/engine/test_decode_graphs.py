@@ -20,6 +20,8 @@ from mgvq_runtime.engine.decode_graphs import DecodeGraphs, decode_batch_sizes
 from mgvq_runtime.engine.engine import Engine
 from mgvq_runtime.engine.startup import start
 from mgvq_runtime.layers.forward_batch import ForwardBatch
+from mgvq_runtime.models import activations
+from mgvq_runtime.models.activations import decode_graph_bytes
 from mgvq_runtime.request import FinishReason, Request, RequestOutput
 from tests.runtime.engine.engine_runs import GREEDY, finish, prompts, run, tokens
 
@@ -175,6 +177,15 @@ def test_what_is_recorded_reads_no_tensor_on_the_host(
     assert graphs.num_bytes == 2 * (
         2 * text.hidden_size + 8 * 4 + 4 * width + 4 + 4 * text.vocab_size
     )
+    planned = decode_graph_bytes(text, 2, 16, resolved.max_model_len, 2)
+    assert graphs.num_bytes < planned < 4 * graphs.num_bytes
+
+
+def test_the_plan_splits_contexts_as_the_kernel_does() -> None:
+    pytest.importorskip("triton", reason="triton is not installed: there is no kernel")
+    from mgvq_kernels.triton import paged_attention
+
+    assert activations.SPLIT_TOKENS == paged_attention.SPLIT_TOKENS
 
 
 def test_sizes_are_powers_of_two_and_the_most_and_none_where_nothing_is_recorded(
