@@ -29,6 +29,7 @@ from mgvq_runtime.engine.memory_demand import (
     encode_largest_pictures,
     estimated_demand,
     largest_grid,
+    measured_demand,
     movable_table_bytes,
     read_longest_chunk,
 )
@@ -295,6 +296,36 @@ def test_an_integrated_gpu_has_no_more_than_main_memory_has(
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda d, p=properties: p)
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda d, f=free: (f * GIB, 8 * GIB))
         assert available_bytes(device) == expected * GIB
+
+
+def test_what_a_gpu_measures_is_told_apart(
+    loaded_tiny_model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU's readings are played; the worst cases behind them run on the CPU."""
+    model, processor, _ = loaded_tiny_model
+    runs, free = [], iter([4 * GIB - 70, 4 * GIB, 4 * GIB])
+
+    def peak(device: torch.device, work: Callable[[], None]) -> int:
+        work()
+        runs.append(work)
+        return 1000 * len(runs)
+
+    monkeypatch.setattr(memory_demand, "_peak_bytes", peak)
+    monkeypatch.setattr(memory_demand, "available_bytes", lambda device: next(free))
+    monkeypatch.setattr(memory_demand, "CudaRecorder", lambda device: lambda work: work() or work)
+    for name in ("synchronize", "empty_cache"):
+        monkeypatch.setattr(torch.cuda, name, lambda *device: None)
+    config = EngineConfig(max_batch_tokens=32)
+    images, shapes = processor.image_processor.capped(16), model.config
+    demand = measured_demand(model, images, config, 64, 6 * GIB, (1, 2), host_bytes=5)
+    assert (demand.vision_bytes, demand.prefill_bytes, demand.graphs_bytes) == (1000, 2000, 70)
+    assert demand.weights_bytes == 2 * GIB + 5
+    assert demand.max_image_tokens == images.max_num_tokens
+    most = max(images.max_num_tokens, 64)  # a video may fill the context
+    assert demand.rows_bytes == 2 * (most + 32) * shapes.text_config.hidden_size * 4
+    estimate = estimated_demand(config, shapes, images, 64, 4, 6 * GIB, 7, (1, 2))
+    assert estimate.rows_bytes == demand.rows_bytes
+    assert estimate.graphs_bytes > 0
 
 
 def test_a_table_in_main_memory_gives_the_same_answers(tmp_path: Path) -> None:
