@@ -25,6 +25,7 @@ DEFAULT_MAX_MODEL_LEN = 8192
 MAX_AUTO_KV_CACHE_BYTES_CPU = 1 << 30
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 KV_CACHE_DTYPES = ("auto", "int8")
+EMBEDDING_DEVICES = ("auto", "host", "device")
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,13 @@ class EngineConfig:
     image_cache_bytes: int = 128 << 20
     """Bytes of encoded pictures kept beside the model, and of prepared ones in main memory, for
     pictures that come again; 0 keeps none."""
+    embedding_device: str = "auto"
+    """Where an unquantized token table lies that is not the output head too: device, beside the
+    model on a GPU; host, pinned in main memory, from where the rows of each step are copied; auto,
+    host where the key/value cache would be cut short otherwise."""
+    enforce_eager: bool = False
+    """Launch every kernel of a decode step anew on a GPU, instead of replaying recorded steps
+    (CUDA graphs); slower, but it takes less memory."""
     num_threads: int | None = None
     """CPU threads for arithmetic; all cores when not given."""
     seed: int = 0
@@ -77,6 +85,8 @@ class EngineConfig:
         index = device.removeprefix("cuda:")
         if device not in ("auto", "cpu", "cuda") and not (device != index and index.isdecimal()):
             raise ConfigError(f"device must be auto, cpu, cuda or cuda:N, got {self.device!r}")
+        if not isinstance(self.enforce_eager, bool):
+            raise ConfigError(f"enforce_eager must be True or False, got {self.enforce_eager!r}")
         for name, low in _LOWEST.items():
             value = getattr(self, name)
             if value is None and name in _OPTIONAL:
@@ -103,7 +113,11 @@ class EngineConfig:
         return cls(**values)
 
 
-_CHOICES = {"dtype": DTYPES, "kv_cache_dtype": KV_CACHE_DTYPES}
+_CHOICES = {
+    "dtype": DTYPES,
+    "embedding_device": EMBEDDING_DEVICES,
+    "kv_cache_dtype": KV_CACHE_DTYPES,
+}
 _LOWEST = {
     "max_model_len": 2,
     "max_num_seqs": 1,
@@ -145,6 +159,8 @@ class ResolvedConfig:
     dtype: str
     max_model_len: int
     max_num_seqs: int
+    decode_batch_sizes: tuple[int, ...]
+    """Batch sizes of recorded decode steps, ascending; none where every step is launched anew."""
     max_batch_tokens: int
     block_size: int
     kv_cache_dtype: str
@@ -242,13 +258,17 @@ def add_config_arguments(
             continue
         default = None if field.default is MISSING else field.default
         shown = docs[field.name].rstrip(".")
+        flag = "--" + field.name.replace("_", "-")
+        if types[field.name] is bool:
+            group.add_argument(flag, action="store_true", help=shown.replace("%", "%%"))
+            continue
         if default is not None:
             shown += f" (default: {default})"
         is_integer = int in typing.get_args(types[field.name]) or types[field.name] is int
         metavar = _METAVARS.get(field.name)
         kind = byte_count if metavar == "BYTES" else int if is_integer else str
         group.add_argument(
-            "--" + field.name.replace("_", "-"),
+            flag,
             type=kind,
             default=default,
             choices=_CHOICES.get(field.name),

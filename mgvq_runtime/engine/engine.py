@@ -21,6 +21,7 @@ from mgvq_runtime.cache.block_manager import BlockManager
 from mgvq_runtime.cache.kv_cache import KVCache
 from mgvq_runtime.cache.lru import LRUCache
 from mgvq_runtime.config import EngineConfig, ResolvedConfig
+from mgvq_runtime.engine.decode_graphs import CudaRecorder, DecodeGraphs
 from mgvq_runtime.engine.grammar import GrammarCompiler
 from mgvq_runtime.engine.logits_processor import make_logits_processor
 from mgvq_runtime.engine.memory import (
@@ -85,7 +86,11 @@ class Engine:
             getattr(torch, config.kv_cache_dtype),
         )
         images = LRUCache[ImageKey, torch.Tensor](config.image_cache_bytes)
-        self._runner = ModelRunner(model, cache, images, config)
+        graphs = None
+        if config.decode_batch_sizes:
+            sizes, recorder = config.decode_batch_sizes, CudaRecorder(device)
+            graphs = DecodeGraphs(model, cache.layers, sizes, config.max_model_len, recorder)
+        self._runner = ModelRunner(model, cache, images, config, graphs)
         self._blocks = BlockManager(config.num_kv_blocks, config.block_size)
         self._scheduler = Scheduler(
             self._blocks,
@@ -213,7 +218,7 @@ class Engine:
         """Return what the engine holds now and the most its process has held."""
         device = torch.device(self.config.device)
         return MemorySummary(
-            weights_bytes=weights_bytes(self._runner.model),
+            weights_bytes=weights_bytes(self._runner.model, device_type=device.type),
             decode_bytes=decode_bytes(self._runner.model),
             kv_cache_bytes=self._runner.kv_cache.num_bytes,
             peak_rss_bytes=peak_rss_bytes(),

@@ -44,13 +44,19 @@ def peak_device_bytes(device: torch.device) -> int | None:
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
 
 
-def weights_bytes(*modules: nn.Module) -> int:
-    """Return the bytes of all parameters, buffers and packed weights; shared ones count once."""
+def weights_bytes(*modules: nn.Module, device_type: str | None = None) -> int:
+    """Return the bytes of all parameters, buffers and packed weights; shared ones count once.
+
+    Args:
+        modules: Loaded.
+        device_type: "cuda" leaves out what lies in main memory; None counts everything.
+    """
     storages: dict[int, int] = {}
     for module in modules:
         for tensor in _tensors(module):
-            storage = tensor.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
+            if device_type in (None, tensor.device.type):
+                storage = tensor.untyped_storage()
+                storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())
 
 

@@ -9,7 +9,7 @@ the flags that would help.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from mgvq_runtime.config import (
@@ -44,6 +44,12 @@ class MemoryDemand:
     """Of the largest picture; 0 for a model of text alone."""
     is_measured: bool
     """Whether the worst case was run, or estimated from shapes."""
+    rows_bytes: int = 0
+    """Encoded pictures or a video, while the prompt they are in is read."""
+    graphs_bytes: int = 0
+    """Recorded decode steps."""
+    table_bytes: int = 0
+    """The part of the weights that can lie in main memory: a token table."""
 
 
 @dataclass(frozen=True)
@@ -53,8 +59,13 @@ class MemoryPlan:
     device: str
     available_bytes: int
     weights_bytes: int
+    """Those on the device."""
+    host_bytes: int
+    """A token table in main memory; none of the device's bytes."""
     vision_bytes: int
     prefill_bytes: int
+    rows_bytes: int
+    graphs_bytes: int
     image_cache_bytes: int
     headroom_bytes: int
     kv_cache_dtype: str
@@ -75,7 +86,8 @@ class MemoryPlan:
     def planned_bytes(self) -> int:
         """The most the engine is expected to hold at once, without the headroom."""
         forward = max(self.vision_bytes, self.prefill_bytes)
-        return self.weights_bytes + forward + self.image_cache_bytes + self.kv_cache_bytes
+        held = self.rows_bytes + self.graphs_bytes + self.image_cache_bytes + self.kv_cache_bytes
+        return self.weights_bytes + forward + held
 
     def as_json(self) -> dict[str, Any]:
         """Return the plan as JSON values."""
@@ -93,8 +105,12 @@ class MemoryPlan:
         )
         yield f"memory on {self.device:<16}{_mib(self.available_bytes)}  available"
         yield f"  weights                 {_mib(self.weights_bytes)}"
+        if self.host_bytes:
+            yield f"  (token table            {_mib(self.host_bytes)}  in main memory)"
         yield f"  encoding pictures       {_mib(self.vision_bytes)}  {how}, not at the same time as"
         yield f"  reading prompts         {_mib(self.prefill_bytes)}  {how}"
+        yield f"  pictures being read     {_mib(self.rows_bytes)}  or a video, encoded"
+        yield f"  decode graphs           {_mib(self.graphs_bytes)}  {how}"
         yield f"  encoded pictures        {_mib(self.image_cache_bytes)}  kept for reuse"
         pool = f"{self.kv_cache_dtype}, {tokens:,} tokens{share}"
         yield f"  keys and values         {_mib(self.kv_cache_bytes)}  {pool}"
@@ -117,6 +133,27 @@ def plan_memory(
     Raises:
         ConfigError: if a single request would not fit; the message names the flags that help.
     """
+    plan, most = _divide(config, facts, device, dtype, demand, config.embedding_device == "host")
+    if config.embedding_device == "auto" and plan.num_kv_blocks < most and demand.table_bytes:
+        plan, most = _divide(config, facts, device, dtype, demand, table_on_host=True)
+    max_model_len = resolve_model_len(config, facts)
+    least = min(max_model_len, demand.max_image_tokens + MIN_TEXT_TOKENS)
+    needed = config.max_model_len or least
+    if plan.max_model_len < needed:
+        can_move = bool(demand.table_bytes) and not plan.host_bytes
+        raise ConfigError(_refusal(config, plan, needed, plan.num_kv_blocks == most, can_move))
+    return plan
+
+
+def _divide(
+    config: EngineConfig,
+    facts: ModelFacts,
+    device: str,
+    dtype: str,
+    demand: MemoryDemand,
+    table_on_host: bool,
+) -> tuple[MemoryPlan, int]:
+    """Return a plan, however little it leaves, and the most blocks that the pool may have."""
     limit = config.gpu_memory_limit or demand.available_bytes
     available = min(demand.available_bytes, limit)
     is_cpu = device == "cpu"
@@ -124,40 +161,44 @@ def plan_memory(
     headroom = headroom if is_cpu else max(headroom, MIN_CUDA_HEADROOM_BYTES)
     # On a CPU prepared patches lie in the same memory as encoded pictures.
     image_cache = config.image_cache_bytes * (2 if is_cpu else 1) if demand.max_image_tokens else 0
-    forward = max(demand.vision_bytes, demand.prefill_bytes)
-    left = available - demand.weights_bytes - forward - image_cache - headroom
     kv_cache_dtype = resolve_kv_cache_dtype(config.kv_cache_dtype, dtype)
-    block_bytes = kv_block_bytes(facts, config.block_size, kv_cache_dtype)
+    host = demand.table_bytes if table_on_host else 0
     max_model_len = resolve_model_len(config, facts)
-    wanted = (config.max_num_seqs * -(-max_model_len // config.block_size) + 1) * block_bytes
-    cap = config.kv_cache_bytes or (MAX_AUTO_KV_CACHE_BYTES_CPU if is_cpu else wanted)
-    num_blocks = max(min(wanted, cap, left), 0) // block_bytes
     plan = MemoryPlan(
         device=device,
         available_bytes=available,
-        weights_bytes=demand.weights_bytes,
+        weights_bytes=demand.weights_bytes - host,
+        host_bytes=host,
         vision_bytes=demand.vision_bytes,
         prefill_bytes=demand.prefill_bytes,
+        rows_bytes=demand.rows_bytes,
+        graphs_bytes=demand.graphs_bytes,
         image_cache_bytes=image_cache,
         headroom_bytes=headroom,
         kv_cache_dtype=kv_cache_dtype,
-        kv_block_bytes=block_bytes,
-        num_kv_blocks=num_blocks,
+        kv_block_bytes=kv_block_bytes(facts, config.block_size, kv_cache_dtype),
+        num_kv_blocks=0,
         block_size=config.block_size,
-        max_model_len=min(max_model_len, max(num_blocks - 1, 0) * config.block_size),
+        max_model_len=max_model_len,
         max_image_tokens=demand.max_image_tokens,
         is_measured=demand.is_measured,
     )
-    least = min(max_model_len, demand.max_image_tokens + MIN_TEXT_TOKENS)
-    needed = config.max_model_len or least
-    if plan.max_model_len < needed:
-        raise ConfigError(_refusal(config, plan, needed, is_capped=cap < left))
-    return plan
+    wanted = config.max_num_seqs * -(-max_model_len // config.block_size) + 1
+    cap = config.kv_cache_bytes or (MAX_AUTO_KV_CACHE_BYTES_CPU if is_cpu else None)
+    most = wanted if cap is None else min(wanted, cap // plan.kv_block_bytes)
+    left = available - headroom - plan.planned_bytes
+    num_blocks = max(min(most, left // plan.kv_block_bytes), 0)
+    max_model_len = min(max_model_len, max(num_blocks - 1, 0) * config.block_size)
+    return replace(plan, num_kv_blocks=num_blocks, max_model_len=max_model_len), most
 
 
-def _refusal(config: EngineConfig, plan: MemoryPlan, needed: int, is_capped: bool) -> str:
+def _refusal(
+    config: EngineConfig, plan: MemoryPlan, needed: int, is_capped: bool, can_move_table: bool
+) -> str:
     """Say what is missing and which flags give it."""
     flags = [f"--max-model-len (now {needed})"] if config.max_model_len else []
+    if plan.rows_bytes and not flags and not is_capped:
+        flags.append("--max-model-len (a video may fill it)")
     if plan.max_image_tokens:
         flags.append(f"--max-image-tokens (a picture has up to {plan.max_image_tokens})")
     if not is_capped:
@@ -172,6 +213,10 @@ def _refusal(config: EngineConfig, plan: MemoryPlan, needed: int, is_capped: boo
     is_raisable = is_capped or config.gpu_memory_limit
     hint = f"; or raise {raised}" if is_raisable else "; or use a larger device"
     lower = ("lower " + ", ".join(flags)) if flags else "quantize to fewer bits"
+    if can_move_table and not is_capped:
+        hint += "; or put the token table in main memory with --embedding-device host"
+    if plan.graphs_bytes and not is_capped:
+        hint += f"; or save {plan.graphs_bytes} bytes of decode graphs with --enforce-eager"
     return "\n".join(
         [
             f"too little memory: one request of {needed} tokens needs {needed_bytes} bytes of keys "

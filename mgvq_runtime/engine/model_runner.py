@@ -15,6 +15,7 @@ import torch
 from mgvq_runtime.cache.kv_cache import KVCache
 from mgvq_runtime.cache.lru import LRUCache
 from mgvq_runtime.config import ResolvedConfig
+from mgvq_runtime.engine.decode_graphs import DecodeGraphs
 from mgvq_runtime.engine.scheduler import Chunk, Step
 from mgvq_runtime.engine.sequence import ImageKey, Sequence
 from mgvq_runtime.layers.forward_batch import ForwardBatch
@@ -30,10 +31,16 @@ class ModelRunner:
         kv_cache: KVCache,
         image_cache: LRUCache[ImageKey, torch.Tensor],
         config: ResolvedConfig,
+        decode_graphs: DecodeGraphs | None = None,
     ) -> None:
-        """Run `model` over the caches; all are on the device of `config`, in its type."""
+        """Run `model` over the caches; all are on the device of `config`, in its type.
+
+        Steps of one token a request go through `decode_graphs`, recorded of the same model and
+        cache, where there are some.
+        """
         self.model = model
         self.kv_cache = kv_cache
+        self.decode_graphs = decode_graphs
         self._image_cache = image_cache
         self._block_size = config.block_size
         self._max_patches = config.max_batch_patches
@@ -71,9 +78,12 @@ class ModelRunner:
         """
         input_ids, batch = self._batch(chunks)
         embeds = self._embed(chunks, input_ids, batch.cu_seqlens_q)  # [T, D]
-        hidden = self.model(embeds, batch)  # [T, D]
         ends = batch.cu_seqlens_q[1:]
         rows = [end - 1 for end, chunk in zip(ends, chunks, strict=True) if chunk.is_sampled]
+        if self.decode_graphs is not None and len(chunks) == batch.num_tokens:
+            logits = self.decode_graphs.run(embeds, batch)  # [R, V]
+            return logits if len(rows) == len(logits) else logits[rows]
+        hidden = self.model(embeds, batch)  # [T, D]
         if not rows:
             return hidden.new_empty((0, 1), dtype=torch.float32)
         return self.model.logits(hidden if len(rows) == len(hidden) else hidden[rows])
@@ -94,7 +104,8 @@ class ModelRunner:
                 self._fill_one(columns, chunk.sequence, chunk.start)
             else:
                 self._fill_many(columns, chunk, table[row])
-        tensors = torch.from_numpy(packed).to(self._device)
+        on_host = torch.from_numpy(packed)
+        tensors = on_host.to(self._device)
         batch = ForwardBatch(
             positions=tensors[1:4],
             cu_seqlens_q=tuple(cu_seqlens),
@@ -103,7 +114,7 @@ class ModelRunner:
             slot_mapping=tensors[4],
             kv_cache=self.kv_cache.layers,
         )
-        return tensors[0], batch
+        return (on_host if self.model.ids_device.type == "cpu" else tensors)[0], batch
 
     def _fill_one(self, columns: np.ndarray, sequence: Sequence, index: int) -> None:
         """Write id, positions and slot of one token, without an array in between."""

@@ -7,6 +7,7 @@ what was measured; the key/value pool gets what is left. Nothing is served here.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +23,7 @@ from mgvq_runtime.config import (
     resolve_dtype,
     resolve_model_len,
 )
+from mgvq_runtime.engine.decode_graphs import decode_batch_sizes
 from mgvq_runtime.engine.memory import weights_bytes
 from mgvq_runtime.engine.memory_demand import (
     available_bytes,
@@ -29,9 +31,10 @@ from mgvq_runtime.engine.memory_demand import (
     estimated_demand,
     measured_demand,
     model_facts,
+    movable_table_bytes,
     worst_patches,
 )
-from mgvq_runtime.engine.memory_plan import MemoryPlan, plan_memory
+from mgvq_runtime.engine.memory_plan import MemoryDemand, MemoryPlan, plan_memory
 from mgvq_runtime.models.causal_lm import CausalLM
 from mgvq_runtime.models.loading import fill_model, model_config
 from mgvq_runtime.multimodal.chat import ChatProcessor
@@ -55,6 +58,12 @@ class Plannable(NamedTuple):
     device: str
     dtype: str
 
+    def decode_batch_sizes(self, config: EngineConfig) -> tuple[int, ...]:
+        """Return the batch sizes of decode steps to record; none where they run eagerly."""
+        if config.enforce_eager:
+            return ()
+        return decode_batch_sizes(self.device, self.dtype, config.max_num_seqs)
+
     def plan(self, config: EngineConfig, available: int, weights: int | None = None) -> MemoryPlan:
         """Estimate and divide.
 
@@ -75,7 +84,20 @@ class Plannable(NamedTuple):
             width,
             available,
             checkpoint_bytes(self.checkpoint, width) if weights is None else weights,
+            self.decode_batch_sizes(config),
         )
+        return self.divide(config, demand)
+
+    def divide(self, config: EngineConfig, demand: MemoryDemand) -> MemoryPlan:
+        """Divide what a device has; the token table may go to main memory where that helps.
+
+        Raises:
+            ConfigError: as `plan`, or if the token table cannot go where the user wants it.
+        """
+        shapes, device = self.chat_processor.config, torch.device(self.device)
+        width = getattr(torch, self.dtype).itemsize
+        table = movable_table_bytes(config, self.checkpoint, shapes, device, width)
+        demand = replace(demand, table_bytes=table)
         return plan_memory(config, self.facts, self.device, self.dtype, demand)
 
 
@@ -120,11 +142,16 @@ def start(path: str | Path | None, config: EngineConfig) -> Started:
     device = torch.device(opened.device)
     available = available_bytes(device)
     plan = opened.plan(config, available)
-    model = fill_model(opened.checkpoint, device, getattr(torch, opened.dtype))
+    dtype, on_host = getattr(torch, opened.dtype), plan.host_bytes > 0
+    model = fill_model(opened.checkpoint, device, dtype, on_host)
     images = opened.chat_processor.image_processor
     if device.type == "cuda":
-        demand = measured_demand(model, images, config, plan.max_model_len, device, available)
-        plan = plan_memory(config, opened.facts, opened.device, opened.dtype, demand)
+        sizes = opened.decode_batch_sizes(config)
+        demand = measured_demand(
+            model, images, config, plan.max_model_len, available, sizes, plan.host_bytes
+        )
+        settled = replace(config, embedding_device="host" if on_host else "device")
+        plan = opened.divide(settled, demand)
     else:
         plan = opened.plan(config, available, weights_bytes(model))
     model.set_context_length(plan.max_model_len)
@@ -134,6 +161,7 @@ def start(path: str | Path | None, config: EngineConfig) -> Started:
         dtype=opened.dtype,
         max_model_len=plan.max_model_len,
         max_num_seqs=config.max_num_seqs,
+        decode_batch_sizes=opened.decode_batch_sizes(config),
         max_batch_tokens=config.max_batch_tokens,
         block_size=config.block_size,
         kv_cache_dtype=plan.kv_cache_dtype,

@@ -83,7 +83,7 @@ class Attention(nn.Module):
         assert batch.block_table is not None, "a batch with a cache needs a block_table"
         ops.write_kv(k, v, keys, values, batch.slot_mapping, *scales)
         lengths = batch.context_lens_tensor
-        if lengths is not None and lengths.shape[0] == batch.num_tokens:
+        if lengths is not None:
             return ops.paged_attention_decode(
                 q, keys, values, batch.block_table, lengths, self.scale, *scales
             )

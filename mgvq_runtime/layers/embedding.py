@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -26,6 +28,36 @@ class VQEmbedding(VQMatrix):
     def forward(self, ids: Tensor) -> Tensor:
         """Return the rows `[T, D]` of `ids [T]` int64, in `self.dtype`."""
         return ops.vq_embedding(ids, self.packed, self.dtype)
+
+
+class HostEmbedding(nn.Embedding):
+    """A dense table `[V, D]` in main memory for a model on another device.
+
+    The rows that are asked for are gathered on the CPU and sent, so that a device holds none of it.
+    """
+
+    def __init__(self, vocab_size: int, hidden_size: int, rows_device: torch.device) -> None:
+        """Make the table without weights; its rows go to `rows_device`."""
+        super().__init__(vocab_size, hidden_size)
+        self.rows_device = rows_device
+
+    def pin(self) -> None:
+        """Lock the filled table into memory where it lies: paged out, it would stall the device.
+
+        `Tensor.pin_memory` would copy it and round up: 1,100 MiB took 2,074 (torch 2.11, H100).
+        """
+        runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+        address = self.weight.data_ptr()
+        torch.cuda.check_error(runtime.cudaHostRegister(address, self.weight.nbytes, 0))
+        weakref.finalize(self, runtime.cudaHostUnregister, address).atexit = False
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Return the rows `[T, D]` of `ids [T]` int64 on the CPU; sent, but not waited for."""
+        shape, dtype = (ids.shape[0], self.embedding_dim), self.weight.dtype
+        # Pinned memory is not handed out again before the copy out of it has ended.
+        rows = torch.empty(shape, dtype=dtype, pin_memory=self.rows_device.type == "cuda")
+        torch.index_select(self.weight, 0, ids, out=rows)
+        return rows.to(self.rows_device, non_blocking=True)
 
 
 class TiedHead(nn.Module):

@@ -48,8 +48,8 @@ class ForwardBatch:
     kv_cache: Sequence[LayerCache] | None = None
     """One a layer."""
     context_lens_tensor: Tensor | None = None
-    """`[R]` int32: `context_lens` where the caches lie; where it is given and every request has one
-    new token, attention reads its lengths there."""
+    """`[R]` int32: `context_lens` on the device, instead of it, where every request has one
+    new token and its length must not be read on the host (`engine.decode_graphs`)."""
 
     @classmethod
     def of_sequence(cls, positions: Tensor) -> ForwardBatch:

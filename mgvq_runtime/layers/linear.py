@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mgvq_kernels import ops
 from mgvq_kernels.layout import VQLayout
-from mgvq_runtime.layers.embedding import VQEmbedding
+from mgvq_runtime.layers.embedding import HostEmbedding, VQEmbedding
 from mgvq_runtime.layers.vq_matrix import VQMatrix
 
 
@@ -49,9 +49,20 @@ class VQLinear(VQMatrix):
 class LayerFactory:
     """Makes a layer quantized where `layouts` names it, dense everywhere else."""
 
-    def __init__(self, layouts: Mapping[str, VQLayout] | None = None) -> None:
-        """Take the layouts of the quantized matrices by module name; None makes a dense model."""
+    def __init__(
+        self,
+        layouts: Mapping[str, VQLayout] | None = None,
+        rows_device: torch.device | None = None,
+    ) -> None:
+        """Say what is quantized and where token tables lie.
+
+        Args:
+            layouts: Those of the quantized matrices by module name; None makes a dense model.
+            rows_device: Where rows of dense token tables go, which then lie in main memory; None
+                leaves tables beside the model.
+        """
         self.layouts = dict(layouts or {})
+        self.rows_device = rows_device
 
     def linear(
         self, name: str, in_features: int, out_features: int, bias: bool = False
@@ -76,5 +87,9 @@ class LayerFactory:
         layout = self.layouts.get(name)
         if layout is not None:
             return VQEmbedding(vocab_size, hidden_size, layout)
-        embedding = nn.Embedding(vocab_size, hidden_size)
+        embedding = (
+            nn.Embedding(vocab_size, hidden_size)
+            if self.rows_device is None
+            else HostEmbedding(vocab_size, hidden_size, self.rows_device)
+        )
         return embedding.requires_grad_(False)

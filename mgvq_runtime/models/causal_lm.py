@@ -15,7 +15,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from mgvq_runtime.layers.embedding import TiedHead
+from mgvq_runtime.layers.embedding import HostEmbedding, TiedHead
 from mgvq_runtime.layers.forward_batch import ForwardBatch
 from mgvq_runtime.layers.linear import LayerFactory
 from mgvq_runtime.models.config import ModelConfig
@@ -79,6 +79,17 @@ class CausalLM(nn.Module):
         """Type of activations; norms are never quantized, so one of them tells."""
         return self.model.norm.weight.dtype
 
+    @property
+    def device(self) -> torch.device:
+        """Where the model runs."""
+        return self.model.norm.weight.device
+
+    @property
+    def ids_device(self) -> torch.device:
+        """Where `embed` takes token ids: a table in main memory is read by the CPU."""
+        is_on_host = isinstance(self.model.embed_tokens, HostEmbedding)
+        return torch.device("cpu") if is_on_host else self.device
+
     def set_context_length(self, num_tokens: int) -> None:
         """Say how long contexts will get, before the first forward; see `Decoder`."""
         self.model.set_context_length(num_tokens)
@@ -106,7 +117,11 @@ class CausalLM(nn.Module):
         return self.visual(patches.to(self.dtype), grid_thw, max_patches)
 
     def embed(self, input_ids: Tensor) -> Tensor:
-        """Return token embeddings `[T, D]` for `[T]` int64; image rows are put in by the caller."""
+        """Return token embeddings `[T, D]`; rows of pictures are put in by the caller.
+
+        Args:
+            input_ids: `[T]` int64 on `ids_device`.
+        """
         return self.model.embed_tokens(input_ids)
 
     def forward(self, inputs_embeds: Tensor, batch: ForwardBatch) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from mgvq_kernels.layout import VQLayout
 from mgvq_runtime.checkpoint.reader import Checkpoint, open_checkpoint
 from mgvq_runtime.errors import CheckpointError, ConfigError
-from mgvq_runtime.layers.embedding import VQEmbedding
+from mgvq_runtime.layers.embedding import HostEmbedding, VQEmbedding
 from mgvq_runtime.layers.linear import LayerFactory
 from mgvq_runtime.layers.vq_matrix import VQMatrix
 from mgvq_runtime.models.causal_lm import CausalLM
@@ -56,6 +56,7 @@ def fill_model(
     checkpoint: Checkpoint,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
+    table_on_host: bool = False,
 ) -> CausalLM:
     """Make the graph of an open checkpoint and fill it.
 
@@ -63,6 +64,8 @@ def fill_model(
         checkpoint: From `open_checkpoint`.
         device: As in `load_model`.
         dtype: As in `load_model`.
+        table_on_host: Whether a dense token table, which must not be the head too, stays in main
+            memory.
 
     Raises:
         CheckpointError: if names or shapes do not agree; every problem is listed.
@@ -75,13 +78,15 @@ def fill_model(
     if problems := _misfits(family, config, checkpoint, layouts):
         raise CheckpointError(f"{checkpoint.path} does not fit its config.json", problems)
     with torch.device("meta"):
-        model = family.model(config, LayerFactory(layouts))
+        rows_device = torch.device(device) if table_on_host else None
+        model = family.model(config, LayerFactory(layouts, rows_device))
     tied_head: Tensor | None = None
     for name, tensor in checkpoint.tensors():
         if name == _TIED_HEAD and config.tie_word_embeddings:
             tied_head = tensor
         else:
-            problems += _fill_parameter(model, name, tensor, device, dtype)
+            place = "cpu" if table_on_host and name == _TOKEN_TABLE else device
+            problems += _fill_parameter(model, name, tensor, place, dtype)
     if tied_head is not None and _differs_from_table(model, tied_head):
         problems.append(f"{_TIED_HEAD} differs from the token table config.json ties it to")
     if problems:
@@ -91,6 +96,9 @@ def fill_model(
         assert isinstance(layer, VQMatrix), name
         layer.load(weight, device)
     _settle(model, device, dtype)
+    table = model.model.embed_tokens
+    if isinstance(table, HostEmbedding) and table.rows_device.type == "cuda":
+        table.pin()
     return model.eval()
 
 

@@ -170,6 +170,13 @@ class ImageProcessor(ABC):
         """Grid of the picture that has most patches (for memory planning)."""
 
     @abstractmethod
+    def max_video_grid(self, num_tokens: int) -> tuple[int, int, int] | None:
+        """Return the grid with most patches of a video of so many tokens (for memory planning).
+
+        None in a family that shows a video as pictures of one tile each.
+        """
+
+    @abstractmethod
     def __call__(self, image: Image.Image, is_alone: bool = True) -> ImageInput:
         """Cut a picture into patches.
 

@@ -145,6 +145,9 @@ class InternVL2ImageProcessor(ImageProcessor):
         side = self.tile_size // self.patch_size
         return self.max_num_tokens // self.tile_tokens, side, side
 
+    def max_video_grid(self, num_tokens: int) -> None:
+        """Return None: a frame is a picture."""
+
     def __call__(self, image: Image.Image, is_alone: bool = True) -> ImageInput:
         """Cut a picture into tiles, as many as its shape asks for.
 

@@ -145,6 +145,11 @@ class LlavaOnevisionImageProcessor(ImageProcessor):
         tiles = [height * width // self.tile_size**2 for height, width in self.pinpoints]
         return 1 + max(tiles, default=0), self.side, self.side
 
+    def max_video_grid(self, num_tokens: int) -> tuple[int, int, int]:
+        """Return the grid of as many frames as have so many tokens, one at least."""
+        frame = (-(-self.side // 2)) ** 2
+        return max(1, (num_tokens - 1) // frame), self.side, self.side
+
     def layout_of(self, height: int, width: int) -> TileLayout | None:
         """Return how a single picture of this size is cut; None where it is one tile."""
         if not self.pinpoints:

@@ -158,6 +158,11 @@ class Qwen2VLImageProcessor(ImageProcessor):
         """Grid of a picture with most tokens (for memory planning)."""
         return 1, self.merge_size, self.merge_size * self.max_num_tokens
 
+    def max_video_grid(self, num_tokens: int) -> tuple[int, int, int]:
+        """Return the grid of as many of the least frames as have so many tokens, one at least."""
+        frame = max(1, min(num_tokens, self.frame_min_pixels // self.factor**2))
+        return max(1, num_tokens // frame), self.merge_size, self.merge_size * frame
+
     def grid_of(self, height: int, width: int) -> tuple[int, int, int]:
         """Return the patches along time, height and width of a picture of this size.
 

@@ -160,6 +160,45 @@ def test_a_poisoned_picture_ends_its_own_request_alone(make_engine: MakeEngine) 
             assert tokens(found[str(index)]) == tokens(expected[str(index)])
 
 
+def test_bad_requests_between_good_ones_harm_none(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Refused while others run, or ended alone by a row of NaN in the middle of its answer."""
+    engine = make_engine(num_kv_blocks=30, max_num_seqs=4)
+    asked = prompts(engine)[:4]
+    expected = run(engine, asked)
+    for index, one in enumerate(asked):
+        engine.add(Request(str(index), one, GREEDY))
+    outputs = [engine.step() for _ in range(3)]
+    assert engine.num_running == 4
+    assert engine.max_model_len == 29 * 16 < 512, "more than the pool holds would never fit"
+    long = Prompt.from_token_ids([5] * engine.max_model_len)
+    for bad, message in [(long, "serves at most 464"), (Prompt.from_token_ids([]), "is empty")]:
+        with pytest.raises(RequestError, match=message):
+            engine.add(Request("bad", bad, GREEDY))
+    with pytest.raises(RequestError, match="max_tokens"):
+        SamplingParams(max_tokens=0)
+    run_step = engine._runner.run
+
+    def poisoned(chunks: list[Any]) -> torch.Tensor:
+        logits = run_step(chunks)
+        sampled = [chunk.sequence.request_id for chunk in chunks if chunk.is_sampled]
+        logits[sampled.index("2"), 7] = float("nan")
+        return logits
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine._runner, "run", poisoned)
+        outputs.append(engine.step())
+    found = finish(engine)
+    (ended,) = [one for one in outputs[-1] if one.request_id == "2"]
+    assert ended.finish_reason is FinishReason.ERROR
+    assert "other requests are not affected" in (ended.error or "")
+    assert "2" not in found
+    for key in "013":
+        ids = [i for each in outputs for o in each if o.request_id == key for i in o.token_ids]
+        assert ids + tokens(found[key]) == tokens(expected[key])
+
+
 def test_slots_beyond_the_context_are_never_read(make_engine: MakeEngine) -> None:
     engine, poisoned = make_engine(), make_engine()
     for layer in poisoned._runner.kv_cache.layers:

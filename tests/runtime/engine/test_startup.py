@@ -19,6 +19,7 @@ from mgvq_runtime.engine.memory_demand import (
 )
 from mgvq_runtime.engine.startup import start
 from mgvq_runtime.errors import CheckpointError, ConfigError
+from tests.runtime.conftest import write_hub_folder
 from tests.runtime.engine.engine_runs import prompts, run, tokens
 
 
@@ -84,13 +85,13 @@ def test_the_worst_case_runs_as_large_as_it_says(
     assert largest >= 4 * 12
     for budget, expected in [(1, largest), (2 * largest + 1, 2 * largest)]:
         config = EngineConfig(max_batch_patches=budget)
-        encode_largest_pictures(model, images, config)
+        encode_largest_pictures(model, images, config, 48)
         assert seen == [expected, expected]
         assert worst_patches(config, images.max_grid) == expected
         del seen[:]
-    tiled = SimpleNamespace(max_grid=(7, 4, 4))
+    tiled = SimpleNamespace(max_grid=(7, 4, 4), max_video_grid=lambda most: None)
     for budget, num_patches, at_once in [(1, 112, 16), (40, 112, 32), (170, 160, 160)]:
-        encode_largest_pictures(model, tiled, EngineConfig(max_batch_patches=budget))
+        encode_largest_pictures(model, tiled, EngineConfig(max_batch_patches=budget), 48)
         assert seen == [num_patches, at_once]
         del seen[:]
     read_longest_chunk(model, EngineConfig(max_batch_tokens=33), 100)
@@ -108,3 +109,24 @@ def test_a_gpu_gives_the_text_of_the_cpu(tiny_qwen2_vl_folder: Path) -> None:
     peak = on_gpu.memory_summary().peak_device_bytes
     assert peak is not None
     assert peak > 0
+
+
+@pytest.mark.gpu
+def test_a_table_in_main_memory_feeds_a_gpu(tmp_path: Path) -> None:
+    write_hub_folder(tmp_path, seed=1, tie_word_embeddings=False)
+    answers, plans = [], []
+    for place in ("device", "host"):
+        config = EngineConfig(
+            device="cuda", dtype="float16", max_model_len=512, embedding_device=place
+        )
+        engine = Engine.from_checkpoint(tmp_path, config)
+        answers.append({k: tokens(v) for k, v in run(engine, prompts(engine)).items()})
+        plans.append(engine.memory_plan)
+        weight = engine._runner.model.model.embed_tokens.weight
+        assert (weight.is_cuda, weight.is_pinned()) == (place == "device", place == "host")
+    assert answers[0] == answers[1]
+    beside, apart = plans
+    assert beside is not None
+    assert apart is not None
+    assert (beside.host_bytes, apart.host_bytes) == (0, weight.numel() * 2)
+    assert apart.graphs_bytes > 0
