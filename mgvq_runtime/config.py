@@ -64,6 +64,9 @@ class EngineConfig:
     """CPU threads for arithmetic; all cores when not given."""
     seed: int = 0
     """Seeds the requests that bring no seed of their own."""
+    deterministic: bool = False
+    """Compute every token by itself, so that no answer depends on what else runs, on chunks or on
+    the cache; slower, most of all for long prompts and many requests (docs/sampling.md)."""
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -72,6 +75,8 @@ class EngineConfig:
         index = device.removeprefix("cuda:")
         if device not in ("auto", "cpu", "cuda") and not (device != index and index.isdecimal()):
             raise ConfigError(f"device must be auto, cpu, cuda or cuda:N, got {self.device!r}")
+        if not isinstance(self.deterministic, bool):
+            raise ConfigError(f"deterministic must be True or False, got {self.deterministic!r}")
         for name, low in _LOWEST.items():
             value = getattr(self, name)
             if value is None and name in _OPTIONAL:
@@ -146,6 +151,7 @@ class ResolvedConfig:
     max_batch_patches: int
     image_cache_bytes: int
     seed: int
+    deterministic: bool
 
 
 def resolve_device(device: str, num_cuda_devices: int) -> str:
@@ -223,13 +229,17 @@ def add_config_arguments(
             continue
         default = None if field.default is MISSING else field.default
         shown = docs[field.name].rstrip(".")
+        flag = "--" + field.name.replace("_", "-")
+        if types[field.name] is bool:
+            group.add_argument(flag, action="store_true", help=shown.replace("%", "%%"))
+            continue
         if default is not None:
             shown += f" (default: {default})"
         is_integer = int in typing.get_args(types[field.name]) or types[field.name] is int
         metavar = _METAVARS.get(field.name)
         kind = byte_count if metavar == "BYTES" else int if is_integer else str
         group.add_argument(
-            "--" + field.name.replace("_", "-"),
+            flag,
             type=kind,
             default=default,
             choices=DTYPES if field.name == "dtype" else None,

@@ -3,6 +3,11 @@
 Encodes pictures, builds one `ForwardBatch` from chunks of sequences, puts picture embeddings in
 place of their placeholders, and returns logits for the rows that need them, and for no other. Who
 runs is decided by `scheduler`, which token comes next by `sampler`.
+
+A product of matrices rounds a row differently in other company: libraries choose their order of
+summation by the number of rows, and so does attention by the number of queries. With
+`config.deterministic` each token is therefore run by itself, and each picture encoded by itself:
+whatever a library does, it does the same for the same token with the same context.
 """
 
 from __future__ import annotations
@@ -19,6 +24,7 @@ from mgvq_runtime.engine.scheduler import Chunk, Step
 from mgvq_runtime.engine.sequence import ImageKey, Sequence
 from mgvq_runtime.layers.forward_batch import ForwardBatch
 from mgvq_runtime.models.causal_lm import CausalLM
+from mgvq_runtime.request import ImageInput
 
 
 class ModelRunner:
@@ -35,8 +41,10 @@ class ModelRunner:
         self.model = model
         self.kv_cache = kv_cache
         self._image_cache = image_cache
+        self._vocab_size = model.config.text_config.vocab_size
         self._block_size = config.block_size
         self._max_patches = config.max_batch_patches
+        self._is_deterministic = config.deterministic
         self._device = torch.device(config.device)
         self._dtype = getattr(torch, config.dtype)
 
@@ -45,16 +53,9 @@ class ModelRunner:
         if not step.images:
             return
         images = list(step.images.values())
-        patches = torch.from_numpy(np.concatenate([image.patches for image in images]))
-        embeds = self.model.encode_images(
-            patches.to(self._device, self._dtype),
-            [image.grid_thw for image in images],
-            [image.layout for image in images],
-            self._max_patches,
-        )  # [N, D]
-        parts = torch.split(embeds, [image.num_tokens for image in images])
-        # A part of its own memory: a view would keep its neighbours alive.
-        encoded = {key: part.clone() for key, part in zip(step.images, parts, strict=True)}
+        runs = [[image] for image in images] if self._is_deterministic else [images]
+        parts = [part for run in runs for part in self._encode(run)]
+        encoded = dict(zip(step.images, parts, strict=True))
         for key, part in encoded.items():
             self._image_cache.put(key, part, part.numel() * part.element_size())
         for chunk in step.chunks:
@@ -64,18 +65,37 @@ class ModelRunner:
                     sequence.image_embeds[index] = encoded[sequence.image_key(index)]
 
     def run(self, chunks: Items[Chunk]) -> torch.Tensor:
-        """Run one forward over all chunks.
+        """Run all chunks, in one forward unless tokens are to be run by themselves.
 
         Returns:
-            `[R, V]` float32 logits of the R sampled chunks, in order; `[0, 1]` when there are none.
+            `[R, V]` float32 logits of the R sampled chunks, in order.
         """
+        if not self._is_deterministic:
+            return self._forward(chunks)
+        return torch.cat([self._forward([one]) for chunk in chunks for one in chunk.tokens()])
+
+    def _encode(self, images: Items[ImageInput]) -> list[torch.Tensor]:
+        """Run pictures through the vision tower; each one's rows `[num_tokens, D]`."""
+        patches = torch.from_numpy(np.concatenate([image.patches for image in images]))
+        embeds = self.model.encode_images(
+            patches.to(self._device, self._dtype),
+            [image.grid_thw for image in images],
+            [image.layout for image in images],
+            self._max_patches,
+        )  # [N, D]
+        parts = torch.split(embeds, [image.num_tokens for image in images])
+        # A part of its own memory: a view would keep its neighbours alive.
+        return [part.clone() for part in parts]
+
+    def _forward(self, chunks: Items[Chunk]) -> torch.Tensor:
+        """Run chunks together and return `[R, V]` float32 logits of those that are sampled."""
         input_ids, batch = self._batch(chunks)
         embeds = self._embed(chunks, input_ids, batch.cu_seqlens_q)  # [T, D]
         hidden = self.model(embeds, batch)  # [T, D]
         ends = batch.cu_seqlens_q[1:]
         rows = [end - 1 for end, chunk in zip(ends, chunks, strict=True) if chunk.is_sampled]
         if not rows:
-            return hidden.new_empty((0, 1), dtype=torch.float32)
+            return hidden.new_empty((0, self._vocab_size), dtype=torch.float32)
         return self.model.logits(hidden if len(rows) == len(hidden) else hidden[rows])
 
     def _batch(self, chunks: Items[Chunk]) -> tuple[torch.Tensor, ForwardBatch]:

@@ -12,6 +12,7 @@ nobody's business here.
 from __future__ import annotations
 
 from bisect import insort
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import count
 from operator import attrgetter
@@ -34,6 +35,12 @@ class Chunk:
     end: int
     is_sampled: bool
     """Whether the chunk reaches the last known token, so that the next one is drawn from it."""
+
+    def tokens(self) -> Iterator[Chunk]:
+        """Yield chunks of one token each, in order, that come to the same."""
+        for index in range(self.start, self.end):
+            is_sampled = self.is_sampled and index == self.end - 1
+            yield Chunk(self.sequence, index, index + 1, is_sampled)
 
 
 @dataclass(frozen=True, slots=True)

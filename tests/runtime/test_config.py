@@ -49,9 +49,11 @@ def test_every_field_has_a_flag_a_help_text_and_a_way_back() -> None:
         assert f"--{field.name.replace('_', '-')} " in page
         assert " ".join(docs[field.name].rstrip(".").split()[:5]) in page
     config = parse(
-        "--max-model-len", "100", "--device", "cpu", "--dtype", "bfloat16", "--seed", "3"
+        "--max-model-len", "100", "--device", "cpu", "--dtype", "bfloat16", "--deterministic"
     )
-    assert config == EngineConfig(max_model_len=100, device="cpu", dtype="bfloat16", seed=3)
+    assert config == EngineConfig(
+        max_model_len=100, device="cpu", dtype="bfloat16", deterministic=True
+    )
 
 
 def test_flags_can_be_left_out() -> None:
@@ -72,6 +74,7 @@ def test_flags_can_be_left_out() -> None:
         ({"block_size": 0}, "block_size must be an integer of at least 1"),
         ({"max_num_seqs": None}, "max_num_seqs must be"),
         ({"max_model_len": True}, "max_model_len must be"),
+        ({"deterministic": "yes"}, "deterministic must be True or False"),
         ({"max_batch_tokens": 4, "max_num_seqs": 8}, "every running request takes one token"),
     ],
 )
