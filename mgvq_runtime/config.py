@@ -24,6 +24,16 @@ from mgvq_runtime.errors import ConfigError
 DEFAULT_MAX_MODEL_LEN = 8192
 MAX_AUTO_KV_CACHE_BYTES_CPU = 1 << 30
 DTYPES = ("auto", "float32", "float16", "bfloat16")
+SPECULATIONS = ("off", "n-gram")
+
+
+@dataclass(frozen=True)
+class NGramSpeculation:
+    """How tokens are guessed from a request's own; the fields are those of `EngineConfig`."""
+
+    num_speculative_tokens: int
+    prompt_lookup_max: int
+    prompt_lookup_min: int
 
 
 @dataclass(frozen=True)
@@ -67,6 +77,15 @@ class EngineConfig:
     deterministic: bool = False
     """Compute every token by itself, so that no answer depends on what else runs, on chunks or on
     the cache; slower, most of all for long prompts and many requests (docs/sampling.md)."""
+    speculation: str = "off"
+    """Whether tokens are guessed ahead and verified together: off, or n-gram, which looks the last
+    tokens up in the request's own prompt and answer. No answer changes by it (docs/sampling.md)."""
+    num_speculative_tokens: int = 4
+    """Most tokens guessed ahead of a request in one step."""
+    prompt_lookup_max: int = 4
+    """Longest run of last tokens that is looked up; the longest that is found is taken."""
+    prompt_lookup_min: int = 2
+    """Shortest run of last tokens that is looked up."""
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -75,6 +94,9 @@ class EngineConfig:
         index = device.removeprefix("cuda:")
         if device not in ("auto", "cpu", "cuda") and not (device != index and index.isdecimal()):
             raise ConfigError(f"device must be auto, cpu, cuda or cuda:N, got {self.device!r}")
+        if self.speculation not in SPECULATIONS:
+            known = ", ".join(SPECULATIONS)
+            raise ConfigError(f"speculation must be one of {known}, got {self.speculation!r}")
         if not isinstance(self.deterministic, bool):
             raise ConfigError(f"deterministic must be True or False, got {self.deterministic!r}")
         for name, low in _LOWEST.items():
@@ -88,6 +110,26 @@ class EngineConfig:
                 f"max_batch_tokens ({self.max_batch_tokens}) must be at least max_num_seqs "
                 f"({self.max_num_seqs}): every running request takes one token of each step"
             )
+        if self.prompt_lookup_min > self.prompt_lookup_max:
+            raise ConfigError(
+                f"prompt_lookup_min ({self.prompt_lookup_min}) must be at most prompt_lookup_max "
+                f"({self.prompt_lookup_max})"
+            )
+
+    @property
+    def n_gram_speculation(self) -> NGramSpeculation | None:
+        """How tokens are guessed ahead; None where they are not."""
+        if self.speculation == "off":
+            return None
+        return NGramSpeculation(
+            self.num_speculative_tokens, self.prompt_lookup_max, self.prompt_lookup_min
+        )
+
+    @property
+    def max_logits_rows(self) -> int:
+        """Most rows of logits of one step: a token each request, and those that were guessed."""
+        guessed = 0 if self.speculation == "off" else self.num_speculative_tokens
+        return min(self.max_batch_tokens, self.max_num_seqs * (1 + guessed))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> EngineConfig:
@@ -115,6 +157,9 @@ _LOWEST = {
     "image_cache_bytes": 0,
     "num_threads": 1,
     "seed": 0,
+    "num_speculative_tokens": 1,
+    "prompt_lookup_max": 1,
+    "prompt_lookup_min": 1,
 }
 _OPTIONAL = (
     "max_model_len",
@@ -152,6 +197,7 @@ class ResolvedConfig:
     image_cache_bytes: int
     seed: int
     deterministic: bool
+    speculation: NGramSpeculation | None
 
 
 def resolve_device(device: str, num_cuda_devices: int) -> str:
@@ -242,13 +288,14 @@ def add_config_arguments(
             flag,
             type=kind,
             default=default,
-            choices=DTYPES if field.name == "dtype" else None,
+            choices=_CHOICES.get(field.name),
             metavar=metavar,
             help=shown.replace("%", "%%"),
         )
     return group
 
 
+_CHOICES = {"dtype": DTYPES, "speculation": SPECULATIONS}
 _METAVARS = {
     "checkpoint": "DIR",
     "device": "DEVICE",
@@ -263,6 +310,9 @@ _METAVARS = {
     "image_cache_bytes": "BYTES",
     "num_threads": "N",
     "seed": "N",
+    "num_speculative_tokens": "N",
+    "prompt_lookup_max": "N",
+    "prompt_lookup_min": "N",
 }
 
 

@@ -73,7 +73,7 @@ def estimated_demand(
     """
     chunk = min(config.max_batch_tokens, max_model_len)
     prefill = decoder_activation_bytes(
-        shapes.text_config, chunk, max_model_len, config.max_num_seqs, element_bytes
+        shapes.text_config, chunk, max_model_len, config.max_logits_rows, element_bytes
     )
     if images is None or shapes.vision_config is None:
         return MemoryDemand(available, weights, 0, prefill, 0, is_measured=False)
@@ -146,7 +146,7 @@ def read_longest_chunk(model: CausalLM, config: EngineConfig, max_model_len: int
         kv_cache=(pool,) * text.num_hidden_layers,
     )
     hidden = model(model.embed(torch.zeros_like(places)), batch)  # [T, D]
-    model.logits(hidden[: config.max_num_seqs])
+    model.logits(hidden[: config.max_logits_rows])
 
 
 def _peak_bytes(device: torch.device, run: Callable[[], None]) -> int:

@@ -21,7 +21,7 @@ from mgvq_runtime.cache.kv_cache import KVCache
 from mgvq_runtime.cache.lru import LRUCache
 from mgvq_runtime.config import ResolvedConfig
 from mgvq_runtime.engine.scheduler import Chunk, Step
-from mgvq_runtime.engine.sequence import ImageKey, Sequence
+from mgvq_runtime.engine.sequence import ImageKey
 from mgvq_runtime.layers.forward_batch import ForwardBatch
 from mgvq_runtime.models.causal_lm import CausalLM
 from mgvq_runtime.request import ImageInput
@@ -68,7 +68,7 @@ class ModelRunner:
         """Run all chunks, in one forward unless tokens are to be run by themselves.
 
         Returns:
-            `[R, V]` float32 logits of the R sampled chunks, in order.
+            `[R, V]` float32 logits of the R rows of all chunks (`Chunk.num_rows`), in order.
         """
         if not self._is_deterministic:
             return self._forward(chunks)
@@ -88,12 +88,16 @@ class ModelRunner:
         return [part.clone() for part in parts]
 
     def _forward(self, chunks: Items[Chunk]) -> torch.Tensor:
-        """Run chunks together and return `[R, V]` float32 logits of those that are sampled."""
+        """Run chunks together and return `[R, V]` float32 logits of their rows."""
         input_ids, batch = self._batch(chunks)
         embeds = self._embed(chunks, input_ids, batch.cu_seqlens_q)  # [T, D]
         hidden = self.model(embeds, batch)  # [T, D]
         ends = batch.cu_seqlens_q[1:]
-        rows = [end - 1 for end, chunk in zip(ends, chunks, strict=True) if chunk.is_sampled]
+        rows = [
+            row
+            for end, chunk in zip(ends, chunks, strict=True)
+            for row in range(end - chunk.num_rows, end)
+        ]
         if not rows:
             return hidden.new_empty((0, self._vocab_size), dtype=torch.float32)
         return self.model.logits(hidden if len(rows) == len(hidden) else hidden[rows])
@@ -111,7 +115,7 @@ class ModelRunner:
             table[row, : len(blocks)] = blocks
             columns = packed[:, cu_seqlens[row] : cu_seqlens[row + 1]]
             if chunk.end - chunk.start == 1:
-                self._fill_one(columns, chunk.sequence, chunk.start)
+                self._fill_one(columns, chunk)
             else:
                 self._fill_many(columns, chunk, table[row])
         tensors = torch.from_numpy(packed).to(self._device)
@@ -125,11 +129,12 @@ class ModelRunner:
         )
         return tensors[0], batch
 
-    def _fill_one(self, columns: np.ndarray, sequence: Sequence, index: int) -> None:
+    def _fill_one(self, columns: np.ndarray, chunk: Chunk) -> None:
         """Write id, positions and slot of one token, without an array in between."""
+        sequence, index = chunk.sequence, chunk.start
         prompt = sequence.request.prompt
         block, offset = divmod(index, self._block_size)
-        columns[0, 0] = sequence.token_ids[index]
+        columns[0, 0] = chunk.token_ids[0]
         if index < sequence.num_prompt_tokens:
             columns[1:4, 0] = prompt.positions[:, index]
         else:
@@ -139,7 +144,7 @@ class ModelRunner:
     def _fill_many(self, columns: np.ndarray, chunk: Chunk, blocks: np.ndarray) -> None:
         sequence, start, end = chunk.sequence, chunk.start, chunk.end
         indices = np.arange(start, end)
-        columns[0] = sequence.token_ids[start:end]
+        columns[0] = chunk.token_ids
         columns[1:4] = sequence.positions(start, end)
         columns[4] = blocks[indices // self._block_size] * self._block_size
         columns[4] += indices % self._block_size

@@ -5,8 +5,9 @@ that may end anywhere, also inside a picture, but not past one whose turn to be 
 come. A prompt is admitted when the pool holds all of it, what it shares with earlier ones counted
 once, so only decodes ask for blocks while they run; when there are none, the newest request gives
 its own back and starts over later (its tokens and text stay). Requests of a lower priority number
-count as older than all others. No torch here and no text; what a picture's embeddings are is
-nobody's business here.
+count as older than all others. Guessed tokens get what budget and blocks nobody else wants in this
+step; blocks of a wrong guess are given back before the next. No torch here and no text; what a
+picture's embeddings are is nobody's business here.
 """
 
 from __future__ import annotations
@@ -28,19 +29,32 @@ _ORDER = attrgetter("order")
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Tokens `start` to `end` of one sequence, to be run in this step."""
+    """Tokens `start` to `end` of one sequence and of what is guessed to follow, to be run now."""
 
     sequence: Sequence
     start: int
     end: int
     is_sampled: bool
     """Whether the chunk reaches the last known token, so that the next one is drawn from it."""
+    draft: tuple[int, ...] = ()
+    """The guessed ones among its tokens, its last; what follows is drawn from each of them too."""
+
+    @property
+    def token_ids(self) -> list[int]:
+        """Its tokens, those of the draft included."""
+        return [*self.sequence.token_ids[self.start : self.end], *self.draft]
+
+    @property
+    def num_rows(self) -> int:
+        """How many of its last tokens something is drawn from."""
+        return min(1 + len(self.draft), self.end - self.start) if self.is_sampled else 0
 
     def tokens(self) -> Iterator[Chunk]:
         """Yield chunks of one token each, in order, that come to the same."""
-        for index in range(self.start, self.end):
-            is_sampled = self.is_sampled and index == self.end - 1
-            yield Chunk(self.sequence, index, index + 1, is_sampled)
+        first_drawn, first_guessed = self.end - self.num_rows, self.end - len(self.draft)
+        for index, token_id in enumerate(self.token_ids, self.start):
+            draft = (token_id,) if index >= first_guessed else ()
+            yield Chunk(self.sequence, index, index + 1, index >= first_drawn, draft)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,13 +127,19 @@ class Scheduler:
                 budget -= self._schedule_prefill(sequence, budget, step)
         while budget > 0 and not is_short and (newcomer := self._admit()):
             budget -= self._schedule_prefill(newcomer, budget, step)
+        self._schedule_drafts(step, budget)
         return step
 
-    def advance(self, chunk: Chunk) -> None:
-        """Note that a chunk's keys and values are written: full blocks can be found from now on."""
-        sequence, size = chunk.sequence, self.blocks.block_size
-        sequence.advance(chunk.end - chunk.start)
-        first, last = chunk.start // size, chunk.end // size
+    def advance(self, sequence: Sequence, end: int) -> None:
+        """Note that keys and values up to token `end` are written: full blocks can be found now.
+
+        Args:
+            sequence: One that runs.
+            end: One past the last of its known tokens that was run; no guess is among them.
+        """
+        size = self.blocks.block_size
+        first, last = sequence.num_computed // size, end // size
+        sequence.advance(end - sequence.num_computed)
         keys = sequence.block_keys(first, last, size)
         for block, key in zip(sequence.block_table[first:last], keys, strict=True):
             self.blocks.register(block, key)
@@ -144,6 +164,9 @@ class Scheduler:
 
     def _schedule_decodes(self, step: Step) -> bool:
         """Give one token to each sequence past its prompt; return whether blocks ran out."""
+        for sequence in self.running:
+            if sequence.proposer is not None:  # what a wrong guess was to fill
+                self.blocks.release(sequence.block_table, len(sequence.token_ids))
         is_short = False
         index = 0
         while index < len(self.running):
@@ -172,6 +195,19 @@ class Scheduler:
             is_sampled = end == len(sequence.token_ids)
             step.chunks.append(Chunk(sequence, start, end, is_sampled))
         return end - start
+
+    def _schedule_drafts(self, step: Step, budget: int) -> None:
+        """Let decodes run what is guessed to follow, as far as nothing has to give way for it."""
+        for row, chunk in enumerate(step.chunks):
+            sequence = chunk.sequence
+            if sequence.proposer is None or not sequence.is_decoding:
+                continue
+            limit = min(budget, sequence.max_draft_tokens)
+            draft = sequence.proposer.propose(sequence.token_ids, limit)
+            end = chunk.end + len(draft)
+            if draft and self.blocks.allocate(sequence.block_table, end):
+                step.chunks[row] = Chunk(sequence, chunk.start, end, True, draft)
+                budget -= len(draft)
 
     def _get_image(self, sequence: Sequence, index: int, step: Step) -> bool:
         """Find a picture's embeddings, or plan to encode it; False where it must wait."""

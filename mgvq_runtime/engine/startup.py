@@ -141,6 +141,7 @@ def start(path: str | Path | None, config: EngineConfig) -> Started:
         image_cache_bytes=config.image_cache_bytes,
         seed=config.seed,
         deterministic=config.deterministic,
+        speculation=config.n_gram_speculation,
     )
     return Started(model, opened.chat_processor, resolved, plan)
 

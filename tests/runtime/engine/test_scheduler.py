@@ -31,13 +31,17 @@ def test_nothing_leaks_nothing_is_shared_by_mistake_and_every_request_ends(rng: 
 
 @pytest.mark.slow
 def test_ten_thousand_histories() -> None:
-    preempted = shared = 0
+    preempted = shared = accepted = rejected = 0
     for seed in range(10_000):
         simulation = play(Random(seed))
         preempted += simulation.scheduler.num_preemptions
         shared += simulation.num_shared_tokens
+        accepted += simulation.num_accepted_tokens
+        rejected += simulation.num_rejected_tokens
     assert preempted > 500
     assert shared > 10_000
+    assert accepted > 5_000
+    assert rejected > 2_000
 
 
 def test_decodes_run_before_prompts_and_a_long_prompt_is_read_in_chunks() -> None:
