@@ -3,11 +3,12 @@
 Decodes first, one token each; what is left of the budget goes to prompts, oldest first, in chunks
 that may end anywhere, also inside a picture, but not past one whose turn to be encoded has not
 come. A prompt is admitted when the pool holds all of it, what it shares with earlier ones counted
-once, so only decodes ask for blocks while they run; when there are none, the newest request gives
-its own back and starts over later (its tokens and text stay). Requests of a lower priority number
-count as older than all others. Guessed tokens get what budget and blocks nobody else wants in this
-step; blocks of a wrong guess are given back before the next. No torch here and no text; what a
-picture's embeddings are is nobody's business here.
+once, and when what it can share is there, so that prompts of one beginning that come together read
+it once. So only decodes ask for blocks while they run; when there are none, the newest request
+gives its own back and starts over later (its tokens and text stay). Requests of a lower priority
+number count as older than all others. Guessed tokens get what budget and blocks nobody else wants
+in this step; blocks of a wrong guess are given back before the next. No torch here and no text;
+what a picture's embeddings are is nobody's business here.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from itertools import count
 from operator import attrgetter
 from typing import Any
 
+from mgvq_runtime.cache.block_key import BlockKey
 from mgvq_runtime.cache.block_manager import BlockManager
 from mgvq_runtime.cache.lru import LRUCache
 from mgvq_runtime.engine.sequence import ImageKey, Sequence
@@ -226,13 +228,19 @@ class Scheduler:
         return True
 
     def _admit(self) -> Sequence | None:
-        """Let the head of the queue run if the pool holds all its tokens; None if not."""
+        """Let the head of the queue run if the pool holds all its tokens; None if not.
+
+        One whose next block a running prompt is about to fill waits, and shares it then.
+        """
         if not self.waiting or len(self.running) >= self.max_num_seqs:
             return None
         sequence, size = self.waiting[0], self.blocks.block_size
         num_tokens = len(sequence.token_ids)
         # The last token is always run: somebody must say what follows it.
-        cached = self.blocks.find(sequence.block_keys(0, (num_tokens - 1) // size, size))
+        keys = list(sequence.block_keys(0, (num_tokens - 1) // size, size))
+        cached = self.blocks.find(keys)
+        if self._is_being_computed(keys, len(cached)):
+            return None
         # One spare block a running request, or the newcomer would soon be preempted again.
         if not self.blocks.has_room(cached, num_tokens, len(self.running)):
             return None
@@ -243,6 +251,15 @@ class Scheduler:
             sequence.num_cached_tokens = sequence.num_computed
         insort(self.running, self.waiting.pop(0), key=_ORDER)
         return sequence
+
+    def _is_being_computed(self, keys: list[BlockKey], index: int) -> bool:
+        """Say whether somebody runs who has all tokens of block `keys[index]` and will fill it."""
+        size = self.blocks.block_size
+        return index < len(keys) and any(
+            keys[index] in sequence.block_keys(index, index + 1, size)
+            for sequence in self.running
+            if sequence.num_computed < (index + 1) * size <= len(sequence.token_ids)
+        )
 
     def _preempt_newest(self) -> Sequence:
         sequence = self.running.pop()
