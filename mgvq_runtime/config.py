@@ -79,7 +79,8 @@ class EngineConfig:
     the cache; slower, most of all for long prompts and many requests (docs/sampling.md)."""
     speculation: str = "off"
     """Whether tokens are guessed ahead and verified together: off, or n-gram, which looks the last
-    tokens up in the request's own prompt and answer. No answer changes by it (docs/sampling.md)."""
+    tokens up in the request's own prompt and answer. Answers stay as they are, but for rounding:
+    docs/sampling.md."""
     num_speculative_tokens: int = 4
     """Most tokens guessed ahead of a request in one step."""
     prompt_lookup_max: int = 4
