@@ -26,6 +26,16 @@ MAX_AUTO_KV_CACHE_BYTES_CPU = 1 << 30
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 KV_CACHE_DTYPES = ("auto", "int8")
 EMBEDDING_DEVICES = ("auto", "host", "device")
+SPECULATIONS = ("off", "n-gram")
+
+
+@dataclass(frozen=True)
+class NGramSpeculation:
+    """How tokens are guessed from a request's own; the fields are those of `EngineConfig`."""
+
+    num_speculative_tokens: int
+    prompt_lookup_max: int
+    prompt_lookup_min: int
 
 
 @dataclass(frozen=True)
@@ -76,6 +86,19 @@ class EngineConfig:
     """CPU threads for arithmetic; all cores when not given."""
     seed: int = 0
     """Seeds the requests that bring no seed of their own."""
+    deterministic: bool = False
+    """Compute every token by itself, so that no answer depends on what else runs, on chunks or on
+    the cache; slower, most of all for long prompts and many requests (docs/sampling.md)."""
+    speculation: str = "off"
+    """Whether tokens are guessed ahead and verified together: off, or n-gram, which looks the last
+    tokens up in the request's own prompt and answer. Answers stay as they are, but for rounding:
+    docs/sampling.md."""
+    num_speculative_tokens: int = 4
+    """Most tokens guessed ahead of a request in one step."""
+    prompt_lookup_max: int = 4
+    """Longest run of last tokens that is looked up; the longest that is found is taken."""
+    prompt_lookup_min: int = 2
+    """Shortest run of last tokens that is looked up."""
 
     def __post_init__(self) -> None:
         for name, allowed in _CHOICES.items():
@@ -85,8 +108,9 @@ class EngineConfig:
         index = device.removeprefix("cuda:")
         if device not in ("auto", "cpu", "cuda") and not (device != index and index.isdecimal()):
             raise ConfigError(f"device must be auto, cpu, cuda or cuda:N, got {self.device!r}")
-        if not isinstance(self.enforce_eager, bool):
-            raise ConfigError(f"enforce_eager must be True or False, got {self.enforce_eager!r}")
+        for name in ("deterministic", "enforce_eager"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise ConfigError(f"{name} must be True or False, got {value!r}")
         for name, low in _LOWEST.items():
             value = getattr(self, name)
             if value is None and name in _OPTIONAL:
@@ -98,6 +122,26 @@ class EngineConfig:
                 f"max_batch_tokens ({self.max_batch_tokens}) must be at least max_num_seqs "
                 f"({self.max_num_seqs}): every running request takes one token of each step"
             )
+        if self.prompt_lookup_min > self.prompt_lookup_max:
+            raise ConfigError(
+                f"prompt_lookup_min ({self.prompt_lookup_min}) must be at most prompt_lookup_max "
+                f"({self.prompt_lookup_max})"
+            )
+
+    @property
+    def n_gram_speculation(self) -> NGramSpeculation | None:
+        """How tokens are guessed ahead; None where they are not."""
+        if self.speculation == "off":
+            return None
+        return NGramSpeculation(
+            self.num_speculative_tokens, self.prompt_lookup_max, self.prompt_lookup_min
+        )
+
+    @property
+    def max_logits_rows(self) -> int:
+        """Most rows of logits of one step: a token each request, and those that were guessed."""
+        guessed = 0 if self.speculation == "off" else self.num_speculative_tokens
+        return min(self.max_batch_tokens, self.max_num_seqs * (1 + guessed))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> EngineConfig:
@@ -117,6 +161,7 @@ _CHOICES = {
     "dtype": DTYPES,
     "embedding_device": EMBEDDING_DEVICES,
     "kv_cache_dtype": KV_CACHE_DTYPES,
+    "speculation": SPECULATIONS,
 }
 _LOWEST = {
     "max_model_len": 2,
@@ -130,6 +175,9 @@ _LOWEST = {
     "image_cache_bytes": 0,
     "num_threads": 1,
     "seed": 0,
+    "num_speculative_tokens": 1,
+    "prompt_lookup_max": 1,
+    "prompt_lookup_min": 1,
 }
 _OPTIONAL = (
     "max_model_len",
@@ -170,6 +218,8 @@ class ResolvedConfig:
     max_batch_patches: int
     image_cache_bytes: int
     seed: int
+    deterministic: bool
+    speculation: NGramSpeculation | None
 
 
 def resolve_device(device: str, num_cuda_devices: int) -> str:
@@ -292,6 +342,9 @@ _METAVARS = {
     "image_cache_bytes": "BYTES",
     "num_threads": "N",
     "seed": "N",
+    "num_speculative_tokens": "N",
+    "prompt_lookup_max": "N",
+    "prompt_lookup_min": "N",
 }
 
 

@@ -264,6 +264,10 @@ class RequestOutput:
     """Prompt tokens whose keys and values were already in the cache."""
     error: str | None = None
     """What went wrong, where finish_reason is ERROR or TIMEOUT."""
+    num_draft_tokens: int = 0
+    """Tokens that were guessed ahead for this request so far."""
+    num_accepted_tokens: int = 0
+    """Those of them that were right."""
 
 
 def _check_int(name: str, value: Any, low: int, high: int | None) -> None:

@@ -98,15 +98,16 @@ class BlockManager:
             self._key_of[block] = key
             self._block_of[key.digest] = block
 
-    def release(self, block_table: list[int]) -> None:
-        """Take all blocks of `block_table` back and empty it; full ones can still be found.
+    def release(self, block_table: list[int], num_tokens: int = 0) -> None:
+        """Take the blocks of `block_table` back that lie beyond its first `num_tokens` tokens.
 
-        The last block is the first to be used again: a beginning is of use without its end.
+        Full ones can still be found. The last block is the first to be used again: a beginning is
+        of use without its end.
 
         Raises:
             ValueError: if a block is not in use, so that no block is ever free twice.
         """
-        while block_table:
+        while len(block_table) > -(-num_tokens // self.block_size):
             block = block_table[-1]
             if not self._num_users[block]:
                 raise ValueError(f"block {block} is released, but it is not in use")

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Items
 from contextlib import contextmanager
+from itertools import islice, zip_longest
 from pathlib import Path
 
 import torch
@@ -34,6 +35,7 @@ from mgvq_runtime.engine.memory import (
 from mgvq_runtime.engine.memory_demand import model_facts
 from mgvq_runtime.engine.memory_plan import MemoryPlan
 from mgvq_runtime.engine.model_runner import ModelRunner
+from mgvq_runtime.engine.n_gram import NGramProposer
 from mgvq_runtime.engine.output import OutputText
 from mgvq_runtime.engine.prompt_check import check_prompt
 from mgvq_runtime.engine.sampler import BAD_ROW, Sample, sample
@@ -103,6 +105,8 @@ class Engine:
         """Most tokens of prompt and answer together."""
         self.memory_plan: MemoryPlan | None = None
         """What every byte was planned for, where `from_checkpoint` made this engine."""
+        self.num_draft_tokens = self.num_accepted_tokens = 0
+        """Tokens guessed ahead since the start, and those of them that were right."""
         self._sequences: dict[str, Sequence] = {}
         self._seeds = random.Random(config.seed)
         self._clock = clock
@@ -161,6 +165,8 @@ class Engine:
         root = root_digest(self._cache_facts, request.cache_salt)
         sequence = Sequence(request, max_tokens, seed, placeholder_ids, output, root)
         sequence.logits_processor = make_logits_processor(request, self.grammars)
+        if self.config.speculation is not None and sequence.logits_processor is None:
+            sequence.proposer = NGramProposer(self.config.speculation)
         if request.timeout_s is not None:
             sequence.deadline = self._clock() + request.timeout_s
         self._scheduler.add(sequence)
@@ -175,7 +181,8 @@ class Engine:
                 return expired
             self._runner.encode_images(step)
             logits = self._runner.run(step.chunks)
-            samples = sample(logits, [chunk.sequence for chunk in step.chunks if chunk.is_sampled])
+            rows = [(chunk.sequence, i) for chunk in step.chunks for i in range(chunk.num_rows)]
+            samples = sample(logits, [seq for seq, _ in rows], [ahead for _, ahead in rows])
             return expired + self._commit(step.chunks, samples)
 
     def abort(self, request_id: str) -> RequestOutput | None:
@@ -245,33 +252,66 @@ class Engine:
     def _commit(self, chunks: Items[Chunk], samples: Items[Sample]) -> list[RequestOutput]:
         """Write the step down: tokens computed, tokens drawn, requests ended."""
         for chunk in chunks:
-            self._scheduler.advance(chunk)
-        sampled = [chunk.sequence for chunk in chunks if chunk.is_sampled]
-        return [self._commit_sample(*pair) for pair in zip(sampled, samples, strict=True)]
+            self._scheduler.advance(chunk.sequence, chunk.end - len(chunk.draft))
+        drawn = iter(samples)
+        return [
+            self._commit_drawn(chunk, list(islice(drawn, chunk.num_rows)))
+            for chunk in chunks
+            if chunk.is_sampled
+        ]
 
-    def _commit_sample(self, sequence: Sequence, drawn: Sample) -> RequestOutput:
-        if drawn.token_id == BAD_ROW:
-            return self._fail(sequence, NOT_FINITE, is_poisoned=True)
-        processor = sequence.logits_processor
-        if processor is not None and not processor.push(drawn.token_id):
-            return self._fail(sequence, OUT_OF_GRAMMAR)
-        sequence.token_ids.append(drawn.token_id)
-        text, reason = sequence.output.push(drawn.token_id)
-        if reason is not None:
-            self._end(sequence)
-        return self._output(sequence, text, (drawn,), reason)
+    def _commit_drawn(self, chunk: Chunk, drawn: Items[Sample]) -> RequestOutput:
+        """Take what was drawn for one sequence, up to the first token that was guessed wrong.
 
-    def _fail(self, sequence: Sequence, error: str, is_poisoned: bool = False) -> RequestOutput:
-        """End one request with an error; the others go on."""
+        A token drawn after a wrong guess has a beginning that is not the sequence's; its keys and
+        values are written over.
+        """
+        sequence, text = chunk.sequence, ""
+        taken: list[Sample] = []
+        reason = None
+        for one, guessed in zip_longest(drawn, chunk.draft):
+            if one.token_id == BAD_ROW:
+                return self._fail(sequence, NOT_FINITE, text, taken, is_poisoned=True)
+            processor = sequence.logits_processor
+            if processor is not None and not processor.push(one.token_id):
+                return self._fail(sequence, OUT_OF_GRAMMAR, text, taken)
+            sequence.token_ids.append(one.token_id)
+            taken.append(one)
+            more, reason = sequence.output.push(one.token_id)
+            text += more
+            if reason is not None:
+                self._end(sequence)
+            if reason is not None or one.token_id != guessed:
+                break
+            self._scheduler.advance(sequence, len(sequence.token_ids))
+        self._count_draft(chunk, taken)
+        return self._output(sequence, text, taken, reason)
+
+    def _count_draft(self, chunk: Chunk, taken: Items[Sample]) -> None:
+        pairs = zip(taken, chunk.draft, strict=False)
+        num_right = sum(one.token_id == guessed for one, guessed in pairs)
+        for account in (self, chunk.sequence):
+            account.num_draft_tokens += len(chunk.draft)
+            account.num_accepted_tokens += num_right
+
+    def _fail(
+        self,
+        sequence: Sequence,
+        error: str,
+        text: str,
+        taken: Items[Sample],
+        is_poisoned: bool = False,
+    ) -> RequestOutput:
+        """End one request with an error after what it got in this step; the others go on."""
         self._end(sequence, is_poisoned)
-        text = sequence.output.flush()
-        return self._output(sequence, text, (), FinishReason.ERROR, error=error)
+        text += sequence.output.flush()
+        return self._output(sequence, text, taken, FinishReason.ERROR, error=error)
 
     def _output(
         self,
         sequence: Sequence,
         text: str,
-        drawn: tuple[Sample, ...],
+        drawn: Items[Sample],
         reason: FinishReason | None,
         error: str | None = None,
     ) -> RequestOutput:
@@ -287,6 +327,8 @@ class Engine:
             num_prompt_tokens=sequence.num_prompt_tokens,
             num_completion_tokens=sequence.num_completion_tokens,
             num_cached_tokens=sequence.num_cached_tokens or 0,
+            num_draft_tokens=sequence.num_draft_tokens,
+            num_accepted_tokens=sequence.num_accepted_tokens,
             error=error,
         )
 

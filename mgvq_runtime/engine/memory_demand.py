@@ -134,7 +134,7 @@ def estimated_demand(
     text = shapes.text_config
     chunk = min(config.max_batch_tokens, max_model_len)
     prefill = decoder_activation_bytes(
-        text, chunk, max_model_len, config.max_num_seqs, element_bytes
+        text, chunk, max_model_len, config.max_logits_rows, element_bytes
     )
     graphs = vision = 0
     if decode_batch_sizes:
@@ -233,7 +233,7 @@ def read_longest_chunk(model: CausalLM, config: EngineConfig, max_model_len: int
     )
     ids = torch.zeros(T, dtype=torch.int64, device=model.ids_device)
     hidden = model(model.embed(ids), batch)  # [T, D]
-    model.logits(hidden[: config.max_num_seqs])
+    model.logits(hidden[: config.max_logits_rows])
 
 
 def _one_layer_for_all(

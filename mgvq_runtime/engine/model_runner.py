@@ -3,6 +3,11 @@
 Encodes pictures, builds one `ForwardBatch` from chunks of sequences, puts picture embeddings in
 place of their placeholders, and returns logits for the rows that need them, and for no other. Who
 runs is decided by `scheduler`, which token comes next by `sampler`.
+
+A product of matrices rounds a row differently in other company: libraries choose their order of
+summation by the number of rows, and so does attention by the number of queries. With
+`config.deterministic` each token is therefore run by itself, and each picture encoded by itself:
+whatever a library does, it does the same for the same token with the same context.
 """
 
 from __future__ import annotations
@@ -17,9 +22,10 @@ from mgvq_runtime.cache.lru import LRUCache
 from mgvq_runtime.config import ResolvedConfig
 from mgvq_runtime.engine.decode_graphs import DecodeGraphs
 from mgvq_runtime.engine.scheduler import Chunk, Step
-from mgvq_runtime.engine.sequence import ImageKey, Sequence
+from mgvq_runtime.engine.sequence import ImageKey
 from mgvq_runtime.layers.forward_batch import ForwardBatch
 from mgvq_runtime.models.causal_lm import CausalLM
+from mgvq_runtime.request import ImageInput
 
 
 class ModelRunner:
@@ -42,8 +48,10 @@ class ModelRunner:
         self.kv_cache = kv_cache
         self.decode_graphs = decode_graphs
         self._image_cache = image_cache
+        self._vocab_size = model.config.text_config.vocab_size
         self._block_size = config.block_size
         self._max_patches = config.max_batch_patches
+        self._is_deterministic = config.deterministic
         self._device = torch.device(config.device)
         self._dtype = getattr(torch, config.dtype)
 
@@ -52,16 +60,9 @@ class ModelRunner:
         if not step.images:
             return
         images = list(step.images.values())
-        patches = torch.from_numpy(np.concatenate([image.patches for image in images]))
-        embeds = self.model.encode_images(
-            patches.to(self._device, self._dtype),
-            [image.grid_thw for image in images],
-            [image.layout for image in images],
-            self._max_patches,
-        )  # [N, D]
-        parts = torch.split(embeds, [image.num_tokens for image in images])
-        # A part of its own memory: a view would keep its neighbours alive.
-        encoded = {key: part.clone() for key, part in zip(step.images, parts, strict=True)}
+        runs = [[image] for image in images] if self._is_deterministic else [images]
+        parts = [part for run in runs for part in self._encode(run)]
+        encoded = dict(zip(step.images, parts, strict=True))
         for key, part in encoded.items():
             self._image_cache.put(key, part, part.numel() * part.element_size())
         for chunk in step.chunks:
@@ -71,21 +72,44 @@ class ModelRunner:
                     sequence.image_embeds[index] = encoded[sequence.image_key(index)]
 
     def run(self, chunks: Items[Chunk]) -> torch.Tensor:
-        """Run one forward over all chunks.
+        """Run all chunks, in one forward unless tokens are to be run by themselves.
 
         Returns:
-            `[R, V]` float32 logits of the R sampled chunks, in order; `[0, 1]` when there are none.
+            `[R, V]` float32 logits of the R rows of all chunks (`Chunk.num_rows`), in order.
         """
+        if not self._is_deterministic:
+            return self._forward(chunks)
+        return torch.cat([self._forward([one]) for chunk in chunks for one in chunk.tokens()])
+
+    def _encode(self, images: Items[ImageInput]) -> list[torch.Tensor]:
+        """Run pictures through the vision tower; each one's rows `[num_tokens, D]`."""
+        patches = torch.from_numpy(np.concatenate([image.patches for image in images]))
+        embeds = self.model.encode_images(
+            patches.to(self._device, self._dtype),
+            [image.grid_thw for image in images],
+            [image.layout for image in images],
+            self._max_patches,
+        )  # [N, D]
+        parts = torch.split(embeds, [image.num_tokens for image in images])
+        # A part of its own memory: a view would keep its neighbours alive.
+        return [part.clone() for part in parts]
+
+    def _forward(self, chunks: Items[Chunk]) -> torch.Tensor:
+        """Run chunks together and return `[R, V]` float32 logits of their rows."""
         input_ids, batch = self._batch(chunks)
         embeds = self._embed(chunks, input_ids, batch.cu_seqlens_q)  # [T, D]
         ends = batch.cu_seqlens_q[1:]
-        rows = [end - 1 for end, chunk in zip(ends, chunks, strict=True) if chunk.is_sampled]
+        rows = [
+            row
+            for end, chunk in zip(ends, chunks, strict=True)
+            for row in range(end - chunk.num_rows, end)
+        ]
         if self.decode_graphs is not None and len(chunks) == batch.num_tokens:
             logits = self.decode_graphs.run(embeds, batch)  # [R, V]
             return logits if len(rows) == len(logits) else logits[rows]
         hidden = self.model(embeds, batch)  # [T, D]
         if not rows:
-            return hidden.new_empty((0, 1), dtype=torch.float32)
+            return hidden.new_empty((0, self._vocab_size), dtype=torch.float32)
         return self.model.logits(hidden if len(rows) == len(hidden) else hidden[rows])
 
     def _batch(self, chunks: Items[Chunk]) -> tuple[torch.Tensor, ForwardBatch]:
@@ -101,7 +125,7 @@ class ModelRunner:
             table[row, : len(blocks)] = blocks
             columns = packed[:, cu_seqlens[row] : cu_seqlens[row + 1]]
             if chunk.end - chunk.start == 1:
-                self._fill_one(columns, chunk.sequence, chunk.start)
+                self._fill_one(columns, chunk)
             else:
                 self._fill_many(columns, chunk, table[row])
         on_host = torch.from_numpy(packed)
@@ -116,11 +140,12 @@ class ModelRunner:
         )
         return (on_host if self.model.ids_device.type == "cpu" else tensors)[0], batch
 
-    def _fill_one(self, columns: np.ndarray, sequence: Sequence, index: int) -> None:
+    def _fill_one(self, columns: np.ndarray, chunk: Chunk) -> None:
         """Write id, positions and slot of one token, without an array in between."""
+        sequence, index = chunk.sequence, chunk.start
         prompt = sequence.request.prompt
         block, offset = divmod(index, self._block_size)
-        columns[0, 0] = sequence.token_ids[index]
+        columns[0, 0] = chunk.token_ids[0]
         if index < sequence.num_prompt_tokens:
             columns[1:4, 0] = prompt.positions[:, index]
         else:
@@ -130,7 +155,7 @@ class ModelRunner:
     def _fill_many(self, columns: np.ndarray, chunk: Chunk, blocks: np.ndarray) -> None:
         sequence, start, end = chunk.sequence, chunk.start, chunk.end
         indices = np.arange(start, end)
-        columns[0] = sequence.token_ids[start:end]
+        columns[0] = chunk.token_ids
         columns[1:4] = sequence.positions(start, end)
         columns[4] = blocks[indices // self._block_size] * self._block_size
         columns[4] += indices % self._block_size

@@ -34,12 +34,16 @@ class Sample:
     """Most probable tokens with their log-probabilities, best first, where asked for."""
 
 
-def sample(logits: torch.Tensor, sequences: Items[Sequence]) -> list[Sample]:
+def sample(
+    logits: torch.Tensor, sequences: Items[Sequence], num_ahead: Items[int] = ()
+) -> list[Sample]:
     """Draw one token a row.
 
     Args:
-        logits: `[R, V]` float32, one row a sequence.
-        sequences: The R sequences; each one's position is the number of tokens it has.
+        logits: `[R, V]` float32.
+        sequences: The R sequences; a token's position is the number of tokens its sequence has.
+        num_ahead: How many guessed tokens stand before each of the R; empty where none do. A
+            sequence that changes its logits must have none: they depend on tokens that are known.
 
     Returns:
         R samples, with log-probabilities where the request asked for them.
@@ -51,7 +55,15 @@ def sample(logits: torch.Tensor, sequences: Items[Sequence]) -> list[Sample]:
     params = [sequence.request.sampling_params for sequence in sequences]
     drawn = [row for row, how in enumerate(params) if not how.is_greedy]
     if drawn:
-        token_ids[drawn] = _draw(processed[drawn], [sequences[row] for row in drawn])
+        positions = [
+            len(sequence.token_ids) + ahead
+            for sequence, ahead in zip(sequences, num_ahead or [0] * len(sequences), strict=True)
+        ]
+        token_ids[drawn] = _draw(
+            processed[drawn],
+            [sequences[row] for row in drawn],
+            [positions[row] for row in drawn],
+        )
     samples = [
         Sample(token_id if math.isfinite(value) else BAD_ROW)
         for token_id, value in zip(token_ids.tolist(), best.tolist(), strict=True)
@@ -112,7 +124,7 @@ def filtered_probs(
     return probs / probs.sum(dim=-1, keepdim=True)
 
 
-def _draw(logits: torch.Tensor, sequences: Items[Sequence]) -> torch.Tensor:
+def _draw(logits: torch.Tensor, sequences: Items[Sequence], positions: Items[int]) -> torch.Tensor:
     """Draw a token for each row by inverting its distribution function; `[R]` int64."""
     params = [sequence.request.sampling_params for sequence in sequences]
     probs = filtered_probs(
@@ -123,7 +135,7 @@ def _draw(logits: torch.Tensor, sequences: Items[Sequence]) -> torch.Tensor:
         [p.min_p for p in params],
     )
     total = probs.to(torch.float64).cumsum(dim=-1)  # [R, V]
-    numbers = [uniform(seq.seed, len(seq.token_ids)) for seq in sequences]
+    numbers = [uniform(seq.seed, place) for seq, place in zip(sequences, positions, strict=True)]
     targets = torch.tensor(numbers, dtype=torch.float64, device=logits.device)[:, None]
     whole = total[:, -1:].contiguous()  # [R, 1]
     tokens = torch.searchsorted(total, targets * whole, right=True)  # [R, 1]

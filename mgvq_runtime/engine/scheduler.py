@@ -3,20 +3,24 @@
 Decodes first, one token each; what is left of the budget goes to prompts, oldest first, in chunks
 that may end anywhere, also inside a picture, but not past one whose turn to be encoded has not
 come. A prompt is admitted when the pool holds all of it, what it shares with earlier ones counted
-once, so only decodes ask for blocks while they run; when there are none, the newest request gives
-its own back and starts over later (its tokens and text stay). Requests of a lower priority number
-count as older than all others. No torch here and no text; what a picture's embeddings are is
-nobody's business here.
+once, and when what it can share is there, so that prompts of one beginning that come together read
+it once. So only decodes ask for blocks while they run; when there are none, the newest request
+gives its own back and starts over later (its tokens and text stay). Requests of a lower priority
+number count as older than all others. Guessed tokens get what budget and blocks nobody else wants
+in this step; blocks of a wrong guess are given back before the next. No torch here and no text;
+what a picture's embeddings are is nobody's business here.
 """
 
 from __future__ import annotations
 
 from bisect import insort
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import count
 from operator import attrgetter
 from typing import Any
 
+from mgvq_runtime.cache.block_key import BlockKey
 from mgvq_runtime.cache.block_manager import BlockManager
 from mgvq_runtime.cache.lru import LRUCache
 from mgvq_runtime.engine.sequence import ImageKey, Sequence
@@ -27,13 +31,32 @@ _ORDER = attrgetter("order")
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Tokens `start` to `end` of one sequence, to be run in this step."""
+    """Tokens `start` to `end` of one sequence and of what is guessed to follow, to be run now."""
 
     sequence: Sequence
     start: int
     end: int
     is_sampled: bool
     """Whether the chunk reaches the last known token, so that the next one is drawn from it."""
+    draft: tuple[int, ...] = ()
+    """The guessed ones among its tokens, its last; what follows is drawn from each of them too."""
+
+    @property
+    def token_ids(self) -> list[int]:
+        """Its tokens, those of the draft included."""
+        return [*self.sequence.token_ids[self.start : self.end], *self.draft]
+
+    @property
+    def num_rows(self) -> int:
+        """How many of its last tokens something is drawn from."""
+        return min(1 + len(self.draft), self.end - self.start) if self.is_sampled else 0
+
+    def tokens(self) -> Iterator[Chunk]:
+        """Yield chunks of one token each, in order, that come to the same."""
+        first_drawn, first_guessed = self.end - self.num_rows, self.end - len(self.draft)
+        for index, token_id in enumerate(self.token_ids, self.start):
+            draft = (token_id,) if index >= first_guessed else ()
+            yield Chunk(self.sequence, index, index + 1, index >= first_drawn, draft)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,13 +129,19 @@ class Scheduler:
                 budget -= self._schedule_prefill(sequence, budget, step)
         while budget > 0 and not is_short and (newcomer := self._admit()):
             budget -= self._schedule_prefill(newcomer, budget, step)
+        self._schedule_drafts(step, budget)
         return step
 
-    def advance(self, chunk: Chunk) -> None:
-        """Note that a chunk's keys and values are written: full blocks can be found from now on."""
-        sequence, size = chunk.sequence, self.blocks.block_size
-        sequence.advance(chunk.end - chunk.start)
-        first, last = chunk.start // size, chunk.end // size
+    def advance(self, sequence: Sequence, end: int) -> None:
+        """Note that keys and values up to token `end` are written: full blocks can be found now.
+
+        Args:
+            sequence: One that runs.
+            end: One past the last of its known tokens that was run; no guess is among them.
+        """
+        size = self.blocks.block_size
+        first, last = sequence.num_computed // size, end // size
+        sequence.advance(end - sequence.num_computed)
         keys = sequence.block_keys(first, last, size)
         for block, key in zip(sequence.block_table[first:last], keys, strict=True):
             self.blocks.register(block, key)
@@ -137,6 +166,9 @@ class Scheduler:
 
     def _schedule_decodes(self, step: Step) -> bool:
         """Give one token to each sequence past its prompt; return whether blocks ran out."""
+        for sequence in self.running:
+            if sequence.proposer is not None:  # what a wrong guess was to fill
+                self.blocks.release(sequence.block_table, len(sequence.token_ids))
         is_short = False
         index = 0
         while index < len(self.running):
@@ -166,6 +198,19 @@ class Scheduler:
             step.chunks.append(Chunk(sequence, start, end, is_sampled))
         return end - start
 
+    def _schedule_drafts(self, step: Step, budget: int) -> None:
+        """Let decodes run what is guessed to follow, as far as nothing has to give way for it."""
+        for row, chunk in enumerate(step.chunks):
+            sequence = chunk.sequence
+            if sequence.proposer is None or not sequence.is_decoding:
+                continue
+            limit = min(budget, sequence.max_draft_tokens)
+            draft = sequence.proposer.propose(sequence.token_ids, limit)
+            end = chunk.end + len(draft)
+            if draft and self.blocks.allocate(sequence.block_table, end):
+                step.chunks[row] = Chunk(sequence, chunk.start, end, True, draft)
+                budget -= len(draft)
+
     def _get_image(self, sequence: Sequence, index: int, step: Step) -> bool:
         """Find a picture's embeddings, or plan to encode it; False where it must wait."""
         if index in sequence.image_embeds:
@@ -183,13 +228,19 @@ class Scheduler:
         return True
 
     def _admit(self) -> Sequence | None:
-        """Let the head of the queue run if the pool holds all its tokens; None if not."""
+        """Let the head of the queue run if the pool holds all its tokens; None if not.
+
+        One whose next block a running prompt is about to fill waits, and shares it then.
+        """
         if not self.waiting or len(self.running) >= self.max_num_seqs:
             return None
         sequence, size = self.waiting[0], self.blocks.block_size
         num_tokens = len(sequence.token_ids)
         # The last token is always run: somebody must say what follows it.
-        cached = self.blocks.find(sequence.block_keys(0, (num_tokens - 1) // size, size))
+        keys = list(sequence.block_keys(0, (num_tokens - 1) // size, size))
+        cached = self.blocks.find(keys)
+        if self._is_being_computed(keys, len(cached)):
+            return None
         # One spare block a running request, or the newcomer would soon be preempted again.
         if not self.blocks.has_room(cached, num_tokens, len(self.running)):
             return None
@@ -200,6 +251,15 @@ class Scheduler:
             sequence.num_cached_tokens = sequence.num_computed
         insort(self.running, self.waiting.pop(0), key=_ORDER)
         return sequence
+
+    def _is_being_computed(self, keys: list[BlockKey], index: int) -> bool:
+        """Say whether somebody runs who has all tokens of block `keys[index]` and will fill it."""
+        size = self.blocks.block_size
+        return index < len(keys) and any(
+            keys[index] in sequence.block_keys(index, index + 1, size)
+            for sequence in self.running
+            if sequence.num_computed < (index + 1) * size <= len(sequence.token_ids)
+        )
 
     def _preempt_newest(self) -> Sequence:
         sequence = self.running.pop()

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import torch
 
     from mgvq_runtime.engine.logits_processor import LogitsProcessor
+    from mgvq_runtime.engine.n_gram import NGramProposer
     from mgvq_runtime.engine.output import OutputText
 
 ImageKey = tuple[bytes, str | None]
@@ -40,11 +41,14 @@ class Sequence:
         "logits_processor",
         "max_tokens",
         "num_cached_tokens",
+        "num_accepted_tokens",
         "num_computed",
+        "num_draft_tokens",
         "num_prompt_tokens",
         "order",
         "output",
         "placeholders",
+        "proposer",
         "request",
         "request_id",
         "seed",
@@ -87,6 +91,10 @@ class Sequence:
         """When to give up, on the engine's clock."""
         self.output = output
         self.logits_processor: LogitsProcessor | None = None
+        self.proposer: NGramProposer | None = None
+        """Guesses its next tokens; None where nothing is guessed."""
+        self.num_draft_tokens = self.num_accepted_tokens = 0
+        """Tokens that were guessed, and those of them that were right."""
         self._root = root
         self._block_keys: list[BlockKey] = []
         ids = np.asarray(self.token_ids, dtype=np.int64)
@@ -111,6 +119,11 @@ class Sequence:
     def num_completion_tokens(self) -> int:
         """Tokens generated so far."""
         return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def max_draft_tokens(self) -> int:
+        """Most tokens worth guessing: whatever is guessed, one more is drawn."""
+        return self.max_tokens - self.num_completion_tokens - 1
 
     @property
     def is_decoding(self) -> bool:

@@ -169,5 +169,7 @@ def start(path: str | Path | None, config: EngineConfig) -> Started:
         max_batch_patches=patches if images is None else worst_patches(config, images.max_grid),
         image_cache_bytes=config.image_cache_bytes,
         seed=config.seed,
+        deterministic=config.deterministic,
+        speculation=config.n_gram_speculation,
     )
     return Started(model, opened.chat_processor, resolved, plan)

@@ -351,8 +351,4 @@ class ChatCall:
 
     def _usage(self) -> Json:
         last = [choice.last for choice in self._choices.values() if choice.last is not None]
-        return usage_body(
-            last[0].num_prompt_tokens,
-            sum(output.num_completion_tokens for output in last),
-            max(output.num_cached_tokens for output in last),
-        )
+        return usage_body(last)

@@ -8,11 +8,12 @@ values of such a field change nothing. Answers are plain dictionaries in the ord
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
 
-from mgvq_runtime import SamplingParams, TokenLogprob, __version__
+from mgvq_runtime import RequestOutput, SamplingParams, TokenLogprob, __version__
 from mgvq_serve.errors import ApiError, shorten, unsupported
 from mgvq_serve.structured import AskedForm, StructuredFields
 
@@ -302,14 +303,29 @@ def delta_body(
     return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
 
 
-def usage_body(num_prompt_tokens: int, num_completion_tokens: int, num_cached_tokens: int) -> Usage:
-    """Return token counts; the prompt's include the tokens of its pictures."""
-    return {
+def usage_body(outputs: Sequence[RequestOutput]) -> Usage:
+    """Return token counts; the prompt's include the tokens of its pictures.
+
+    Guesses are counted where there were some: openai's clients have fields for them.
+
+    Args:
+        outputs: The last output of each choice.
+    """
+    num_prompt_tokens = outputs[0].num_prompt_tokens
+    num_completion_tokens = sum(output.num_completion_tokens for output in outputs)
+    usage: Usage = {
         "prompt_tokens": num_prompt_tokens,
         "completion_tokens": num_completion_tokens,
         "total_tokens": num_prompt_tokens + num_completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": num_cached_tokens},
+        "prompt_tokens_details": {"cached_tokens": max(one.num_cached_tokens for one in outputs)},
     }
+    if num_draft_tokens := sum(output.num_draft_tokens for output in outputs):
+        num_accepted_tokens = sum(output.num_accepted_tokens for output in outputs)
+        usage["completion_tokens_details"] = {
+            "accepted_prediction_tokens": num_accepted_tokens,
+            "rejected_prediction_tokens": num_draft_tokens - num_accepted_tokens,
+        }
+    return usage
 
 
 def logprobs_body(tokens: list[TokenLogprob]) -> Json:

@@ -11,6 +11,7 @@ import pytest
 from mgvq_runtime.config import (
     EngineConfig,
     ModelFacts,
+    NGramSpeculation,
     add_config_arguments,
     byte_count,
     config_from_arguments,
@@ -50,9 +51,20 @@ def test_every_field_has_a_flag_a_help_text_and_a_way_back() -> None:
         assert f"--{field.name.replace('_', '-')} " in page
         assert " ".join(docs[field.name].rstrip(".").split()[:5]) in page
     config = parse(
-        "--max-model-len", "100", "--device", "cpu", "--dtype", "bfloat16", "--seed", "3"
+        "--max-model-len", "100", "--device", "cpu", "--dtype", "bfloat16", "--deterministic"
     )
-    assert config == EngineConfig(max_model_len=100, device="cpu", dtype="bfloat16", seed=3)
+    assert config == EngineConfig(
+        max_model_len=100, device="cpu", dtype="bfloat16", deterministic=True
+    )
+
+
+def test_speculation_is_settled_and_counted_in_what_a_step_may_take() -> None:
+    assert EngineConfig().n_gram_speculation is None
+    assert EngineConfig(max_num_seqs=8).max_logits_rows == 8
+    config = parse("--speculation", "n-gram", "--num-speculative-tokens", "3")
+    assert config.n_gram_speculation == NGramSpeculation(3, 4, 2)
+    assert config.max_logits_rows == 32
+    assert replace(config, max_batch_tokens=20).max_logits_rows == 20
 
 
 def test_flags_can_be_left_out() -> None:
@@ -74,6 +86,10 @@ def test_flags_can_be_left_out() -> None:
         ({"block_size": 0}, "block_size must be an integer of at least 1"),
         ({"max_num_seqs": None}, "max_num_seqs must be"),
         ({"max_model_len": True}, "max_model_len must be"),
+        ({"deterministic": "yes"}, "deterministic must be True or False"),
+        ({"speculation": "draft"}, "speculation must be one of off, n-gram, got 'draft'"),
+        ({"num_speculative_tokens": 0}, "num_speculative_tokens must be an integer of at least 1"),
+        ({"prompt_lookup_min": 3, "prompt_lookup_max": 2}, r"prompt_lookup_min \(3\) must be at"),
         ({"max_batch_tokens": 4, "max_num_seqs": 8}, "every running request takes one token"),
     ],
 )

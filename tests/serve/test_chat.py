@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 import pytest
+from openai.types import CompletionUsage
 
+from mgvq_runtime import FinishReason, RequestOutput
 from mgvq_runtime import StructuredOutputsParams as Form
+from mgvq_serve.protocol import usage_body
 from tests.serve.conftest import MODEL, RunningServer, ask, data_url, image_part
 from tests.serve.fake_engine import MAX_MODEL_LEN, TOKENS_PER_IMAGE
 
@@ -70,6 +74,18 @@ def test_stream_adds_up_to_the_answer(client) -> None:
     assert all(delta.content and delta.role is None for delta in middle)
     assert "".join(delta.content for delta in middle) == "a b c"
     assert all(chunk.usage is None for chunk in chunks)
+
+
+def test_guessed_tokens_are_counted_where_openai_counts_them() -> None:
+    plain = RequestOutput("a", "", (), None, FinishReason.STOP, 5, 7, 3)
+    usage = CompletionUsage.model_validate(usage_body([plain, plain]))
+    assert (usage.prompt_tokens, usage.completion_tokens, usage.total_tokens) == (5, 14, 19)
+    assert usage.completion_tokens_details is None
+    guessed = replace(plain, num_draft_tokens=6, num_accepted_tokens=4)
+    usage = CompletionUsage.model_validate(usage_body([plain, guessed]))
+    assert usage.completion_tokens_details is not None
+    assert usage.completion_tokens_details.accepted_prediction_tokens == 4
+    assert usage.completion_tokens_details.rejected_prediction_tokens == 2
 
 
 def test_stream_usage_only_when_asked(client) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 from random import Random
+from typing import Any
 
 import numpy as np
 
@@ -42,13 +43,34 @@ def make_sequence(
     pictures: tuple[ImageInput, ...] = (),
     salt: str | None = None,
     priority: int = 0,
+    proposer: Any = None,
 ) -> Sequence:
     """A waiting sequence; a number instead of tokens gives a prompt nobody else has."""
     ids = [hash(name) % 1000 + 10] * num_prompt if isinstance(num_prompt, int) else num_prompt
     prompt = Prompt.from_token_ids(ids, pictures)
     request = Request(name, prompt, SamplingParams(), salt, priority)
     output = OutputText(NoText(), request.sampling_params, (), max_tokens)
-    return Sequence(request, max_tokens, 0, (PLACEHOLDER,), output, root_digest(("model",), salt))
+    root = root_digest(("model",), salt)
+    sequence = Sequence(request, max_tokens, 0, (PLACEHOLDER,), output, root)
+    sequence.proposer = proposer
+    return sequence
+
+
+def next_token(num_known: int) -> int:
+    """What the model would say after so many tokens."""
+    return 2 + num_known % 3
+
+
+@dataclass
+class Guesser:
+    """Guesses right and wrong by chance, as many tokens as it may and fewer."""
+
+    rng: Random
+
+    def propose(self, token_ids: list[int], limit: int) -> tuple[int, ...]:
+        assert limit >= 0
+        places = range(len(token_ids), len(token_ids) + self.rng.randint(0, min(limit, 6)))
+        return tuple(next_token(place) if self.rng.random() < 0.7 else 5 for place in places)
 
 
 def make_scheduler(
@@ -72,6 +94,8 @@ class Simulation:
     """Slot to the identity of the prefix whose keys and values it holds."""
     num_encoded: int = 0
     num_shared_tokens: int = 0
+    num_accepted_tokens: int = 0
+    num_rejected_tokens: int = 0
 
     def step(self) -> Step:
         waited = {id(sequence) for sequence in self.scheduler.waiting}
@@ -82,17 +106,30 @@ class Simulation:
         self.num_shared_tokens += sum(seq.num_computed for seq in admitted)
         for chunk in step.chunks:
             self.run(chunk)
-            self.scheduler.advance(chunk)
-            sequence = chunk.sequence
+            self.scheduler.advance(chunk.sequence, chunk.end - len(chunk.draft))
             if chunk.is_sampled:
-                sequence.token_ids.append(2 + len(sequence.token_ids) % 3)
-                if sequence.num_completion_tokens == sequence.max_tokens:
-                    self.scheduler.remove(sequence)
+                self.draw(chunk)
         return step
+
+    def draw(self, chunk: Chunk) -> None:
+        """Take tokens up to the first that was guessed wrong."""
+        sequence = chunk.sequence
+        for guessed in (*chunk.draft, None):
+            sequence.token_ids.append(next_token(len(sequence.token_ids)))
+            if sequence.num_completion_tokens == sequence.max_tokens:
+                self.scheduler.remove(sequence)
+                assert guessed is None, "guessed further than the answer goes"
+            elif guessed is not None and guessed == sequence.token_ids[-1]:
+                self.scheduler.advance(sequence, len(sequence.token_ids))
+                self.num_accepted_tokens += 1
+            else:
+                self.num_rejected_tokens += guessed is not None
+                break
 
     def check(self, step: Step, waited: set[int]) -> None:
         """Assert what must hold after every decision."""
         scheduler, chunks = self.scheduler, step.chunks
+        block_size = scheduler.blocks.block_size
         assert sum(chunk.end - chunk.start for chunk in chunks) <= scheduler.max_batch_tokens
         assert len(scheduler.running) <= scheduler.max_num_seqs
         assert len({id(chunk.sequence) for chunk in chunks}) == len(chunks)
@@ -106,7 +143,11 @@ class Simulation:
         for chunk in chunks:
             assert chunk.sequence in scheduler.running
             assert chunk.start == chunk.sequence.num_computed < chunk.end
-            assert chunk.is_sampled == (chunk.end == len(chunk.sequence.token_ids))
+            num_known = len(chunk.sequence.token_ids)
+            assert chunk.is_sampled == (chunk.end == num_known + len(chunk.draft))
+            assert not chunk.draft or chunk.start == num_known - 1
+            assert len(chunk.token_ids) == chunk.end - chunk.start
+            assert len(chunk.sequence.block_table) == -(-max(chunk.end, num_known) // block_size)
 
     def check_blocks(self) -> None:
         """Count users of every block again, from the tables."""
@@ -138,7 +179,7 @@ class Simulation:
     def run(self, chunk: Chunk) -> None:
         """Check all that the chunk reads, then write its own slots."""
         sequence, size = chunk.sequence, self.scheduler.blocks.block_size
-        prefixes = identities(sequence, chunk.end)
+        prefixes = identities(sequence, [*sequence.token_ids, *chunk.draft][: chunk.end])
         slots = [sequence.block_table[i // size] * size + i % size for i in range(chunk.end)]
         for slot, prefix in zip(slots[: chunk.start], prefixes, strict=False):
             assert self.pool[slot] == prefix, "reads what another prefix wrote"
@@ -148,7 +189,7 @@ class Simulation:
             self.pool[slots[index]] = prefixes[index]
 
 
-def identities(sequence: Sequence, end: int) -> list[int]:
+def identities(sequence: Sequence, token_ids: list[int]) -> list[int]:
     """The whole beginning up to each token, as one number: what keys and values depend on."""
     pictures = iter(
         (k, place)
@@ -156,7 +197,7 @@ def identities(sequence: Sequence, end: int) -> list[int]:
         for place in range(image.num_tokens)
     )
     found, prefix = [], hash(sequence.request.cache_salt)
-    for index, token in enumerate(sequence.token_ids[:end]):
+    for index, token in enumerate(token_ids):
         seen = None
         if token == PLACEHOLDER and index < sequence.num_prompt_tokens:
             k, place = next(pictures)
@@ -188,7 +229,8 @@ def play(rng: Random) -> Simulation:
     for _ in range(600):
         if to_come and rng.random() < 0.6:
             to_come -= 1
-            sequence = random_sequence(rng, scheduler.blocks.capacity_tokens)
+            capacity = scheduler.blocks.capacity_tokens
+            sequence = random_sequence(rng, capacity, guesses=rng.random() < 0.5)
             scheduler.add(sequence)
             added.append(sequence)
         alive = [*scheduler.running, *scheduler.waiting]
@@ -210,7 +252,7 @@ def play(rng: Random) -> Simulation:
     return simulation
 
 
-def random_sequence(rng: Random, capacity: int) -> Sequence:
+def random_sequence(rng: Random, capacity: int, guesses: bool) -> Sequence:
     """A request that fits, often with the beginning of another one."""
     pictures = [rng.choice(PICTURES) for _ in range(rng.choice([0, 0, 1, 2]))]
     ids: list[int] = [1] * rng.randint(0, 5)
@@ -228,4 +270,5 @@ def random_sequence(rng: Random, capacity: int) -> Sequence:
     ids = ids or [1]
     max_tokens = rng.randint(1, min(10, capacity - len(ids)))
     salt, priority = rng.choice([None, None, "a"]), rng.choice([0, 0, 0, -1, 1])
-    return make_sequence("r", ids, max_tokens, tuple(kept), salt, priority)
+    proposer = Guesser(rng) if guesses else None
+    return make_sequence("r", ids, max_tokens, tuple(kept), salt, priority, proposer)

@@ -87,6 +87,21 @@ def test_a_warm_cache_gives_the_answers_of_a_cold_one(
     assert sum(encoded) == 5, "nothing was kept"
 
 
+def test_prompts_that_come_together_read_their_beginning_once(
+    make_engine: MakeEngine, encoded: list[int]
+) -> None:
+    engine = make_engine()
+    one = prompts(engine)[2]
+    expected = run_one(make_engine(image_cache_bytes=0), one)[0]
+    del encoded[:]
+    outputs = run(engine, [one] * 3)
+    assert all(tokens(outputs[key]) == expected for key in outputs)
+    size = engine.config.block_size
+    shared = (len(one.token_ids) - 1) // size * size
+    assert [outputs[key][-1].num_cached_tokens for key in "012"] == [0, shared, shared]
+    assert sum(encoded) == 1
+
+
 def test_pictures_of_one_size_never_share(make_engine: MakeEngine) -> None:
     """The first token after the picture would be the same placeholder ids for both."""
     engine = make_engine()
