@@ -214,24 +214,13 @@ def refit_codebooks(
     Source: method memo D.3; LNQ in GuidedQuant (arXiv 2505.07004), algorithm 2.
     """
     scatter = functools.partial(_scatter, codes, names, tables)
-    sides = list(zip(hessians, outputs or [None] * len(hessians), strict=True))
-
-    def images(changes: Sequence[Tensor]) -> list[Tensor]:
-        products = [change @ A for change, (A, _) in zip(changes, sides, strict=True)]
-        return [P if B is None else B @ P for P, (_, B) in zip(products, sides, strict=True)]
+    outputs = outputs or [None] * len(hessians)
+    images = functools.partial(_images, hessians, outputs)
 
     def decoded(values: Mapping[str, Tensor]) -> list[Tensor]:
         return [decode(c, named(n, values)) for c, n in zip(codes, names, strict=True)]
 
-    def normal(direction: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return scatter(images(decoded(direction)))
-
-    diagonal = scatter(
-        [
-            A.diagonal() * (torch.ones_like(W) if B is None else B.diagonal()[:, None])
-            for W, (A, B) in zip(weights, sides, strict=True)
-        ]
-    )
+    diagonal = scatter(_diagonals(hessians, outputs, weights))
     inverse = {n: torch.where(x > 0, 1 / x, torch.zeros_like(x)) for n, x in diagonal.items()}
     residual = scatter(images([W - V for W, V in zip(weights, decoded(tables), strict=True)]))
     solution = {name: table.clone() for name, table in tables.items()}
@@ -241,7 +230,7 @@ def refit_codebooks(
     for _ in range(iterations):
         if energy <= 1e-12 * start or energy == 0.0:
             break
-        image = normal(direction)
+        image = scatter(images(decoded(direction)))
         curvature = _dot(direction, image)
         if curvature <= 0.0:
             break
@@ -254,6 +243,24 @@ def refit_codebooks(
         share = energy / previous
         direction = {name: scaled[name] + share * p for name, p in direction.items()}
     return solution
+
+
+def _images(
+    hessians: Sequence[Tensor], outputs: Sequence[Tensor | None], changes: Sequence[Tensor]
+) -> list[Tensor]:
+    """`B E A` of changes `[O, I]`, one a matrix."""
+    products = [change @ A for change, A in zip(changes, hessians, strict=True)]
+    return [P if B is None else B @ P for P, B in zip(products, outputs, strict=True)]
+
+
+def _diagonals(
+    hessians: Sequence[Tensor], outputs: Sequence[Tensor | None], weights: Sequence[Tensor]
+) -> list[Tensor]:
+    """`B_rr A_ii` `[O, I]`, one a matrix."""
+    return [
+        A.diagonal() * (torch.ones_like(W) if B is None else B.diagonal()[:, None])
+        for W, A, B in zip(weights, hessians, outputs, strict=True)
+    ]
 
 
 def named(names: Names, values: Mapping[str, T]) -> list[list[T]]:

@@ -6,7 +6,8 @@ all bands. Rows are divided by their scales (root mean square at first); then ro
 descent, least-squares refit of the tables and of the scales take turns and the best state is kept.
 The objective is `tr(E A E^T)` over the divided rows: equal relative error for every output; or
 `tr(B E A E^T)` where a problem brings a curvature `B` of its outputs (`two_sided`).
-Not here: where the second moment `A` and `B` come from, the order of channels (`ordering`), files, models.
+Not here: where `A`, the second moment, and `B` come from, the order of channels (`ordering`),
+files, models.
 
 Source: method memo D.1-D.3, D.6, C.8.
 """
