@@ -27,7 +27,7 @@ from tests.quantizer.test_pipeline import contents
 Moment = Callable[[int, int], Tensor]
 ROWS, WIDTH = 48, 32
 ALL = {"two_sided": True, "gradient_shift": True, "mismatch": 0.5}
-RECIPE = QuantRecipe(**{**QUICK, **ALL})
+RECIPE = QuantRecipe(**{**QUICK, **ALL, "codebook_iterations": 1, "tuning_steps": 0})
 
 
 def normal(*shape: int, seed: int) -> Tensor:
