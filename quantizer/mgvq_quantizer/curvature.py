@@ -35,12 +35,6 @@ class SampleGradients:
         """Return inputs `[T, I]` and output gradients `[T, O]`, sample by sample."""
         return zip(self.inputs, self.outputs, strict=True)
 
-    def mean(self) -> Tensor:
-        """Return `E_s[G_s]` `[O, I]` float64."""
-        total = sum((g.T @ x).double() for x, g in self.pairs())
-        assert isinstance(total, Tensor), "gradients of no sample have no mean"
-        return total / len(self)
-
     def products(self, change: Tensor) -> Tensor:
         """Return `<G_s, change>`: how much a change of the weight moves each sample's loss.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,15 +13,20 @@ import torch
 from torch import Tensor
 
 from mgvq_kernels.layout import VQLayout
+from mgvq_quantizer.batches import encode_pictures, make_batch, unique_pictures
 from mgvq_quantizer.curvature import SampleGradients
+from mgvq_quantizer.dataset import read_data
 from mgvq_quantizer.gate import MatrixEvidence, choose, score
-from mgvq_quantizer.gradients import MatrixGradients
+from mgvq_quantizer.gradients import MatrixGradients, sample_gradients
 from mgvq_quantizer.pipeline import quantize
 from mgvq_quantizer.recipe import QuantRecipe
 from mgvq_quantizer.report import Report
 from mgvq_quantizer.solver import Problem, Solution, solve
+from mgvq_quantizer.statistics import cross_moment
+from mgvq_quantizer.teacher import Student, ask_teacher, divergence
 from mgvq_quantizer.work_folder import WorkFolder
 from mgvq_runtime.checkpoint.reader import open_checkpoint
+from mgvq_runtime.models.loading import fill_model
 from tests.quantizer.conftest import QUICK
 from tests.quantizer.test_pipeline import contents
 
@@ -99,6 +105,44 @@ def test_what_held_out_samples_contradict_is_refused(correlated: Moment) -> None
     plain = solve_one(problem)
     assert torch.equal(solution.weight.codes[0][0], plain.weight.codes[0][0])
     assert solution.error == plain.error
+
+
+def test_both_sides_of_every_sample_make_its_gradient(dense: Path) -> None:
+    """Against autograd of the divergence in the weight itself, sample by sample."""
+    name = "model.layers.1.mlp.gate_up_proj"
+    graph = fill_model(open_checkpoint(dense), torch.device("cpu")).float()
+    samples = read_data(dense, graph, RECIPE, None).train
+    batch = make_batch(samples, "cpu")
+    with torch.no_grad():
+        features = encode_pictures(graph, unique_pictures(samples), "cpu")
+        reference, _ = ask_teacher(graph, [batch], features)
+        graph.model.layers[0].mlp.down_proj.weight.mul_(0.5)
+    found = sample_gradients(
+        graph, [name], [batch], features, reference, torch.Generator().manual_seed(0), draws=3
+    )[name]
+    assert (len(found.divergence), len(found.likelihood)) == (len(samples), 3 * len(samples))
+    weight = graph.get_submodule(name).weight.requires_grad_()
+    for sample, (x, g) in zip(batch.samples, found.divergence.pairs(), strict=True):
+        logits = Student(graph)(make_batch([sample], "cpu"), features)
+        loss = divergence(reference.log_probs([sample]), logits.log_softmax(-1)).sum()
+        (wanted,) = torch.autograd.grad(loss, weight)
+        assert float((g.T @ x - wanted).norm() / wanted.norm()) < 1e-3
+    ones = torch.cat(found.likelihood.outputs)
+    assert bool(torch.isfinite(ones).all())
+    assert bool(ones.any())
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_cross_moment_is_that_of_the_inputs(weighted: bool) -> None:
+    now, then = normal(2, 6, WIDTH, seed=11), normal(2, 6, WIDTH, seed=12)
+    module, twin = torch.nn.Linear(WIDTH, 2), torch.nn.Linear(WIDTH, 2)
+    runs, originals = ([partial(m, rows) for rows in x] for m, x in ((module, now), (twin, then)))
+    weights = list(normal(2, 6, seed=13).abs()) if weighted else None
+    found = cross_moment((module, runs), (twin, originals), weights)
+    w = torch.ones(12) if weights is None else torch.cat(weights)
+    missing, seen = (then - now).view(12, WIDTH).double(), now.view(12, WIDTH).double()
+    expected = torch.einsum("t,ti,tj->ij", w.double(), missing, seen) / w.double().sum()
+    assert torch.allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.fixture(scope="module")
