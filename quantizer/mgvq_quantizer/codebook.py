@@ -197,8 +197,9 @@ def refit_codebooks(
     names: Sequence[Names],
     tables: Mapping[str, Tensor],
     iterations: int = 25,
+    outputs: Sequence[Tensor | None] | None = None,
 ) -> dict[str, Tensor]:
-    """Minimise `sum tr((W - Dec(C)) A (W - Dec(C))^T)` over the tables, codes fixed.
+    """Minimise `sum tr(B (W - Dec(C)) A (W - Dec(C))^T)` over the tables, codes fixed.
 
     Least squares, as `Dec` is linear: conjugate gradients with a diagonal preconditioner. Entries
     nobody uses stay as they are.
@@ -210,6 +211,7 @@ def refit_codebooks(
         names: for each matrix, [band][stage] the name of the table its codes point into.
         tables: `[256, d]` float32 by name: the starting point.
         iterations: conjugate gradient steps.
+        outputs: one `B` `[O, O]` float32 a matrix; None stands for the identity.
 
     Returns:
         The refitted tables, float32, not yet on the int8 grid.
@@ -217,19 +219,15 @@ def refit_codebooks(
     Source: method memo D.3; LNQ in GuidedQuant (arXiv 2505.07004), algorithm 2.
     """
     scatter = functools.partial(_scatter, codes, names, tables)
+    outputs = outputs or [None] * len(hessians)
+    images = functools.partial(_images, hessians, outputs)
 
     def decoded(values: Mapping[str, Tensor]) -> list[Tensor]:
         return [decode(c, named(n, values)) for c, n in zip(codes, names, strict=True)]
 
-    def normal(direction: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return scatter([value @ A for value, A in zip(decoded(direction), hessians, strict=True)])
-
-    diagonal = scatter(
-        [A.diagonal().expand_as(W).contiguous() for W, A in zip(weights, hessians, strict=True)]
-    )
+    diagonal = scatter(_diagonals(hessians, outputs, weights))
     inverse = {n: torch.where(x > 0, 1 / x, torch.zeros_like(x)) for n, x in diagonal.items()}
-    errors = [W - value for W, value in zip(weights, decoded(tables), strict=True)]
-    residual = scatter([E @ A for E, A in zip(errors, hessians, strict=True)])
+    residual = scatter(images([W - V for W, V in zip(weights, decoded(tables), strict=True)]))
     solution = {name: table.clone() for name, table in tables.items()}
     scaled = {name: inverse[name] * r for name, r in residual.items()}
     direction = {name: s.clone() for name, s in scaled.items()}
@@ -237,7 +235,7 @@ def refit_codebooks(
     for _ in range(iterations):
         if energy <= 1e-12 * start or energy == 0.0:
             break
-        image = normal(direction)
+        image = scatter(images(decoded(direction)))
         curvature = _dot(direction, image)
         if curvature <= 0.0:
             break
@@ -250,6 +248,24 @@ def refit_codebooks(
         share = energy / previous
         direction = {name: scaled[name] + share * p for name, p in direction.items()}
     return solution
+
+
+def _images(
+    hessians: Sequence[Tensor], outputs: Sequence[Tensor | None], changes: Sequence[Tensor]
+) -> list[Tensor]:
+    """`B E A` of changes `[O, I]`, one a matrix."""
+    products = [change @ A for change, A in zip(changes, hessians, strict=True)]
+    return [P if B is None else B @ P for P, B in zip(products, outputs, strict=True)]
+
+
+def _diagonals(
+    hessians: Sequence[Tensor], outputs: Sequence[Tensor | None], weights: Sequence[Tensor]
+) -> list[Tensor]:
+    """`B_rr A_ii` `[O, I]`, one a matrix."""
+    return [
+        A.diagonal() * (torch.ones_like(W) if B is None else B.diagonal()[:, None])
+        for W, A, B in zip(weights, hessians, outputs, strict=True)
+    ]
 
 
 def named(names: Names, values: Mapping[str, T]) -> list[list[T]]:

@@ -1,9 +1,10 @@
 """What the end loss says about each matrix: how much its tokens and its outputs count.
 
-Called by `pipeline`. One forward and backward over the calibration samples, with labels drawn from
-the model itself, so that the squared gradients are the curvature of the loss (Fisher) and not the
-mistakes of the model. Not here: moments of inputs (`statistics`), what is made of the weights
-(`sensitivity`, `stream`).
+Called by `pipeline` and `witness`. Forwards and backwards over calibration samples, with labels
+drawn from the model itself, so that the squared gradients are the curvature of the loss (Fisher)
+and not the mistakes of the model. The gradients of the divergence from the original model, which
+tell where a half-quantized one has drifted to, come beside them. Not here: moments of inputs
+(`statistics`), what is made of the weights and gradients (`sensitivity`, `stream`, `curvature`).
 
 Source: method memo B.1, B.2 `guided`, C.6; GuidedQuant (arXiv 2505.07004), MBQ (arXiv 2412.19509).
 """
@@ -19,6 +20,8 @@ from torch import Tensor, nn
 
 from mgvq_quantizer.batches import Features, TokenBatch, embed
 from mgvq_quantizer.calibration import CalibrationError, Sample
+from mgvq_quantizer.curvature import SampleGradients
+from mgvq_quantizer.teacher import Reference, divergence
 from mgvq_runtime.models.causal_lm import CausalLM
 
 _FLOOR = 0.3
@@ -37,6 +40,16 @@ class Gradients:
     """`[T]` float32 of each sample, by its `id`: the squared norm of each token's gradient."""
     rows: Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.float64))
     """`[O]` float64: the sum over all tokens of each output's squared gradient."""
+
+
+@dataclass(frozen=True, eq=False)
+class MatrixGradients:
+    """What reaches one matrix from two losses, sample by sample."""
+
+    likelihood: SampleGradients
+    """Of `-log p` of labels drawn from the model; its second moment is the curvature."""
+    divergence: SampleGradients
+    """Of `KL(reference || model)`; its mean is the slope."""
 
 
 def squared_gradients(
@@ -68,17 +81,71 @@ def squared_gradients(
             for name in names:
                 module = model.get_submodule(name)
                 stack.callback(module.register_forward_hook(_keeper(outputs, name)).remove)
-            rows = embed(model, batch, features).detach().requires_grad_()
-            hidden = model(rows, batch.forward)[batch.answer_rows]
-            log_probs = model.logits(hidden).log_softmax(-1)  # [A, V]
-            chances = log_probs.detach().exp().cpu()
-            labels = torch.multinomial(chances, 1, generator=generator).to(log_probs.device)
-            loss = -log_probs.gather(1, labels).sum()
-            kept = [outputs[name] for name in names]
-            gradients = torch.autograd.grad(loss, kept)
+            log_probs = _answers(model, batch, features)
+            loss = _drawn_loss(log_probs, generator)
+            gradients = torch.autograd.grad(loss, [outputs[name] for name in names])
         for name, gradient in zip(names, gradients, strict=True):
-            _collect(found[name], name, batch, gradient.float().reshape(-1, gradient.shape[-1]))
+            _collect(found[name], name, batch, _flat(gradient))
     return found
+
+
+def sample_gradients(
+    model: CausalLM,
+    names: Sequence[str],
+    batches: Iterable[TokenBatch],
+    features: Features,
+    reference: Reference,
+    generator: torch.Generator,
+    draws: int = 1,
+) -> dict[str, MatrixGradients]:
+    """Run the samples forward and backward and keep both sides of every sample's gradients.
+
+    Holds inputs and output gradients of all tokens: ask for the matrices of one block at a time.
+
+    Args:
+        model: dense arithmetic, quantized as far as the caller has come.
+        names: linear layers of the decoder.
+        batches: samples; each is run once.
+        features: rows of every picture.
+        reference: what the unquantized model says about the samples.
+        generator: draws the labels.
+        draws: how often labels are drawn for each sample; each time makes a sample of its own.
+
+    Returns:
+        The gradients by name of the matrix.
+
+    Raises:
+        CalibrationError: if a gradient is not finite.
+    """
+    inputs: dict[str, list[Tensor]] = {name: [] for name in names}
+    sides: dict[str, list[list[Tensor]]] = {name: [[] for _ in range(1 + draws)] for name in names}
+    for batch in batches:
+        entered: dict[str, Tensor] = {}
+        left: dict[str, Tensor] = {}
+        with ExitStack() as stack, torch.enable_grad():
+            for name in names:
+                module = model.get_submodule(name)
+                hook = _keeper(left, name, entered)
+                stack.callback(module.register_forward_hook(hook).remove)
+            log_probs = _answers(model, batch, features)
+            losses = [divergence(reference.log_probs(batch.samples), log_probs).sum()]
+            losses += [_drawn_loss(log_probs, generator) for _ in range(draws)]
+            outputs = [left[name] for name in names]
+            gradients = [torch.autograd.grad(x, outputs, retain_graph=True) for x in losses]
+        lengths = [len(sample.token_ids) for sample in batch.samples]
+        for i, name in enumerate(names):
+            inputs[name] += torch.split(_flat(entered[name]), lengths)
+            for side, gradient in zip(sides[name], gradients, strict=True):
+                flat = _flat(gradient[i])
+                _check_finite(flat, name, batch)
+                side += torch.split(flat, lengths)
+    return {
+        name: MatrixGradients(
+            SampleGradients(tuple(inputs[name] * draws), tuple(sum(sides[name][1:], []))),
+            SampleGradients(tuple(inputs[name]), tuple(sides[name][0])),
+        )
+        for name in names
+    }
 
 
 def token_weights(
@@ -123,22 +190,47 @@ def weights_of(batches: Sequence[TokenBatch], weights: Mapping[int, Tensor]) -> 
     return [torch.cat([weights[id(sample)] for sample in batch.samples]) for batch in batches]
 
 
+def _answers(model: CausalLM, batch: TokenBatch, features: Features) -> Tensor:
+    """Log-probabilities `[A, V]` of the answer rows, with a graph down to the embedding."""
+    rows = embed(model, batch, features).detach().requires_grad_()
+    hidden = model(rows, batch.forward)[batch.answer_rows]
+    return model.logits(hidden).log_softmax(-1)
+
+
+def _drawn_loss(log_probs: Tensor, generator: torch.Generator) -> Tensor:
+    """The summed negative log-likelihood of labels that are drawn from the model."""
+    chances = log_probs.detach().exp().cpu()
+    labels = torch.multinomial(chances, 1, generator=generator).to(log_probs.device)
+    return -log_probs.gather(1, labels).sum()
+
+
 def _keeper(
-    outputs: dict[str, Tensor], name: str
+    outputs: dict[str, Tensor], name: str, inputs: dict[str, Tensor] | None = None
 ) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-    def keep(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> None:
+    def keep(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         outputs[name] = output
+        if inputs is not None:
+            inputs[name] = args[0].detach()
 
     return keep
 
 
-def _collect(found: Gradients, name: str, batch: TokenBatch, gradient: Tensor) -> None:
-    squares = gradient.square()  # [T, O]
-    if not bool(torch.isfinite(squares).all()):
+def _flat(rows: Tensor) -> Tensor:
+    """`[T, D]` float32."""
+    return rows.float().reshape(-1, rows.shape[-1])
+
+
+def _check_finite(gradient: Tensor, name: str, batch: TokenBatch) -> None:
+    if not bool(torch.isfinite(gradient).all()):
         raise CalibrationError(
             f"the gradients at the outputs of {name} are not finite on {batch.samples[0].where}: "
             "check the unquantized model with mgvq-eval, or try other calibration data"
         )
+
+
+def _collect(found: Gradients, name: str, batch: TokenBatch, gradient: Tensor) -> None:
+    squares = gradient.square()  # [T, O]
+    _check_finite(squares, name, batch)
     found.rows = found.rows + squares.double().sum(0)
     lengths = [len(sample.token_ids) for sample in batch.samples]
     for sample, part in zip(batch.samples, torch.split(squares.sum(1), lengths), strict=True):

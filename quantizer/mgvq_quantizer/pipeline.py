@@ -10,6 +10,7 @@ the same tensors, interrupted or not.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,8 @@ from mgvq_quantizer import questions, tuning
 from mgvq_quantizer.allocation import MatrixPlan, plan
 from mgvq_quantizer.batches import (
     Features,
+    TokenBatch,
+    decoder_runs,
     encode_pictures,
     length_batches,
     make_batch,
@@ -29,8 +32,9 @@ from mgvq_quantizer.batches import (
     split_batches,
     unique_pictures,
 )
-from mgvq_quantizer.calibration import CalibrationError
+from mgvq_quantizer.calibration import CalibrationError, Sample
 from mgvq_quantizer.dataset import Data, read_data
+from mgvq_quantizer.gate import Verdict
 from mgvq_quantizer.gradients import TokenWeights, squared_gradients, token_weights
 from mgvq_quantizer.precision import choose_bands
 from mgvq_quantizer.recipe import QuantRecipe
@@ -38,9 +42,11 @@ from mgvq_quantizer.report import Report, make_report
 from mgvq_quantizer.report_page import report_page
 from mgvq_quantizer.sensitivity import Sensitivity
 from mgvq_quantizer.solver import Solution
+from mgvq_quantizer.statistics import record_calls
 from mgvq_quantizer.stream import Stream, seeded
 from mgvq_quantizer.survey import Evidence, survey
 from mgvq_quantizer.teacher import Reference, ask_teacher, divergence_with
+from mgvq_quantizer.witness import Testimony
 from mgvq_quantizer.work_folder import WorkFolder
 from mgvq_runtime import __version__
 from mgvq_runtime.checkpoint.bits import group_of
@@ -82,6 +88,8 @@ class _Rounded:
     reference: Reference
     sensitivities: list[Sensitivity]
     """Empty where the allocation is uniform."""
+    verdicts: dict[str, Verdict]
+    """Empty where every matrix is rounded in one way."""
 
 
 def quantize(
@@ -136,9 +144,8 @@ def quantize(
                 bar.set_description,
             )
     seconds = time.monotonic() - started
-    report = make_report(
-        done.plans, done.solutions, tuned, recipe, _facts(data), seconds, done.sensitivities
-    )
+    said = done.sensitivities, done.verdicts
+    report = make_report(done.plans, done.solutions, tuned, recipe, _facts(data), seconds, *said)
     _write(output, source, graph, done, tuned, recipe, report)
     work.remove()
     return report
@@ -177,6 +184,9 @@ def _round(
     step = max(1.0, len(pictures) / recipe.max_pictures)
     shown = [pictures[int(i * step)] for i in range(min(len(pictures), recipe.max_pictures))]
     stream.share_books(list(picture_batches(shown)), train, features, device)
+    entered = None
+    if recipe.mismatch:
+        entered = record_calls(graph.model.layers[0], decoder_runs(graph, train, features))
     for name, parameter in graph.named_parameters():
         if name.rpartition(".")[0] not in plans or not name.endswith(".weight"):
             parameter.copy_(parameter.half())
@@ -184,8 +194,12 @@ def _round(
         stream.vision(list(picture_batches(shown)), device)
     features = encode_pictures(graph, unique_pictures(data.all), device)
     stream.embedding(head_moment)
-    stream.decoder(train, features)
-    return _Rounded(plans, stream.solutions, features, reference, found)
+    testimony = None
+    if recipe.gated:
+        asked = [_backward_batches(part, recipe, device) for part in (data.train, data.heldout)]
+        testimony = Testimony(asked[0], asked[1], features, reference, entered)
+    stream.decoder(train, features, testimony)
+    return _Rounded(plans, stream.solutions, features, reference, found, stream.verdicts)
 
 
 def _plan(
@@ -209,10 +223,7 @@ def _plan(
     gradients = squared_gradients(
         graph,
         names,
-        [
-            make_batch(part, device)
-            for part in split_batches(data.train, recipe.tuning_batch_tokens)
-        ],
+        _backward_batches(data.train, recipe, device),
         features,
         seeded(recipe.seed, "labels"),
     )
@@ -232,6 +243,14 @@ def _plan(
         found = survey(graph, names, evidence, recipe, work, done)
         plans = plan(graph, recipe, choose_bands(found, plans, recipe))
     return plans, weights if recipe.guided else {}, found
+
+
+def _backward_batches(
+    samples: Sequence[Sample], recipe: QuantRecipe, device: torch.device
+) -> list[TokenBatch]:
+    """Samples in their order, as many at once as a step of tuning takes."""
+    parts = split_batches(samples, recipe.tuning_batch_tokens)
+    return [make_batch(part, device) for part in parts]
 
 
 def _facts(data: Data) -> dict[str, Any]:

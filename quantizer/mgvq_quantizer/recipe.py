@@ -29,6 +29,8 @@ _LEAST = {
     "descent_sweeps": 0,
     "picture_swaps": 0,
     "tuning_steps": 0,
+    "shift_threshold": 0,
+    "shift_radius": 0,
 }
 
 
@@ -57,6 +59,22 @@ class QuantRecipe:
     """Weight of the end loss against each layer's own error where sensitivity is measured."""
     guided: bool = False
     """Weight calibration tokens by their gradients where the decoder is rounded."""
+    two_sided: bool = False
+    """Try each decoder matrix with errors that also flow between its rows, as the curvature of its
+    outputs says; kept where held-out gradients say that it is better."""
+    gradient_shift: bool = False
+    """Try each decoder matrix rounded to a target shifted down the gradient of the divergence;
+    kept like two_sided."""
+    mismatch: float = 0.0
+    """Try each decoder matrix shifted by this share of what makes up for the error of its inputs,
+    0 to 1; kept like two_sided."""
+    output_shrink: float = 0.2
+    """Share of the identity in the curvature of a matrix's outputs."""
+    shift_threshold: float = 0.7
+    """Standard errors a gradient's coordinate must stand out by, as a share of the largest that
+    noise alone would show."""
+    shift_radius: float = 0.5
+    """Longest gradient shift as a share of the rounding error."""
     vision_bits: int = 4
     """Bits a weight of the vision tower and the merger."""
     embedding_bits: int = 4
@@ -110,9 +128,11 @@ class QuantRecipe:
                 )
         if self.allocation != "uniform" and not self.permute:
             raise ConfigError("bands of several rates need permute; or choose allocation uniform")
-        if not 0.0 <= self.global_share <= 1.0:
-            raise ConfigError(f"global_share must lie in 0..1, got {self.global_share}")
-        for name in ("damping", "heldout_share", "codebook_lr", "scale_lr"):
+        for name in ("global_share", "mismatch"):
+            value = getattr(self, name)
+            if not 0.0 <= value <= 1.0:
+                raise ConfigError(f"{name} must lie in 0..1, got {value}")
+        for name in ("damping", "heldout_share", "output_shrink", "codebook_lr", "scale_lr"):
             value = getattr(self, name)
             if not 0.0 < value < 1.0:
                 raise ConfigError(f"{name} must lie between 0 and 1, got {value}")
@@ -124,6 +144,11 @@ class QuantRecipe:
     def to_json(self) -> dict[str, Any]:
         """Return the settings by name."""
         return dataclasses.asdict(self)
+
+    @property
+    def gated(self) -> bool:
+        """Whether decoder matrices are rounded in several ways, of which the best is kept."""
+        return self.two_sided or self.gradient_shift or self.mismatch > 0.0
 
     @property
     def rates(self) -> tuple[int, ...]:

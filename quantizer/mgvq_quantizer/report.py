@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from mgvq_quantizer.allocation import MatrixPlan
+from mgvq_quantizer.gate import Verdict
 from mgvq_quantizer.recipe import QuantRecipe
 from mgvq_quantizer.sensitivity import Sensitivity
 from mgvq_quantizer.solver import Solution
@@ -52,6 +53,8 @@ class MatrixReport:
     """Nats an answer token of each run of channels at the reference rate."""
     picture_share: tuple[float, ...] = ()
     """`Sensitivity.picture_share`, by run of channels."""
+    gate: Verdict | None = None
+    """Which rounding was kept; None where there was only one."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,7 @@ def make_report(
     calibration: Mapping[str, Any],
     seconds: float,
     sensitivities: Sequence[Sensitivity] = (),
+    verdicts: Mapping[str, Verdict] | None = None,
 ) -> Report:
     """Collect what a run did.
 
@@ -109,6 +113,7 @@ def make_report(
         calibration: name, digest and size of the data.
         seconds: wall clock.
         sensitivities: of the matrices whose rates were chosen by them.
+        verdicts: of the matrices that were rounded in several ways.
     """
     specs = {name: matrix.spec for name, matrix in plans.items()}
     groups = {}
@@ -117,7 +122,10 @@ def make_report(
         groups[group] = GroupReport(count.weights, count.bits_per_weight, sum(errors) / len(errors))
     measured = {sensitivity.name: sensitivity for sensitivity in sensitivities}
     matrices = {
-        name: _matrix_report(plans[name], solution, measured.get(name), recipe)
+        name: replace(
+            _matrix_report(plans[name], solution, measured.get(name), recipe),
+            gate=(verdicts or {}).get(name),
+        )
         for name, solution in solutions.items()
     }
     return Report(

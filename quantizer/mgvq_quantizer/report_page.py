@@ -12,6 +12,7 @@ from html import escape
 from math import log10
 from typing import Any
 
+from mgvq_quantizer.gate import Verdict
 from mgvq_quantizer.report import MatrixReport, Report
 
 _STYLE = """
@@ -83,8 +84,8 @@ def _headlines(report: Report) -> str:
     )
     note = (
         "<p>KL is the divergence from the original model on held-out conversations of the "
-        "calibration data. They also chose the tuning step that was kept, so expect a little more "
-        "on other data.</p>"
+        "calibration data. They also chose the tuning step that was kept, and the rounding of a "
+        "matrix where several were tried, so expect a little more on other data.</p>"
     )
     return f"<dl>{cells}</dl>{note}"
 
@@ -167,19 +168,27 @@ def _svg(title: str, width: int, height: int, body: Iterable[str]) -> str:
 
 
 def _matrix_table(matrices: Mapping[str, MatrixReport]) -> str:
-    head = ("matrix", "bits/weight", "bands", "error nearest", "error rounded", "alone, nats")
+    head = ["matrix", "bits/weight", "bands", "error nearest", "error rounded", "alone, nats"]
     rows = [
-        (
+        [
             name,
             f"{m.bits_per_weight:.3f}",
             ", ".join(f"{width} at {rate} bit" for rate, width in m.bands),
             f"{m.error_nearest:.5f}",
             f"{m.error:.5f}",
             "" if m.alone is None else f"{m.alone:.3g}",
-        )
+        ]
         for name, m in matrices.items()
     ]
+    if any(m.gate is not None for m in matrices.values()):
+        head += ["rounding", "nats a conversation, to second order"]
+        for row, m in zip(rows, matrices.values(), strict=True):
+            row += ["", ""] if m.gate is None else [m.gate.rounding, _scores(m.gate)]
     return _table(head, rows)
+
+
+def _scores(gate: Verdict) -> str:
+    return ", ".join(f"{name} {value:.3g}" for name, value in gate.scores.items())
 
 
 def _facts(facts: Mapping[str, Any]) -> str:

@@ -5,7 +5,8 @@ the error made so far and `K` says how much of block i's error block j can absor
 The blocks of a band are as wide as its longest vector; bands follow each other like blocks.
 - block-LDL rounding: `K = L - I`, metric `D_j`. The sum of the residuals' forms is the loss.
 - coordinate descent: `K_ij = A_ij A_jj^-1`, metric `A_jj`. Never raises the loss, needs a start.
-Not here: tables (`codebook`), factors (`ldl`), scales (`solver`).
+Not here: tables (`codebook`), factors (`ldl`), scales (`solver`), feedback between rows
+(`two_sided`).
 
 Source: method memo C.4 (one-sided) and D.3 (the descent sweep; QuIP# `quip_tune_iters`).
 """
@@ -48,6 +49,13 @@ class Rounded:
         """Return a copy that a later sweep cannot change."""
         codes = [[code.clone() for code in band] for band in self.codes]
         return Rounded(codes, self.value.clone())
+
+    def take(self, other: Rounded) -> None:
+        """Become equal to another state of the same matrix, in place."""
+        self.value.copy_(other.value)
+        for mine, theirs in zip(self.codes, other.codes, strict=True):
+            for code, new in zip(mine, theirs, strict=True):
+                code.copy_(new)
 
 
 def ldl_feedback(factors: BlockLDL) -> Feedback:

@@ -4,8 +4,10 @@ The inputs are permuted and cut into bands, each with stages; every stage reads 
 tables of one name are one table, in one matrix or in several. The feedback of rounding runs through
 all bands. Rows are divided by their scales (root mean square at first); then rounding, coordinate
 descent, least-squares refit of the tables and of the scales take turns and the best state is kept.
-The objective is `tr(E A E^T)` over the divided rows: equal relative error for every output.
-Not here: where the second moment `A` comes from, the order of channels (`ordering`), files, models.
+The objective is `tr(E A E^T)` over the divided rows: equal relative error for every output; or
+`tr(B E A E^T)` where a problem brings a curvature `B` of its outputs (`two_sided`).
+Not here: where `A`, the second moment, and `B` come from, the order of channels (`ordering`),
+files, models.
 
 Source: method memo D.1-D.3, D.6, C.8.
 """
@@ -41,6 +43,7 @@ from mgvq_quantizer.rounding import (
     ldl_feedback,
     sweep,
 )
+from mgvq_quantizer.two_sided import RowFeedback, descend_rows, form, round_rows, row_feedback
 
 _MAX_TRAINING_VECTORS = 1 << 17
 _SMALLEST_SCALE = 2.0**-14
@@ -64,6 +67,8 @@ class Problem:
     layout: VQLayout
     tables: Names = ()
     """[band][stage]: names; empty stands for one table a band and stage, named by its place."""
+    output_factor: Tensor | None = None
+    """`[O, O]` float64: what the end loss says about errors of its outputs, of any scale."""
 
     @property
     def names(self) -> Names:
@@ -99,6 +104,13 @@ class _Member:
     scales: Tensor
     """`[O]` float32, every value a float16."""
     rounded: Rounded
+    rows: RowFeedback | None
+    """Between the divided rows."""
+
+    @property
+    def outputs(self) -> Tensor | None:
+        """`[O, O]`: the curvature `B` of the divided rows, None for the identity."""
+        return None if self.rows is None else self.rows.matrix
 
     def target(self) -> Tensor:
         """`[O, I]`: rows divided by their scales."""
@@ -181,7 +193,10 @@ def _member(problem: Problem, recipe: QuantRecipe) -> _Member:
     factors = factorize(hessian, blocks_of(problem.layout), recipe.damping)
     scales = weight.square().mean(1).sqrt().clamp_min(_SMALLEST_SCALE).half().float()  # [O]
     normal = weight / scales[:, None]
-    energy = float(((normal @ factors.matrix.float()) * normal).double().sum())
+    rows = None
+    if problem.output_factor is not None:
+        rows = row_feedback(scales[:, None].double() * problem.output_factor * scales)
+    energy = form(normal, factors.matrix.float(), None if rows is None else rows.matrix)
     return _Member(
         layout=problem.layout,
         names=problem.names,
@@ -192,6 +207,7 @@ def _member(problem: Problem, recipe: QuantRecipe) -> _Member:
         descent=descent_feedback(factors),
         scales=scales,
         rounded=empty(weight, [], []),
+        rows=rows,
     )
 
 
@@ -253,11 +269,16 @@ def _band_books(
 
 def _assign(member: _Member, books: Books, descent_sweeps: int) -> None:
     """Round from scratch, check the loss identity, then descend."""
-    target, tables = member.target(), _values(member, books)
+    target, tables, rows = member.target(), _values(member, books), member.rows
     rounded = empty(target, tables, [band.width for band in member.layout.bands])
-    residual = sweep(target, rounded, tables, member.rounding)
     member.rounded = rounded
-    loss = _loss(member) / member.to_energy
+    if rows is None:
+        residual = sweep(target, rounded, tables, member.rounding)
+        shaped = target - rounded.value
+    else:
+        residual = round_rows(target, rounded, tables, member.rounding, rows)
+        shaped = rows.lower.T @ (target - rounded.value)
+    loss = form(shaped, member.hessian, None)
     floor = 1e-6 / member.to_energy
     if abs(residual - loss) > _IDENTITY_TOLERANCE * max(loss, floor):
         raise ArithmeticError(
@@ -265,7 +286,10 @@ def _assign(member: _Member, books: Books, descent_sweeps: int) -> None:
             "factorisation lost its precision; raise the damping"
         )
     for _ in range(descent_sweeps):
-        sweep(target, rounded, tables, member.descent, keep_better=True)
+        if rows is None:
+            sweep(target, rounded, tables, member.descent, keep_better=True)
+        else:
+            descend_rows(target, rounded, tables, member.descent, rows, member.hessian)
 
 
 def _refit_books(members: Sequence[_Member], books: Books) -> dict[str, Codebook]:
@@ -275,6 +299,7 @@ def _refit_books(members: Sequence[_Member], books: Books) -> dict[str, Codebook
         [member.rounded.codes for member in members],
         [member.names for member in members],
         {name: book.values for name, book in books.items()},
+        outputs=[member.outputs for member in members],
     )
     new = {name: snap(table) for name, table in refitted.items()}
     for member in members:
@@ -283,25 +308,29 @@ def _refit_books(members: Sequence[_Member], books: Books) -> dict[str, Codebook
 
 
 def _refit_scales(member: _Member) -> None:
-    """Give every row the factor that minimises its own error; rounded to float16."""
-    value = member.rounded.value
+    """Give the rows the factors that minimise the loss; rounded to float16."""
+    target, value = member.target(), member.rounded.value
     image = value @ member.hessian  # [O, I]
-    factor = (member.target() * image).sum(1) / (value * image).sum(1).clamp_min(1e-30)  # [O]
+    if member.outputs is None:
+        factor = (target * image).sum(1) / (value * image).sum(1).clamp_min(1e-30)  # [O]
+    else:
+        normal = member.outputs * (image @ value.T)  # [O, O]
+        normal.diagonal().clamp_min_(1e-30)
+        factor = torch.linalg.solve(normal, (member.outputs @ target * image).sum(1))
     factor = torch.where(factor > 0, factor, torch.ones_like(factor))
     member.scales = (member.scales * factor).clamp_min(_SMALLEST_SCALE).half().float()
 
 
 def _loss(member: _Member) -> float:
-    """`tr(E A E^T)` of the divided rows, as a share of the rows' own energy."""
+    """The objective over the divided rows, as a share of the rows' own energy."""
     error = member.target() - member.rounded.value
-    return float(((error @ member.hessian) * error).double().sum()) * member.to_energy
+    return form(error, member.hessian, member.outputs) * member.to_energy
 
 
 def _error(member: _Member, value: Tensor) -> float:
     """`tr(E A E^T) / tr(W A W^T)` with the true rows."""
     W, error = member.weight, member.weight - member.scales[:, None] * value
-    energy = float(((W @ member.hessian) * W).double().sum())
-    return float(((error @ member.hessian) * error).double().sum()) / max(energy, 1e-30)
+    return form(error, member.hessian, None) / max(form(W, member.hessian, None), 1e-30)
 
 
 def _plain(member: _Member, books: Books) -> Tensor:

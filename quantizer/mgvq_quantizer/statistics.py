@@ -18,6 +18,8 @@ from mgvq_quantizer.calibration import CalibrationError
 
 Run = Callable[[], object]
 """One forward over one calibration batch."""
+Calls = list[tuple[Any, ...]]
+"""Arguments of a module, one tuple a run."""
 
 
 class _Seen(Exception):
@@ -65,14 +67,14 @@ class _Moment:
         return self._total / float(self._count)
 
 
-def record_calls(module: nn.Module, runs: Iterable[Run]) -> list[tuple[Any, ...]]:
+def record_calls(module: nn.Module, runs: Iterable[Run]) -> Calls:
     """Return the positional arguments `module` is called with, one tuple a run.
 
     Args:
         module: a module that every run calls once, without keyword arguments.
         runs: forwards; each ends when it reaches the module.
     """
-    calls: list[tuple[Any, ...]] = []
+    calls: Calls = []
 
     def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
         calls.append(args)
@@ -80,6 +82,12 @@ def record_calls(module: nn.Module, runs: Iterable[Run]) -> list[tuple[Any, ...]
 
     _run_with_hooks({module: hook}, runs)
     return calls
+
+
+def next_call(call: tuple[Any, ...], output: Any) -> tuple[Any, ...]:
+    """Put a block's output in the place of what it was called with first: the next one's call."""
+    state = output if isinstance(output, tuple) else (output,)
+    return (*state, *call[len(state) :])
 
 
 def input_moment(
@@ -122,6 +130,35 @@ def input_moments(
     moments = {name: _Moment(name, (weights or {}).get(name)) for name in modules}
     _run_with_hooks({module: moments[name].add for name, module in modules.items()}, runs)
     return {name: moment.mean() for name, moment in moments.items()}
+
+
+def cross_moment(
+    seen: tuple[nn.Module, Sequence[Run]],
+    original: tuple[nn.Module, Sequence[Run]],
+    weights: Sequence[Tensor] | None = None,
+) -> Tensor:
+    """Return the mean of `(x - xh) xh^T`: how inputs miss what they were, along what they are.
+
+    Args:
+        seen: a module and its runs, behind quantized ones: `xh`.
+        original: the same module and the same runs in the original model: `x`.
+        weights: how much each row counts, one `[T]` a run; None counts all alike.
+
+    Returns:
+        `[I, I]` float64.
+    """
+    total, count = torch.zeros((), dtype=torch.float64), 0.0
+    for i, (run, original_run) in enumerate(zip(seen[1], original[1], strict=True)):
+        now, then = (
+            record_calls(module, [one])[0][0].float()
+            for module, one in ((seen[0], run), (original[0], original_run))
+        )
+        now, then = (rows.reshape(-1, rows.shape[-1]) for rows in (now, then))  # [T, I]
+        weight = torch.ones(len(now)) if weights is None else weights[i]
+        missing = (then - now) * weight.to(now)[:, None]
+        total = total.to(now.device) + (missing.T @ now).double()
+        count += float(weight.double().sum())
+    return total / count
 
 
 def _run_with_hooks(

@@ -3,6 +3,7 @@
 Called by `pipeline`. Activations are kept in front of one block at a time; every linear of it
 sees its inputs through the already quantized linears of the same block. After a matrix is done its
 dense weight is replaced by the decoded one, so that model, calibration and checkpoint agree.
+Matrices of the decoder may be rounded in several ways, of which `gate` keeps one.
 Not here: data, files, tuning.
 """
 
@@ -10,8 +11,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,17 +21,24 @@ from mgvq_kernels import ops
 from mgvq_quantizer.allocation import MatrixPlan, sharing_groups
 from mgvq_quantizer.batches import Features, TokenBatch, decoder_runs, encode_batch
 from mgvq_quantizer.codebook import Codebook
+from mgvq_quantizer.gate import MatrixEvidence, Verdict, choose
 from mgvq_quantizer.gradients import TokenWeights, weights_of
 from mgvq_quantizer.ordering import channel_order
 from mgvq_quantizer.recipe import QuantRecipe
 from mgvq_quantizer.solver import Problem, Solution, books_of, solve
-from mgvq_quantizer.statistics import Run, input_moment, input_moments, record_calls
+from mgvq_quantizer.statistics import (
+    Calls,
+    Run,
+    input_moment,
+    input_moments,
+    next_call,
+    record_calls,
+)
+from mgvq_quantizer.witness import Testimony, Witness
 from mgvq_quantizer.work_folder import WorkFolder
 from mgvq_runtime.errors import CheckpointError
 from mgvq_runtime.models.causal_lm import CausalLM
 from mgvq_runtime.request import ImageInput
-
-Calls = list[tuple[Any, ...]]
 
 
 class Stream:
@@ -66,6 +74,7 @@ class Stream:
         self.token_weights = token_weights or {}
         self.books: dict[str, Codebook] = {}
         self.solutions: dict[str, Solution] = {}
+        self.verdicts: dict[str, Verdict] = {}
 
     def share_books(
         self,
@@ -122,17 +131,24 @@ class Stream:
             moment = moment + head_moment / head_moment.diagonal().mean()
         self._matrix(name, moment=moment)
 
-    def decoder(self, batches: Sequence[TokenBatch], features: Features) -> None:
+    def decoder(
+        self,
+        batches: Sequence[TokenBatch],
+        features: Features,
+        testimony: Testimony | None = None,
+    ) -> None:
         """Quantize the decoder's blocks, and the head if it is a matrix of its own.
 
         Args:
             batches: calibration samples.
             features: rows of every picture.
+            testimony: what the gate asks about; None rounds every matrix in the plain way.
         """
         decoder = self.model.model
         runs = decoder_runs(self.model, batches, features)
         calls = record_calls(decoder.layers[0], runs)
-        self._blocks("model.layers", decoder.layers, calls, batches)
+        witness = None if testimony is None else Witness(self.model, testimony)
+        self._blocks("model.layers", decoder.layers, calls, batches, witness)
         if "lm_head" in self.plans:
             rows = [run()[batch.answer_rows] for run, batch in zip(runs, batches, strict=True)]
             self._matrix("lm_head", [partial(self.model.logits, hidden) for hidden in rows])
@@ -143,12 +159,19 @@ class Stream:
         blocks: nn.ModuleList,
         calls: Calls,
         batches: Sequence[TokenBatch] = (),
+        witness: Witness | None = None,
     ) -> Calls:
         """Quantize block after block; return the calls that would enter one more."""
 
         def visit(i: int, runs: Sequence[Run]) -> None:
-            for name in self._linears(f"{prefix}.{i}"):
-                self._matrix(name, runs, weights=self._weights(name, batches))
+            block = f"{prefix}.{i}"
+            names = self._linears(block)
+            if witness is not None:
+                missing = [name for name in names if not self.work.holds(name)]
+                drawn = seeded(self.recipe.seed, f"labels of {block}")
+                witness.enter(block, blocks[i], missing, drawn)
+            for name in names:
+                self._matrix(name, runs, weights=self._weights(name, batches), witness=witness)
 
         return walk_blocks(blocks, calls, visit)
 
@@ -158,25 +181,41 @@ class Stream:
         runs: Sequence[Run] = (),
         moment: Tensor | None = None,
         weights: Sequence[Tensor] | None = None,
+        witness: Witness | None = None,
     ) -> None:
         """Quantize one matrix, or take it from the work folder, and put it into the model."""
         plan = self.plans.get(name)
         if plan is None:
             return
+        module = self._module(name)
         solution = self.work.load(name, plan.layout)
         if solution is None:
             if moment is None:
-                moment = input_moment(name, self._module(name), runs, weights)
-            problem = self._problem(plan, moment)
-            books = None
-            if plan.shared:
-                books = {table: self.books[table] for band in plan.tables for table in band}
-            solution = solve([problem], self.recipe, seeded(self.recipe.seed, name), books)[0]
+                moment = input_moment(name, module, runs, weights)
+            evidence = None if witness is None else witness.about(name, module, runs, weights)
+            solution = self._solve(plan, moment, evidence)
             self.work.save(name, solution)
-        module = self._module(name)
+        if witness is not None:
+            self.verdicts[name] = Verdict(**(self.work.load_facts(f"gate.{name}") or {}))
         module.weight.copy_(ops.vq_dequantize(solution.weight.to(module.weight.device)))
         self.solutions[name] = solution
         self.progress(name, solution)
+
+    def _solve(self, plan: MatrixPlan, moment: Tensor, evidence: MatrixEvidence | None) -> Solution:
+        """Quantize one matrix; with evidence in several ways, keeping the gate's verdict."""
+        books = None
+        if plan.shared:
+            books = {table: self.books[table] for band in plan.tables for table in band}
+
+        def solve_one(problem: Problem) -> Solution:
+            return solve([problem], self.recipe, seeded(self.recipe.seed, plan.name), books)[0]
+
+        problem = self._problem(plan, moment)
+        if evidence is None:
+            return solve_one(problem)
+        solution, verdict = choose(problem, evidence, self.recipe, solve_one)
+        self.work.save_facts(f"gate.{plan.name}", asdict(verdict))
+        return solution
 
     def _weights(self, name: str, batches: Sequence[TokenBatch]) -> list[Tensor] | None:
         """How much each row of each batch counts for a matrix; None if all count alike."""
@@ -216,7 +255,7 @@ def walk_blocks(
     """
     for i, block in enumerate(blocks):
         visit(i, [partial(block, *call) for call in calls])
-        calls = [_next_call(call, block(*call)) for call in calls]
+        calls = [next_call(call, block(*call)) for call in calls]
     return calls
 
 
@@ -224,9 +263,3 @@ def seeded(seed: int, label: str) -> torch.Generator:
     """Return a generator that depends on the run's seed and on what it is for, not on the order."""
     digest = hashlib.blake2b(f"{seed}:{label}".encode(), digest_size=7).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest))
-
-
-def _next_call(call: tuple[Any, ...], output: Any) -> tuple[Any, ...]:
-    """Put a block's output in the place of what it was called with first."""
-    state = output if isinstance(output, tuple) else (output,)
-    return (*state, *call[len(state) :])

@@ -47,15 +47,19 @@ class WorkFolder:
             path.mkdir(parents=True)
             _write_whole(path / "run.json", json.dumps(dict(facts), indent=1, sort_keys=True))
 
+    def holds(self, name: str) -> bool:
+        """Return whether a matrix is finished."""
+        return self._file(name).exists()
+
     def load(self, name: str, layout: VQLayout) -> Solution | None:
         """Return a finished matrix, or None if it is not there yet.
 
         Raises:
             ResumeError: if the file is damaged.
         """
-        file = self._file(name)
-        if not file.exists():
+        if not self.holds(name):
             return None
+        file = self._file(name)
         try:
             with safe_open(file, "pt") as tensors:
                 weight = VQWeight(

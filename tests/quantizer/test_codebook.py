@@ -125,6 +125,7 @@ def test_refit_is_the_least_squares_optimum(
     g = torch.Generator().manual_seed(5)
     weights = [torch.randn(96, 64, generator=g, dtype=torch.float64) for _ in range(2)]
     moments = [correlated(64, i) + 0.1 * torch.eye(64) for i in range(2)]
+    outputs = [None, correlated(96, 2) + 0.1 * torch.eye(96)]
     codes = [
         [
             [torch.randint(0, 64, (96, width // d), generator=g) for d in dims]
@@ -141,12 +142,14 @@ def test_refit_is_the_least_squares_optimum(
 
     def gradients(tables: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         leaves = {name: table.clone().requires_grad_() for name, table in tables.items()}
-        for weight, moment, code in zip(weights, moments, codes, strict=True):
+        for weight, moment, code, B in zip(weights, moments, codes, outputs, strict=True):
             error = weight - decode(code, named(names, leaves))
-            ((error @ moment) * error).sum().backward()
+            ((error @ moment) * (error if B is None else B @ error)).sum().backward()
         return {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
 
-    tables = refit_codebooks(weights, moments, codes, [names] * 2, start, iterations=400)
+    tables = refit_codebooks(
+        weights, moments, codes, [names] * 2, start, iterations=400, outputs=outputs
+    )
     before, after = gradients(start), gradients(tables)
     for name, first in start.items():
         assert float(after[name].abs().max()) < 1e-4 * float(before[name].abs().max())

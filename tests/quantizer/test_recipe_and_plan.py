@@ -109,6 +109,10 @@ def test_flags_change_the_file_and_the_file_the_preset(tmp_path: Path) -> None:
         (["--allocation", "best"], "allocation must be one of model, layer, uniform"),
         (["--no-permute"], "bands of several rates need permute"),
         (["--global-share", "1.5"], "global_share must lie in 0..1"),
+        (["--mismatch", "1.5"], "mismatch must lie in 0..1, got 1.5"),
+        (["--output-shrink", "0"], "output_shrink must lie between 0 and 1, got 0.0"),
+        (["--shift-threshold", "-1"], "shift_threshold must be at least 0, got -1.0"),
+        (["--shift-radius", "-1"], "shift_radius must be at least 0, got -1.0"),
     ],
 )
 def test_settings_that_cannot_be_are_refused_by_name(flags: list[str], problem: str) -> None:

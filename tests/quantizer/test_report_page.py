@@ -6,6 +6,7 @@ import re
 from dataclasses import replace
 from html.parser import HTMLParser
 
+from mgvq_quantizer.gate import Verdict
 from mgvq_quantizer.report import GroupReport, MatrixReport, Report
 from mgvq_quantizer.report_page import report_page
 
@@ -50,6 +51,15 @@ def test_every_matrix_its_bits_and_bands_are_shown() -> None:
         assert [name, *row] in page.rows
         assert f"{name}: 32 channels at 3 bit" in page.text
     assert "50%" in page.text
+
+
+def test_where_several_roundings_were_tried_the_page_says_which_was_kept() -> None:
+    gate = Verdict("two_sided", {"plain": 0.25, "two_sided": 0.125})
+    page = Page(report_page(report({"tried": replace(MIXED, gate=gate), "plain": MIXED})))
+    rows = {row[0]: row[6:] for row in page.rows if row and row[0] in ("tried", "plain")}
+    assert rows["tried"] == ["two_sided", "plain 0.25, two_sided 0.125"]
+    assert rows["plain"] == ["", ""]
+    assert "two_sided" not in report_page(report({"plain": MIXED}))
 
 
 def test_hostile_names_are_text() -> None:
