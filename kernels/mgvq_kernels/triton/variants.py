@@ -175,7 +175,7 @@ def prefill_attention(dtype: str, quantized: bool, dims: int) -> Variant:
         {"QUANTIZED": quantized, "BLOCK_SIZE": 16, "DIMS": dims}
         | {"ROWS": paged_prefill.TILE_ROWS, "QUERIES": paged_prefill.TILE_ROWS // 7}
         | {"TILE": paged_prefill.TILE_TOKENS},
-        {"num_stages": paged_prefill.NUM_STAGES},
+        {"num_stages": paged_prefill.NUM_STAGES, "maxnreg": paged_prefill.max_registers(dims)},
         aligned=("head_dim",),
         wide_loads=True,
     )

@@ -9,6 +9,8 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from mgvq_kernels.triton import paged_attention
 from mgvq_kernels.triton.paged_attention import paged_attention_decode
@@ -35,6 +37,28 @@ def test_decode(
     batch = PagedBatch(lengths, heads, dim, quantized)
     y, truth = decode(batch), batch.truth(0.25)
     assert float((y - truth).norm() / truth.norm()) < 2e-3
+
+
+@st.composite
+def batches(draw: st.DrawFn) -> PagedBatch:
+    """One or two requests around the edges of pages, tiles and a split."""
+    edges = (1, 15, 16, 17, 31, 32, 33, 64, 255, 256, 257)
+    lengths = draw(st.lists(st.sampled_from(edges), min_size=1, max_size=2))
+    kv_heads = draw(st.sampled_from((1, 2)))
+    heads = kv_heads * draw(st.sampled_from((1, 7, 17)))
+    dim, block_size = draw(st.sampled_from((16, 64, 80, 96))), draw(st.sampled_from((16, 32)))
+    return PagedBatch(
+        tuple(lengths), (heads, kv_heads), dim, draw(st.booleans()), block_size=block_size
+    )
+
+
+@settings(max_examples=6, deadline=None, derandomize=True, database=None)
+@given(batches())
+def test_decode_at_the_edges(batch: PagedBatch) -> None:
+    """Pages of either size, more heads than a tile has rows, head dimensions that are padded."""
+    y, truth = decode(batch), batch.truth(0.25)
+    assert float((y - truth).norm() / truth.norm()) < 2e-3
+    assert torch.equal(decode(batch), y)
 
 
 def test_a_request_does_not_depend_on_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
