@@ -195,6 +195,26 @@ def write_kv(place: Place, real: bool) -> Iterator[OpCase]:
             "bits",
             nbytes=4 * k.nbytes if real else 0,
         )
+        yield int8_write(k, v, here, blocks)
+
+
+def int8_write(k: Tensor, v: Tensor, slots: Tensor, blocks: int) -> OpCase:
+    """Describe a write into int8 caches: multiplied out, it is what came in within rounding."""
+    shape = (blocks, BLOCK, *k.shape[1:])
+    caches = [torch.zeros(shape, dtype=torch.int8, device=k.device) for _ in range(2)]
+    scales = [torch.zeros(shape[:3], dtype=torch.float16, device=k.device) for _ in range(2)]
+
+    def written() -> Tensor:
+        ops.write_kv(k, v, *caches, slots, *scales)
+        pairs = zip(caches, scales, strict=True)
+        return torch.stack([(c.float() * s[..., None]).flatten(0, 1)[slots] for c, s in pairs])
+
+    return OpCase(
+        f"{k.dtype} int8 cache {list(k.shape)}",
+        written,
+        lambda: torch.stack([k, v]).cpu().double(),
+        INT8_KV_TOLERANCE,
+    )
 
 
 class Paged:
