@@ -21,6 +21,7 @@ from mgvq_kernels import ops
 
 ENTRIES: Mapping[str, tuple[str, str]] = {
     "paged_attention_decode": ("paged_attention", "paged_attention_decode"),
+    "paged_attention_prefill": ("paged_prefill", "paged_attention_prefill"),
 }
 """Triton entry points by op: module of `mgvq_kernels.triton` and function."""
 
@@ -194,6 +195,26 @@ def write_kv(place: Place, real: bool) -> Iterator[OpCase]:
             "bits",
             nbytes=4 * k.nbytes if real else 0,
         )
+        yield int8_write(k, v, here, blocks)
+
+
+def int8_write(k: Tensor, v: Tensor, slots: Tensor, blocks: int) -> OpCase:
+    """Describe a write into int8 caches: multiplied out, it is what came in within rounding."""
+    shape = (blocks, BLOCK, *k.shape[1:])
+    caches = [torch.zeros(shape, dtype=torch.int8, device=k.device) for _ in range(2)]
+    scales = [torch.zeros(shape[:3], dtype=torch.float16, device=k.device) for _ in range(2)]
+
+    def written() -> Tensor:
+        ops.write_kv(k, v, *caches, slots, *scales)
+        pairs = zip(caches, scales, strict=True)
+        return torch.stack([(c.float() * s[..., None]).flatten(0, 1)[slots] for c, s in pairs])
+
+    return OpCase(
+        f"{k.dtype} int8 cache {list(k.shape)}",
+        written,
+        lambda: torch.stack([k, v]).cpu().double(),
+        INT8_KV_TOLERANCE,
+    )
 
 
 class Paged:
@@ -263,6 +284,27 @@ def paged_attention(place: Place, real: bool) -> Iterator[OpCase]:
         )
 
 
+def paged_attention_prefill(place: Place, real: bool) -> Iterator[OpCase]:
+    """The batches of `paged_attention`, offsets and lengths on the device; int8 caches too."""
+    q_lens, lengths, heads = ((512,), (2048,), (28, 4)) if real else ((3, 1, 7), (20, 9, 7), (4, 2))
+    dim, run = 128 if real else 16, entry("paged_attention_prefill", place)
+    offsets = torch.tensor((0, *itertools.accumulate(q_lens)), dtype=torch.int32)
+    places = offsets.to(place.device), torch.tensor(lengths, dtype=torch.int32, device=place.device)
+    for dtype, is_int8 in itertools.product(place.dtypes, (False, True)):
+        batch = Paged(place, dtype, lengths, heads[1], dim, is_int8)
+        q, q64 = draw(place, dtype, sum(q_lens), heads[0], dim, seed=9)
+        yield OpCase(
+            f"{dtype}{' int8 cache' if is_int8 else ''} {q_lens} of {lengths} "
+            f"{heads[0]}/{heads[1]}x{dim}",
+            lambda q=q, b=batch: run(q, *b.caches, b.table, *places, 0.09, *b.scales),
+            lambda q=q64, b=batch: b.truth(q, q_lens, 0.09),
+            INT8_KV_TOLERANCE if is_int8 else TOLERANCES["attention"][dtype],
+            nbytes=2 * q.nbytes + 2 * sum(lengths) * heads[1] * (dim + 2 if is_int8 else 2 * dim)
+            if real
+            else 0,
+        )
+
+
 def paged_attention_decode(place: Place, real: bool) -> Iterator[OpCase]:
     """One token a request over one and two splits; or 8 requests of 2048; int8 caches too."""
     lengths, heads = ((2048,) * 8, (28, 4)) if real else ((300, 5), (4, 2))
@@ -290,6 +332,7 @@ CASES: Mapping[str, Cases] = {
     "varlen_attention": varlen_attention,
     "write_kv": write_kv,
     "paged_attention": paged_attention,
+    "paged_attention_prefill": paged_attention_prefill,
     "paged_attention_decode": paged_attention_decode,
 }
 """By op of `mgvq_kernels.ops.OPS`."""
