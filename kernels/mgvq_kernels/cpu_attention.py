@@ -77,21 +77,23 @@ def _attend(
     key_scales, value_scales = scales
     size = keys.shape[1]
     group, length = scores.shape
-    for j in range(length):
-        block, offset = blocks[j // size], j % size
-        factor = _half(key_scales[block, offset, head]) if key_scales.size else float32(1.0)
-        for g in range(group):
-            scores[g, j] = factor * _dot(q[first_head + g], keys[block, offset, head])
+    for first in range(0, length, size):
+        block = blocks[first // size]
+        for offset in range(min(size, length - first)):
+            key = keys[block, offset, head]
+            factor = _half(key_scales[block, offset, head]) if key_scales.size else float32(1.0)
+            for g in range(group):
+                scores[g, first + offset] = factor * _dot(q[first_head + g], key)
     for g in range(group):
-        share = _softmax(scores[g])
-        for j in range(length):
-            scores[g, j] *= share
+        scores[g] *= _softmax(scores[g])
         out[first_head + g] = 0.0
-    for j in range(length):
-        block, offset = blocks[j // size], j % size
-        factor = _half(value_scales[block, offset, head]) if value_scales.size else float32(1.0)
-        for g in range(group):
-            _add_scaled(out[first_head + g], values[block, offset, head], scores[g, j] * factor)
+    for first in range(0, length, size):
+        block = blocks[first // size]
+        for offset in range(min(size, length - first)):
+            value = values[block, offset, head]
+            factor = _half(value_scales[block, offset, head]) if value_scales.size else float32(1.0)
+            for g in range(group):
+                _add_scaled(out[first_head + g], value, scores[g, first + offset] * factor)
 
 
 @njit
