@@ -1,4 +1,4 @@
-"""A published model's shapes at 2 bits with random codes: how fast a GPU decodes, and what it takes.
+"""A published model's shapes at 2 bits with random codes: how fast a GPU decodes, in what memory.
 
     python -m benchmarks.bench_synthetic --output benchmarks/results/synthetic_7b.json
 
