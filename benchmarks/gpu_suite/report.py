@@ -127,7 +127,9 @@ def layers(rows: Sequence[Row]) -> Iterator[str]:
     timed = [row for row in rows if row["us"] is not None]
     if not timed:
         return
-    peers = list(dict.fromkeys(row["variant"] for row in timed if row["variant"] not in OURS))
+    peers = list(
+        dict.fromkeys(row["variant"] for row in timed if not row["variant"].startswith(OURS))
+    )
     yield "## The linears of one decoder layer, us\n"
     yield f"| model | rows | ours, 2 bits | {' | '.join(peers)} |"
     yield "|---" * (3 + len(peers)) + "|"

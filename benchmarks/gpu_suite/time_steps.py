@@ -47,20 +47,26 @@ def time_steps(place: Place) -> list[Step]:
         o_proj = MODELS["Qwen2-VL-7B"][1]
         steps += [
             Step(
-                f"time {o_proj.model} {o_proj.name} at {bits} bits", 5, 15,
+                f"time {o_proj.model} {o_proj.name} at {bits} bits",
+                5,
+                15,
                 functools.partial(linear_times, place, o_proj, bits),
             )
             for bits in RATES
-        ]  # fmt: skip
+        ]
+        permuted = functools.partial(linear_times, place, o_proj, 2, has_permutation=True)
+        steps.append(Step(f"time {o_proj.model} permuted {o_proj.name}", 4, 15, permuted))
     others = [op for op in ops.OPS if op != "vq_linear"]
     return steps + [
         Step(f"time {op}", 3, 6, functools.partial(op_times, place, op)) for op in others
     ]
 
 
-def linear_times(place: Place, linear: Linear, bits: int) -> Iterator[Row]:
+def linear_times(
+    place: Place, linear: Linear, bits: int, has_permutation: bool = False
+) -> Iterator[Row]:
     """Time one matrix by every way to multiply, at the row counts each takes."""
-    layout = VQLayout.uniform(linear.out_features, linear.in_features, bits)
+    layout = VQLayout.uniform(linear.out_features, linear.in_features, bits, has_permutation)
     count = place.clock.copies(layout.code_bits() // 8)
     weights = packed_copies(layout, count, place.device)
     for rows in ROWS if place.is_gpu else ROWS[:1]:
@@ -70,7 +76,8 @@ def linear_times(place: Place, linear: Linear, bits: int) -> Iterator[Row]:
                 continue
             calls = [functools.partial(multiply, x, weight, None, None) for weight in weights]
             timing = place.clock.time(calls)
-            yield linear_row(name, linear, bits, rows, layout.code_bits() // 8, timing)
+            row = linear_row(name, linear, bits, rows, layout.code_bits() // 8, timing)
+            yield row | ({"variant": f"{name}, permuted"} if has_permutation else {})
 
 
 def linear_row(

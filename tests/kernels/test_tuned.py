@@ -173,10 +173,10 @@ class ScriptedClock:
 def test_only_a_clear_win_is_kept(us: float, kept: bool) -> None:
     options = {"num_warps": 8}
     clock = ScriptedClock("k", {"{}": 100.0, str(options): us})
-    workload = tune.Workload("k", (options,), lambda _: [[lambda: torch.ones(2)]])
+    workload = tune.Workload("k", (options,), lambda _: {"m": [[lambda: torch.ones(2)]]})
     best, measured = tune.tune_kernel(Place(CPU, clock), workload)
     assert (best == options) is kept
-    assert measured["default"] == [100.0]
+    assert measured["default"] == {"m": [100.0]}
 
 
 def test_an_option_that_changes_a_bit_or_does_not_launch_is_turned_down() -> None:
@@ -194,10 +194,17 @@ def test_an_option_that_changes_a_bit_or_does_not_launch_is_turned_down() -> Non
         ({"num_warps": 8}, "changes bits"),
         ({"num_warps": 16}, "out of resource"),
     ):
-        workload = tune.Workload("k", (options,), lambda _: [[call]])
+        workload = tune.Workload("k", (options,), lambda _: {"m": [[call]]})
         best, measured = tune.tune_kernel(Place(CPU, clock), workload)
         assert best == {}
         assert why in measured[str(options)]
+
+
+def test_a_layer_is_as_slow_as_its_matrices_together() -> None:
+    """Known answers: small matrices do not outvote the large one, nor one model another."""
+    default = {"a": [10.0, 10.0, 100.0], "b": [10.0]}
+    assert tune.gain(default, {"a": [5.0, 5.0, 120.0], "b": [1.0]}) == 0.0
+    assert tune.gain(default, {"a": [10.0, 10.0, 40.0], "b": [5.0]}) == pytest.approx(2.0)
 
 
 def test_limits_are_where_the_times_cross() -> None:
