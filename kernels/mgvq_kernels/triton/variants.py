@@ -9,7 +9,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 
-from mgvq_kernels.triton import paged_attention, vq_dequant, vq_embedding, vq_gemm, vq_gemv
+from mgvq_kernels.triton import (
+    paged_attention,
+    vq_dequant,
+    vq_embedding,
+    vq_gemm,
+    vq_gemv,
+    vq_gemv_int8,
+)
 from mgvq_kernels.triton.aot import Variant
 
 WEIGHT = {
@@ -33,6 +40,8 @@ def variants() -> Iterator[Variant]:
         yield from decoders(dtype, permuted)
     for dtype, dims, fused in itertools.product(HALVES, (4, 8), (False, True)):
         yield gemv(dtype, dims, fused)
+        yield gemv_int8(dtype, dims, fused)
+        yield quantize(dtype, dims, fused)
         for tokens in vq_gemm.TILE_TOKENS:
             yield gemm(dtype, dims, fused, tokens)
     for dtype, gated in itertools.product(HALVES, (False, True)):
@@ -46,6 +55,9 @@ def main_variants() -> Iterator[Variant]:
     yield from decoders("fp16", True)
     yield gemv("fp16", 8, True)
     yield gemv("fp16", 4, True)
+    yield gemv_int8("fp16", 8, True)
+    yield gemv_int8("fp16", 4, True)
+    yield quantize("fp16", 8, True)
     yield gemm("fp16", 8, True, 64)
     yield gemm("fp16", 4, True, 16)
     yield arrange("fp16", True)
@@ -66,6 +78,34 @@ def gemv(dtype: str, dims: int, fused: bool) -> Variant:
         aligned=("padded_rows",),
         loop_weights=vq_gemv.TILE_ROWS[dims] // vq_gemv.NUM_WARPS * dims,
         wide_loads=True,
+    )
+
+
+def gemv_int8(dtype: str, dims: int, fused: bool) -> Variant:
+    """Describe the kernel for a few rows in int8; `fused` is bias and residual."""
+    words = {"words_ptr": "*i32" if dims == 4 else "*i64", "x_words_ptr": "*i32"}
+    return Variant(
+        f"vq_gemv_int8-{dtype}-d{dims}{'-fused' if fused else ''}",
+        vq_gemv_int8.vq_gemv_int8_kernel,
+        linear_signature(dtype) | words | {"run_scales_ptr": "*fp32"},
+        {"HAS_BIAS": fused, "HAS_RESIDUAL": fused, "DIMS": dims, "INTERPRET": False}
+        | {"ROWS": vq_gemv_int8.TILE_ROWS},
+        {"num_warps": vq_gemv_int8.NUM_WARPS},
+        aligned=("padded_rows",),
+        loop_weights=vq_gemv_int8.TILE_ROWS // vq_gemv_int8.NUM_WARPS * dims,
+        wide_loads=True,
+    )
+
+
+def quantize(dtype: str, dims: int, gated: bool) -> Variant:
+    """Describe the kernel that rounds x to int8."""
+    return Variant(
+        f"quantize-{dtype}-d{dims}{'-gated' if gated else ''}",
+        vq_gemv_int8.quantize_kernel,
+        {"x_ptr": f"*{dtype}", "sources_ptr": "*i32", "bytes_ptr": "*i8"}
+        | {"run_scales_ptr": "*fp32", "in_features": "i32"},
+        {"SWIGLU": gated, "DIMS": dims},
+        {"num_warps": 1, "enable_fp_fusion": False},
     )
 
 
