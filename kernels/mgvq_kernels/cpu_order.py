@@ -9,7 +9,7 @@ core where torch's byte copies do 0.9, 2026-11); compiles nothing.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -129,6 +129,42 @@ def tile_schedule(out_features: int, stages: Sequence[tuple[int, int, int]]) -> 
             code_offset += padded * count
         table_offset += 256 * vector_dim + TOP_FLOATS
     return torch.tensor(tiles, dtype=torch.int64)
+
+
+def check(
+    tensors: Mapping[str, Tensor],
+    rows: int,
+    stages: Sequence[tuple[int, int, int]],
+    has_permutation: bool,
+) -> None:
+    """Ask for tensors of the size the layout has: the kernels read addresses and check nothing.
+
+    Args:
+        tensors: what `layout.pack` made, by name.
+        rows: O.
+        stages: (first permuted channel, width, vector dimension) of every stage, band by band.
+        has_permutation: whether the input channels are permuted.
+
+    Raises:
+        ValueError: if a tensor is missing, has another size or is not contiguous.
+    """
+    groups = [width // vector_dim for _, width, vector_dim in stages]
+    sizes = {
+        "codes": strip_count(rows) * STRIP_ROWS * sum(groups),
+        "tables": sum(256 * vector_dim + TOP_FLOATS for _, _, vector_dim in stages),
+        "row_scales": rows,
+        "tiles": sum(math.ceil(count / TILE_GROUPS) for count in groups) * TILE_FIELDS,
+    }
+    if has_permutation:
+        sizes["permutation"] = max(start + width for start, width, _ in stages)
+    for name, expected in sizes.items():
+        tensor = tensors.get(name)
+        if tensor is None or tensor.numel() != expected or not tensor.is_contiguous():
+            came = None if tensor is None else (list(tensor.shape), list(tensor.stride()))
+            raise ValueError(
+                f"{name} must be contiguous and hold {expected} numbers for this layout, got "
+                f"{came} (shape, strides); make it with layout.pack"
+            )
 
 
 def describe(

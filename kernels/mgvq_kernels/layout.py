@@ -240,6 +240,8 @@ class PackedVQ:
             block_order.check(self.tensors, layout.out_features, stage_list(layout))
         if self.backend != "cpu":
             return
+        stages = stage_list(layout)
+        cpu_order.check(self.tensors, layout.out_features, stages, layout.has_permutation)
         descriptor = cpu_order.describe(
             self.tensors["codes"],
             self.tensors["tables"],

@@ -108,6 +108,7 @@ def vq_linear(
     bias: Tensor | None = None,
     residual: Tensor | None = None,
     gated: bool = False,
+    int8_activations: bool = False,
 ) -> Tensor:
     """Multiply activations by a vector-quantized weight.
 
@@ -121,6 +122,8 @@ def vq_linear(
         bias: `[O]` floating, on the same device, or None.
         residual: `[..., O]` of x's dtype, added to the result, or None.
         gated: whether x is gate and up, whose `swiglu` is multiplied.
+        int8_activations: whether x may be rounded to int8, with a scale for 128 channels, where a
+            kernel gains by it: few rows on a GPU. Elsewhere nothing is rounded.
 
     Returns:
         `[..., O]` in x's dtype; sums are accumulated in float32 (float64 x is rounded to float32
@@ -134,6 +137,8 @@ def vq_linear(
     path = _path("vq_linear", x.numel() // x.shape[-1], weight, x.element_size() == 2)
     gradient = x.requires_grad and torch.is_grad_enabled()
     if not gradient and path in ("triton_gemv", "triton_gemm"):
+        if int8_activations and path == "triton_gemv":
+            path = "triton_gemv_int8"
         return _triton(path.replace("triton", "vq")).linear(x, weight, bias, residual)
     if gated or residual is not None:
         y = vq_linear(swiglu(x) if gated else x, weight, bias)

@@ -55,6 +55,34 @@ def vq_linear(x: Tensor, weight: VQWeight, bias: Tensor | None) -> Tensor:
     return F.linear(x.to(wide), dense, None if bias is None else bias.to(wide)).to(x.dtype)
 
 
+def vq_linear_int8(x: Tensor, weight: VQWeight) -> Tensor:
+    """Multiply `x [T, I]`, rounded to int8, by a weight: `[T, O]` float64; the integer oracle.
+
+    A run of 128 channels (fewer where a stage's vectors are shorter than the matrix's longest, or
+    at the end of a band) shares a scale, its largest magnitude over 127. Products and sums inside a
+    run are exact integers.
+    """
+    if weight.permutation is not None:
+        x = x[:, weight.permutation.long()]
+    longest = max(4, *(stage.vector_dim for band in weight.layout.bands for stage in band.stages))
+    groups = 128 // longest  # of a run
+    total = torch.zeros(x.shape[0], weight.layout.out_features, dtype=torch.float64)
+    for b, band in enumerate(weight.layout.bands):
+        channels = x[:, band.start : band.start + band.width].float()
+        for s, stage in enumerate(band.stages):
+            width = groups * stage.vector_dim
+            book = weight.codebooks[b][s].double()
+            entries = F.embedding(weight.codes[b][s].long(), book).flatten(1)  # [O, width]
+            scale = weight.codebook_scales[b][s].double()
+            for run, part in zip(
+                torch.split(channels, width, 1), torch.split(entries, width, 1), strict=True
+            ):
+                top = run.abs().amax(1, keepdim=True)  # [T, 1]
+                rounded = (run * torch.where(top > 0, 127.0 / top, 0.0)).round()
+                total += (rounded.double() @ part.T) * (top / 127.0).double() * scale
+    return total * weight.scales.double()
+
+
 def vq_embedding(ids: Tensor, weight: VQWeight, dtype: torch.dtype) -> Tensor:
     """Decode the rows `ids [T]` of a weight: `[T, I]`."""
     rows = VQWeight(

@@ -76,9 +76,11 @@ def attend_tile(
         key_ptr, key_scales_ptr, slots, cached, head, dims, heads, head_dim,
         QUANTIZED, MASKED, q.dtype,
     )  # fmt: skip
-    scores = tl.dot(q, tl.trans(k)) * score_scale
+    scores = tl.dot(q, tl.trans(k))
     if MASKED:
         scores = tl.where(tokens[None, :] <= positions[:, None], scores, float("-inf"))
+    # After the mask: what is fused with what, and so the bits, must not depend on MASKED.
+    scores *= score_scale
     new_top = tl.maximum(top, tl.max(scores, axis=1))
     faded = tl.exp2(top - new_top)
     weights = tl.exp2(scores - new_top[:, None])

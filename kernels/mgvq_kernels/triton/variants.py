@@ -16,6 +16,7 @@ from mgvq_kernels.triton import (
     vq_embedding,
     vq_gemm,
     vq_gemv,
+    vq_gemv_int8,
 )
 from mgvq_kernels.triton.aot import Variant
 
@@ -36,10 +37,12 @@ HALVES = ("fp16", "bf16")
 
 def variants() -> Iterator[Variant]:
     """List every kernel over dtypes, vector dimensions and options."""
-    for dtype, permuted in itertools.product((*HALVES, "fp32"), (False, True)):
-        yield from decoders(dtype, permuted)
+    for dtype in (*HALVES, "fp32"):
+        yield from decoders(dtype)
     for dtype, dims, fused in itertools.product(HALVES, (4, 8), (False, True)):
         yield gemv(dtype, dims, fused)
+        yield gemv_int8(dtype, dims, fused)
+        yield quantize(dtype, dims, fused)
         for tokens in vq_gemm.TILE_TOKENS:
             yield gemm(dtype, dims, fused, tokens)
     for dtype, gated in itertools.product(HALVES, (False, True)):
@@ -52,9 +55,12 @@ def variants() -> Iterator[Variant]:
 
 def main_variants() -> Iterator[Variant]:
     """List one variant a kernel: float16, everything fused, the largest vector dimension."""
-    yield from decoders("fp16", True)
+    yield from decoders("fp16")
     yield gemv("fp16", 8, True)
     yield gemv("fp16", 4, True)
+    yield gemv_int8("fp16", 8, True)
+    yield gemv_int8("fp16", 4, True)
+    yield quantize("fp16", 8, True)
     yield gemm("fp16", 8, True, 64)
     yield gemm("fp16", 4, True, 16)
     yield arrange("fp16", True)
@@ -77,6 +83,34 @@ def gemv(dtype: str, dims: int, fused: bool) -> Variant:
         aligned=("padded_rows",),
         loop_weights=vq_gemv.TILE_ROWS[dims] // vq_gemv.NUM_WARPS * dims,
         wide_loads=True,
+    )
+
+
+def gemv_int8(dtype: str, dims: int, fused: bool) -> Variant:
+    """Describe the kernel for a few rows in int8; `fused` is bias and residual."""
+    words = {"words_ptr": "*i32" if dims == 4 else "*i64", "x_words_ptr": "*i32"}
+    return Variant(
+        f"vq_gemv_int8-{dtype}-d{dims}{'-fused' if fused else ''}",
+        vq_gemv_int8.vq_gemv_int8_kernel,
+        linear_signature(dtype) | words | {"run_scales_ptr": "*fp32"},
+        {"HAS_BIAS": fused, "HAS_RESIDUAL": fused, "DIMS": dims, "INTERPRET": False}
+        | {"ROWS": vq_gemv_int8.TILE_ROWS},
+        {"num_warps": vq_gemv_int8.NUM_WARPS},
+        aligned=("padded_rows",),
+        loop_weights=vq_gemv_int8.TILE_ROWS // vq_gemv_int8.NUM_WARPS * dims,
+        wide_loads=True,
+    )
+
+
+def quantize(dtype: str, dims: int, gated: bool) -> Variant:
+    """Describe the kernel that rounds x to int8."""
+    return Variant(
+        f"quantize-{dtype}-d{dims}{'-gated' if gated else ''}",
+        vq_gemv_int8.quantize_kernel,
+        {"x_ptr": f"*{dtype}", "sources_ptr": "*i32", "bytes_ptr": "*i8"}
+        | {"run_scales_ptr": "*fp32", "in_features": "i32"},
+        {"SWIGLU": gated, "DIMS": dims},
+        {"num_warps": 1, "enable_fp_fusion": False},
     )
 
 
@@ -116,9 +150,8 @@ def arrange(dtype: str, gated: bool) -> Variant:
     )
 
 
-def decoders(dtype: str, permuted: bool) -> Iterator[Variant]:
+def decoders(dtype: str) -> Iterator[Variant]:
     """Describe the kernels that make dense weights."""
-    mark = f"{dtype}{'-permuted' if permuted else ''}"
     signature = WEIGHT | {
         "books_ptr": "*i8",
         "permutation_ptr": "*i32",
@@ -128,21 +161,22 @@ def decoders(dtype: str, permuted: bool) -> Iterator[Variant]:
         "end_row": "i32",
     }
     yield Variant(
-        f"vq_dequant-{mark}",
+        f"vq_dequant-{dtype}",
         vq_dequant.vq_dequant_kernel,
         signature,
-        {"HAS_PERMUTATION": permuted, "BLOCK_O": vq_dequant.BLOCK_O, "BLOCK_I": vq_dequant.BLOCK_I},
+        {"BLOCK_O": vq_dequant.BLOCK_O, "BLOCK_I": vq_dequant.BLOCK_I},
         {"enable_fp_fusion": False},
         aligned=("padded_rows",),
     )
-    yield Variant(
-        f"vq_embedding-{mark}",
-        vq_embedding.vq_embedding_kernel,
-        signature,
-        {"HAS_PERMUTATION": permuted, "BLOCK_I": vq_embedding.BLOCK_I},
-        {"enable_fp_fusion": False},
-        aligned=("padded_rows",),
-    )
+    for permuted in (False, True):
+        yield Variant(
+            f"vq_embedding-{dtype}{'-permuted' if permuted else ''}",
+            vq_embedding.vq_embedding_kernel,
+            signature,
+            {"HAS_PERMUTATION": permuted, "BLOCK_I": vq_embedding.BLOCK_I},
+            {"enable_fp_fusion": False},
+            aligned=("padded_rows",),
+        )
 
 
 def decode_attention(dtype: str, quantized: bool) -> Iterator[Variant]:

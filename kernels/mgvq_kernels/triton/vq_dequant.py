@@ -31,18 +31,16 @@ def vq_dequant_kernel(
     book_scales_ptr,  # [M] float32
     scales_ptr,  # [O] float16
     stages_ptr,  # [M, STAGE_FIELDS] int32
-    permutation_ptr,  # [I] int32
     out_ptr,  # [end - first row, I]
     first_row,
     end_row,
     padded_rows,
     in_features,
     stage_count,
-    HAS_PERMUTATION: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_I: tl.constexpr,
 ):
-    """out[o, permutation[j]] = W of permuted channel j."""
+    """out[o, j] = W of permuted channel j."""
     # program (p, c) -> rows first_row + p * BLOCK_O .., permuted channels c * BLOCK_I ..
     rows = first_row + tl.program_id(0).to(tl.int64) * BLOCK_O + tl.arange(0, BLOCK_O)
     first_channel = tl.program_id(1) * BLOCK_I
@@ -61,11 +59,8 @@ def vq_dequant_kernel(
         BLOCK_I,
     )
     weights *= tl.load(scales_ptr + rows, mask=row_mask, other=0.0).to(tl.float32)[:, None]
-    target = channels
-    if HAS_PERMUTATION:
-        target = tl.load(permutation_ptr + channels, mask=channel_mask, other=0)
     tl.store(
-        out_ptr + (rows - first_row)[:, None] * in_features + target[None, :],
+        out_ptr + (rows - first_row)[:, None] * in_features + channels[None, :],
         weights.to(out_ptr.dtype.element_ty),
         mask=row_mask[:, None] & channel_mask[None, :],
     )
@@ -73,13 +68,18 @@ def vq_dequant_kernel(
 
 def vq_dequantize(weight: PackedVQ, dtype: torch.dtype) -> Tensor:
     """Decode a matrix: `[O, I]` in `dtype`, original channel order."""
-    return decode_rows(weight, dtype, 0, weight.layout.out_features)
+    dense = decode_rows(weight, dtype, 0, weight.layout.out_features)
+    permutation = weight.tensors.get("permutation")
+    return dense if permutation is None else dense[:, permutation.argsort()]
 
 
 def decode_rows(weight: PackedVQ, dtype: torch.dtype, first: int, end: int) -> Tensor:
-    """Decode the rows first..end of a matrix: `[end - first, I]` in `dtype`."""
+    """Decode the rows first..end of a matrix: `[end - first, I]` in `dtype`, channels as stored.
+
+    Bringing the channels back in order here would scatter every number alone: on an H100 203 us for
+    3584x3584 in float16, against 13 us without.
+    """
     layout, tensors = weight.layout, weight.tensors
-    permutation = tensors.get("permutation")
     made = torch.float32 if dtype == torch.float64 else dtype
     out = torch.empty(end - first, layout.in_features, dtype=made, device=weight.device)
     grid = (triton.cdiv(end - first, BLOCK_O), triton.cdiv(layout.in_features, BLOCK_I))
@@ -90,14 +90,12 @@ def decode_rows(weight: PackedVQ, dtype: torch.dtype, first: int, end: int) -> T
             tensors["codebook_scales"],
             tensors["scales"],
             tensors["stages"],
-            tensors["stages"] if permutation is None else permutation,
             out,
             first,
             end,
             padded_rows(layout.out_features),
             layout.in_features,
             layout.num_codebooks,
-            HAS_PERMUTATION=permutation is not None,
             BLOCK_O=BLOCK_O,
             BLOCK_I=BLOCK_I,
             **launch_options(out.device, "vq_dequant", num_warps=4),
@@ -125,6 +123,8 @@ def decode_linear(x: Tensor, weight: PackedVQ, bias: Tensor | None) -> Tensor:
     """Multiply many rows `x [..., I]` by the matrix, decoded slice by slice: `[..., O]`."""
     layout = weight.layout
     rows = x.reshape(-1, layout.in_features)  # [T, I]
+    if (permutation := weight.tensors.get("permutation")) is not None:
+        rows = rows.index_select(1, permutation)
     cache = torch.cuda.get_device_properties(x.device).L2_cache_size if x.is_cuda else 0
     step = slice_rows(layout.in_features, x.element_size(), cache)
     y = torch.empty(rows.shape[0], layout.out_features, dtype=x.dtype, device=x.device)
