@@ -153,7 +153,9 @@ def test_decoding_is_exact(dtype: torch.dtype) -> None:
     packed = pack(weight, "triton")
     dense = reference.vq_dequantize(weight, dtype)
     assert torch.equal(vq_dequant.vq_dequantize(packed, dtype), dense)
-    assert torch.equal(vq_dequant.decode_rows(packed, dtype, 7, 19), dense[7:19])
+    assert weight.permutation is not None
+    as_stored = dense[7:19, weight.permutation.long()]
+    assert torch.equal(vq_dequant.decode_rows(packed, dtype, 7, 19), as_stored)
     ids = torch.tensor([19, 0, 5])
     assert torch.equal(vq_embedding.vq_embedding(ids, packed, dtype), dense[ids])
     assert not vq_embedding.vq_embedding(torch.tensor([20, -1]), packed, dtype).any()
