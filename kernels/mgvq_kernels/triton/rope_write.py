@@ -36,6 +36,33 @@ def to_codes(x, step):
 
 
 @triton.jit
+def store_row(
+    cache_ptr,  # [slots * Hk, Dh]
+    scales_ptr,  # [slots * Hk] float16
+    row,
+    first,
+    second,
+    near,
+    half,
+    mask,
+    head_dim,
+    QUANTIZED: tl.constexpr,
+):
+    """Store the halves of a vector at a row of a cache, in its dtype or as codes and a scale."""
+    out = cache_ptr + row * head_dim + near
+    if QUANTIZED:
+        size = tl.maximum(tl.abs(first), tl.abs(second), propagate_nan=tl.PropagateNan.ALL)
+        is_nan = tl.max((size != size).to(tl.int32), axis=0) > 0
+        top = tl.where(is_nan, float("nan"), tl.max(size, axis=0))
+        scale = tl.div_rn(top, 127.0).to(tl.float16)
+        tl.store(scales_ptr + row, scale)
+        first = to_codes(first, scale.to(tl.float32))
+        second = to_codes(second, scale.to(tl.float32))
+    tl.store(out, first.to(cache_ptr.dtype.element_ty), mask=mask)
+    tl.store(out + half, second.to(cache_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def rope_write_kernel(
     q_ptr,  # [T, H, Dh], tokens `q_stride` apart
     k_ptr,  # [T, Hk, Dh], tokens `k_stride` apart
@@ -93,19 +120,7 @@ def rope_write_kernel(
                 first = first.to(k_ptr.dtype.element_ty).to(tl.float32)
                 second = second.to(k_ptr.dtype.element_ty).to(tl.float32)
         row = slot * num_kv_heads + kv_head
-        out = cache + row * head_dim + near
-        if QUANTIZED:
-            size = tl.maximum(tl.abs(first), tl.abs(second), propagate_nan=tl.PropagateNan.ALL)
-            is_nan = tl.max((size != size).to(tl.int32), axis=0) > 0
-            top = tl.where(is_nan, float("nan"), tl.max(size, axis=0))
-            scale = tl.div_rn(top, 127.0).to(tl.float16)
-            tl.store(scales + row, scale)
-            step = scale.to(tl.float32)
-            tl.store(out, to_codes(first, step), mask=mask)
-            tl.store(out + half, to_codes(second, step), mask=mask)
-        else:
-            tl.store(out, first.to(cache.dtype.element_ty), mask=mask)
-            tl.store(out + half, second.to(cache.dtype.element_ty), mask=mask)
+        store_row(cache, scales, row, first, second, near, half, mask, head_dim, QUANTIZED)
 
 
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
