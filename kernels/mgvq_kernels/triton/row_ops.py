@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-MOST_NORM_WIDTH = 32768
+MOST_NORM_WIDTH = 16384
 """Widest row a norm holds in one program's registers."""
 
 BLOCK_F = 1024
