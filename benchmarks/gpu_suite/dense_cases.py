@@ -217,6 +217,28 @@ def int8_write(k: Tensor, v: Tensor, slots: Tensor, blocks: int) -> OpCase:
     )
 
 
+def rope_write_kv(place: Place, real: bool) -> Iterator[OpCase]:
+    """A token a slot, in order, of caches that hold nothing else."""
+    tokens, heads, kv_heads, dim = (16, 28, 4, 128) if real else (16, 4, 2, 16)
+    run = entry("rope_write_kv", place)
+    angles = torch.rand(tokens, dim // 2, generator=torch.Generator().manual_seed(0)).repeat(1, 2)
+    here = [f(angles).to(place.device) for f in (torch.cos, torch.sin)]
+    wide = [f(angles).double() for f in (torch.cos, torch.sin)]
+    slots = torch.arange(tokens, device=place.device)
+    for dtype in place.dtypes:
+        q, q64 = draw(place, dtype, tokens, heads, dim)
+        (k, k64), (v, v64) = (draw(place, dtype, tokens, kv_heads, dim, seed=s) for s in (1, 2))
+        caches = [torch.zeros_like(k).unsqueeze(0) for _ in range(2)]
+        yield OpCase(
+            f"{dtype} {tokens}x{heads}+{kv_heads}x{dim}",
+            lambda q=q, k=k, v=v, c=caches: (run(q, k, v, *here, *c, slots), *c),
+            lambda q=q64, k=k64, v=v64: (turned(q, *wide), turned(k, *wide)[None], v[None]),
+            ULPS,
+            "ulps",
+            nbytes=2 * (q.nbytes + k.nbytes + v.nbytes) if real else 0,
+        )
+
+
 class Paged:
     """Requests at scattered pages; slots past a request's end hold NaN (127 where int8)."""
 
@@ -331,6 +353,7 @@ CASES: Mapping[str, Cases] = {
     "rope": rope,
     "varlen_attention": varlen_attention,
     "write_kv": write_kv,
+    "rope_write_kv": rope_write_kv,
     "paged_attention": paged_attention,
     "paged_attention_prefill": paged_attention_prefill,
     "paged_attention_decode": paged_attention_decode,

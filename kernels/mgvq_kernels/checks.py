@@ -84,6 +84,19 @@ def check_cu_seqlens(name: str, offsets: tuple[int, ...], tokens: int) -> None:
         raise ValueError(f"{name} must not fall, got {tuple(offsets)}")
 
 
+def check_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """Ask for queries and keys of the same tokens, heads of even width and an angle a pair."""
+    if q.dim() != 3 or cos.shape != (q.shape[0], q.shape[2]) or sin.shape != cos.shape:
+        raise ValueError(
+            f"q must be [T, H, Dh] with cos and sin [T, Dh], got {list(q.shape)}, "
+            f"{list(cos.shape)}, {list(sin.shape)}"
+        )
+    if k.dim() != 3 or k.shape[0] != q.shape[0] or k.shape[2] != q.shape[2]:
+        raise ValueError(f"k must be [{q.shape[0]}, Hk, {q.shape[2]}], got {list(k.shape)}")
+    if q.shape[2] % 2:
+        raise ValueError(f"Dh must be even, its halves are paired; got {q.shape[2]}")
+
+
 def check_write(
     k: Tensor,
     v: Tensor,

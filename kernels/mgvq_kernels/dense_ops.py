@@ -7,6 +7,7 @@ computed, wrong arguments raise with what was expected and what came.
 from __future__ import annotations
 
 import importlib
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -31,6 +32,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """
     if weight.shape != x.shape[-1:]:
         raise ValueError(f"weight must be [{x.shape[-1]}], got {list(weight.shape)}")
+    kernel = _kernel("row_ops", x, weight)
+    if kernel is not None and x.shape[-1] <= kernel.MOST_NORM_WIDTH:
+        return kernel.rms_norm(x, weight, eps)
     return reference.rms_norm(x, weight, eps)
 
 
@@ -53,6 +57,9 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
         raise ValueError(f"residual must be {list(x.shape)} as x is, got {list(residual.shape)}")
     if weight.shape != x.shape[-1:]:
         raise ValueError(f"weight must be [{x.shape[-1]}], got {list(weight.shape)}")
+    kernel = _kernel("row_ops", x, residual, weight)
+    if kernel is not None and x.shape[-1] <= kernel.MOST_NORM_WIDTH:
+        return kernel.add_rms_norm(x, residual, weight, eps)
     return reference.add_rms_norm(x, residual, weight, eps)
 
 
@@ -70,7 +77,8 @@ def swiglu(gate_up: Tensor) -> Tensor:
     """
     if gate_up.shape[-1] % 2:
         raise ValueError(f"gate_up must be [..., 2F], got an odd width in {list(gate_up.shape)}")
-    return reference.swiglu(gate_up)
+    kernel = _kernel("row_ops", gate_up)
+    return (reference if kernel is None else kernel).swiglu(gate_up)
 
 
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -86,16 +94,11 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor
         The rotated `(q, k)` in their dtypes, computed in float32.
 
     Raises:
-        ValueError: if shapes disagree.
+        ValueError: if shapes disagree or Dh is odd.
     """
-    if q.dim() != 3 or cos.shape != (q.shape[0], q.shape[2]) or sin.shape != cos.shape:
-        raise ValueError(
-            f"q must be [T, H, Dh] with cos and sin [T, Dh], got {list(q.shape)}, "
-            f"{list(cos.shape)}, {list(sin.shape)}"
-        )
-    if k.dim() != 3 or k.shape[0] != q.shape[0] or k.shape[2] != q.shape[2]:
-        raise ValueError(f"k must be [{q.shape[0]}, Hk, {q.shape[2]}], got {list(k.shape)}")
-    return reference.rope(q, k, cos, sin)
+    checks.check_rope(q, k, cos, sin)
+    kernel = _kernel("rope_write", q, k)
+    return (reference if kernel is None else kernel).rope(q, k, cos, sin)
 
 
 def varlen_attention(
@@ -156,7 +159,49 @@ def write_kv(
     """
     caches, scales = (key_cache, value_cache), (key_scales, value_scales)
     checks.check_write(k, v, caches, slot_mapping, scales)
-    reference.write_kv(k, v, *caches, slot_mapping, *scales)
+    kernel = None if k.shape[-1] % 2 else _kernel("rope_write", k, v)
+    (reference if kernel is None else kernel).write_kv(k, v, *caches, slot_mapping, *scales)
+
+
+def rope_write_kv(  # noqa: PLR0913
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    slot_mapping: Tensor,
+    key_scales: Tensor | None = None,
+    value_scales: Tensor | None = None,
+) -> Tensor:
+    """Rotate queries and keys, then store keys and values: `rope` and `write_kv` in one launch.
+
+    Args:
+        q: `[T, H, Dh]` floating; left as it is.
+        k: `[T, Hk, Dh]` floating; left as it is.
+        v: `[T, Hk, Dh]` floating.
+        cos: `[T, Dh]` floating.
+        sin: `[T, Dh]` floating.
+        key_cache: as in `write_kv`.
+        value_cache: as in `write_kv`.
+        slot_mapping: as in `write_kv`.
+        key_scales: as in `write_kv`.
+        value_scales: as in `write_kv`.
+
+    Returns:
+        The rotated q in its dtype.
+
+    Raises:
+        TypeError: as `write_kv`.
+        ValueError: as `rope` and `write_kv`.
+    """
+    caches, scales = (key_cache, value_cache), (key_scales, value_scales)
+    checks.check_rope(q, k, cos, sin)
+    checks.check_write(k, v, caches, slot_mapping, scales)
+    kernel = _kernel("rope_write", q, k, v)
+    backend = reference if kernel is None else kernel
+    return backend.rope_write_kv(q, k, v, cos, sin, *caches, slot_mapping, *scales)
 
 
 def paged_attention(  # noqa: PLR0913
@@ -318,3 +363,13 @@ def _attention_path(q: Tensor, key_cache: Tensor, one_token_each: bool) -> str:
         return "reference"
     numba, triton = q.is_cpu and has_numba(), q.is_cuda and has_triton()
     return dispatch.choose_attention(q.device.type, q.dtype, one_token_each, numba, triton)
+
+
+def _kernel(name: str, *tensors: Tensor) -> ModuleType | None:
+    """Import a Triton file where a GPU holds half-precision tensors and wants no gradient."""
+    first = tensors[0]
+    if not first.is_cuda or first.element_size() != 2 or not has_triton():
+        return None
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        return None
+    return importlib.import_module(f"mgvq_kernels.triton.{name}")

@@ -22,6 +22,7 @@ from mgvq_kernels.dense_ops import paged_attention_decode as paged_attention_dec
 from mgvq_kernels.dense_ops import paged_attention_prefill as paged_attention_prefill
 from mgvq_kernels.dense_ops import rms_norm as rms_norm
 from mgvq_kernels.dense_ops import rope as rope
+from mgvq_kernels.dense_ops import rope_write_kv as rope_write_kv
 from mgvq_kernels.dense_ops import swiglu as swiglu
 from mgvq_kernels.dense_ops import varlen_attention as varlen_attention
 from mgvq_kernels.dense_ops import write_kv as write_kv
@@ -39,6 +40,7 @@ OPS = (
     "rope",
     "varlen_attention",
     "write_kv",
+    "rope_write_kv",
     "paged_attention",
     "paged_attention_prefill",
     "paged_attention_decode",

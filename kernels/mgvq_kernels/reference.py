@@ -159,6 +159,24 @@ def write_kv(
         cache.view(-1, *cache.shape[2:]).index_copy_(0, slot_mapping, x.to(cache.dtype))
 
 
+def rope_write_kv(  # noqa: PLR0913
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    slot_mapping: Tensor,
+    key_scales: Tensor | None,
+    value_scales: Tensor | None,
+) -> Tensor:
+    """Rotate q and k, store k and v; return q."""
+    q, k = rope(q, k, cos, sin)
+    write_kv(k, v, key_cache, value_cache, slot_mapping, key_scales, value_scales)
+    return q
+
+
 def quantize_heads(x: Tensor) -> tuple[Tensor, Tensor]:
     """Round `x [T, Hk, Dh]` to int8 with a float16 scale a vector: `[T, Hk, Dh]`, `[T, Hk]`.
 

@@ -97,3 +97,24 @@ def test_wrong_caches_are_named() -> None:
         ops.write_kv(k, k, keys, values, SLOTS, scales[0], scales[1].float())
     with pytest.raises(ValueError, match=r"slot_mapping \[T\], got"):
         ops.write_kv(k, k, keys, values, SLOTS[:2], *scales)
+
+
+def test_rope_write_kv_is_its_two_halves() -> None:
+    """Against transformers' rotation and the loops above; q, k and v are left as they were."""
+    modeling = pytest.importorskip("transformers.models.llama.modeling_llama")
+    q, k, v = torch.randn(3, 8, 8).split((4, 2, 2), dim=1)
+    before = q.clone(), k.clone()
+    angles = torch.rand(3, 4) * 9
+    cos, sin = angles.cos().repeat(1, 2), angles.sin().repeat(1, 2)
+    keys, values, key_scales, value_scales = int8_caches()
+    y = ops.rope_write_kv(q, k, v, cos, sin, keys, values, SLOTS, key_scales, value_scales)
+    expected_q, expected_k = modeling.apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=1)
+    torch.testing.assert_close(y, expected_q, rtol=1e-6, atol=1e-6)
+    for x, cache, scales in ((expected_k, keys, key_scales), (v, values, value_scales)):
+        step = scales.flatten(0, 1)[SLOTS].float()[..., None]
+        back = cache.flatten(0, 1)[SLOTS] * step
+        assert ((back - x).abs() <= step * 0.51).all()
+    assert torch.equal(q, before[0])
+    assert torch.equal(k, before[1])
+    with pytest.raises(ValueError, match="Dh must be even"):
+        ops.rope(q[..., :7], k[..., :7], cos[:, :7], sin[:, :7])

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from mgvq_kernels.triton import (
     paged_attention,
     paged_prefill,
+    rope_write,
+    row_ops,
     vq_dequant,
     vq_embedding,
     vq_gemm,
@@ -51,6 +53,13 @@ def variants() -> Iterator[Variant]:
         yield from decode_attention(dtype, quantized)
         for dims in (64, 128):
             yield prefill_attention(dtype, quantized, dims)
+        yield norm(dtype, quantized, 4096)
+        yield turn_and_store(dtype, quantized, "rope_write_kv")
+        yield turn_and_store(dtype, quantized, "write_kv")
+    for dtype in HALVES:
+        yield gate(dtype)
+        yield turn_and_store(dtype, False, "rope")
+        yield norm(dtype, True, row_ops.MOST_NORM_WIDTH)
 
 
 def main_variants() -> Iterator[Variant]:
@@ -68,6 +77,9 @@ def main_variants() -> Iterator[Variant]:
     yield from decode_attention("fp16", True)
     yield prefill_attention("fp16", False, 128)
     yield prefill_attention("fp16", True, 128)
+    yield norm("fp16", True, row_ops.MOST_NORM_WIDTH)
+    yield gate("fp16")
+    yield turn_and_store("fp16", True, "rope_write_kv")
 
 
 def gemv(dtype: str, dims: int, fused: bool) -> Variant:
@@ -233,3 +245,49 @@ def attention_signature(dtype: str, quantized: bool) -> dict[str, str]:
         "out_ptr": f"*{dtype}",
         "score_scale": "fp32",
     } | dict.fromkeys(counts, "i32")
+
+
+def norm(dtype: str, has_residual: bool, width: int) -> Variant:
+    """Describe the norm of rows of up to `width` numbers, a power of two."""
+    pointers = ("x_ptr", "residual_ptr", "weight_ptr", "out_ptr", "total_ptr")
+    return Variant(
+        f"rms_norm-{dtype}-{width}{'-add' if has_residual else ''}",
+        row_ops.rms_norm_kernel,
+        dict.fromkeys(pointers, f"*{dtype}") | {"width": "i32", "eps": "fp32"},
+        {"HAS_RESIDUAL": has_residual, "BLOCK": width},
+        {"num_warps": row_ops.norm_warps(width)},
+        aligned=("width",),
+        wide_loads=True,
+    )
+
+
+def gate(dtype: str) -> Variant:
+    """Describe the gate of an MLP."""
+    return Variant(
+        f"swiglu-{dtype}",
+        row_ops.swiglu_kernel,
+        dict.fromkeys(("gate_up_ptr", "out_ptr"), f"*{dtype}") | {"features": "i32"},
+        {"BLOCK": row_ops.BLOCK_F},
+        {},
+        aligned=("features",),
+        wide_loads=True,
+    )
+
+
+def turn_and_store(dtype: str, quantized: bool, op: str) -> Variant:
+    """Describe the kernel of `rope_write_kv`, `write_kv` or `rope`, with heads of 128."""
+    cache = "*i8" if quantized else f"*{dtype}"
+    counts = ("q_stride", "k_stride", "v_stride", "num_heads", "num_kv_heads", "head_dim")
+    return Variant(
+        f"{op}-{dtype}{'-int8' if quantized else ''}",
+        rope_write.rope_write_kernel,
+        dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "q_out_ptr"), f"*{dtype}")
+        | dict.fromkeys(("cos_ptr", "sin_ptr"), "*fp32")
+        | dict.fromkeys(("key_ptr", "value_ptr"), cache)
+        | dict.fromkeys(("key_scales_ptr", "value_scales_ptr"), "*fp16")
+        | dict.fromkeys(counts, "i32")
+        | {"slots_ptr": "*i64"},
+        {"ROTATE": op != "write_kv", "HAS_SLOTS": op != "rope", "QUANTIZED": quantized, "HALF": 64},
+        {"num_warps": 1, "enable_fp_fusion": False},
+        aligned=("q_stride", "k_stride", "v_stride", "head_dim"),
+    )
