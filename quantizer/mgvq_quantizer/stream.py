@@ -196,7 +196,9 @@ class Stream:
             solution = self._solve(plan, moment, evidence)
             self.work.save(name, solution)
         if witness is not None:
-            self.verdicts[name] = Verdict(**(self.work.load_facts(f"gate.{name}") or {}))
+            facts = self.work.load_facts(f"gate.{name}")
+            assert facts is not None, "a verdict is written before its solution"
+            self.verdicts[name] = Verdict(**facts)
         module.weight.copy_(ops.vq_dequantize(solution.weight.to(module.weight.device)))
         self.solutions[name] = solution
         self.progress(name, solution)
