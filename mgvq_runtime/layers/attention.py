@@ -67,21 +67,25 @@ class Attention(nn.Module):
         T = x.shape[0]
         qkv = self.qkv_proj(x).view(T, self.num_qkv_heads, self.head_dim)  # [T, H + 2 Hk, Dh]
         q, k, v = qkv.split(self.split, dim=1)  # [T, H, Dh], [T, Hk, Dh] twice
-        q, k = ops.rope(q, k, cos, sin)
         if kv_cache is None:
+            q, k = ops.rope(q, k, cos, sin)
             mixed = ops.varlen_attention(q, k, v, batch.cu_seqlens_q, True, self.scale)
         else:
-            mixed = self._through_cache(q, k, v, batch, kv_cache)
+            mixed = self._through_cache((q, k, v), (cos, sin), batch, kv_cache)
         return self.o_proj(mixed.reshape(T, -1))  # [T, H * Dh]
 
     def _through_cache(
-        self, q: Tensor, k: Tensor, v: Tensor, batch: ForwardBatch, cache: LayerCache
+        self,
+        qkv: tuple[Tensor, Tensor, Tensor],
+        rotation: tuple[Tensor, Tensor],
+        batch: ForwardBatch,
+        cache: LayerCache,
     ) -> Tensor:
         """Write this forward's keys and values, then attend over each request's whole context."""
         keys, values, *scales = cache
         assert batch.slot_mapping is not None, "a batch with a cache needs a slot_mapping"
         assert batch.block_table is not None, "a batch with a cache needs a block_table"
-        ops.write_kv(k, v, keys, values, batch.slot_mapping, *scales)
+        q = ops.rope_write_kv(*qkv, *rotation, keys, values, batch.slot_mapping, *scales)
         lengths = batch.context_lens_tensor
         if lengths is not None:
             return ops.paged_attention_decode(

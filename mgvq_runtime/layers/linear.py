@@ -38,9 +38,14 @@ class VQLinear(VQMatrix):
         self.in_features, self.out_features = in_features, out_features
         self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return `[..., O]` in the dtype of `x [..., I]`."""
-        return ops.vq_linear(x, self.packed, self.bias)
+    def forward(self, x: Tensor, gated: bool = False) -> Tensor:
+        """Return `[..., O]` in the dtype of `x [..., I]`, or of `[..., 2 I]` that is `gated` first.
+
+        Args:
+            x: Activations.
+            gated: Whether x is gate and up, whose `swiglu` is multiplied.
+        """
+        return ops.vq_linear(x, self.packed, self.bias, gated=gated)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from mgvq_kernels import ops
-from mgvq_runtime.layers.linear import LayerFactory
+from mgvq_runtime.layers.linear import LayerFactory, VQLinear
 
 
 class GatedMLP(nn.Module):
@@ -21,4 +21,7 @@ class GatedMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return `[T, D]` for `[T, D]`."""
-        return self.down_proj(ops.swiglu(self.gate_up_proj(x)))
+        gate_up = self.gate_up_proj(x)  # [T, 2 F]
+        if isinstance(self.down_proj, VQLinear):
+            return self.down_proj(gate_up, gated=True)
+        return self.down_proj(ops.swiglu(gate_up))
