@@ -16,6 +16,7 @@ from benchmarks.gpu_suite.place import Place
 
 TOLERANCES = {
     "gemv": {torch.float16: 3e-4, torch.bfloat16: 3e-3},
+    "int8 x": {torch.float16: 1.5e-2, torch.bfloat16: 1.5e-2},
     "gemm": {torch.float16: 1e-3, torch.bfloat16: 5e-3},
     "attention": {torch.float16: 2e-3, torch.bfloat16: 1e-2},
 }

@@ -16,7 +16,7 @@ from benchmarks.gpu_suite.place import Place
 from benchmarks.gpu_suite.weights import MIXED, TINY, decode, random_weight
 from mgvq_kernels import ops, reference
 from mgvq_kernels.layout import PackedVQ, VQLayout, VQWeight, pack
-from mgvq_kernels.triton import vq_dequant, vq_embedding, vq_gemm, vq_gemv
+from mgvq_kernels.triton import vq_dequant, vq_embedding, vq_gemm, vq_gemv, vq_gemv_int8
 
 Linear = Callable[[Tensor, PackedVQ, Tensor | None, Tensor | None], Tensor]
 
@@ -31,10 +31,12 @@ def decode_linear(
 
 LINEARS: Mapping[str, tuple[Linear, str, int]] = {
     "gemv": (vq_gemv.linear, "gemv", 16),
+    "gemv int8": (vq_gemv_int8.linear, "int8 x", 4),
     "gemm": (vq_gemm.linear, "gemm", 64),
     "decode": (decode_linear, "gemm", 1 << 30),
 }
-"""Ways to multiply: entry point, tolerance, and the most rows of x it is tried with."""
+"""Ways to multiply: entry point, tolerance, and the most rows of x it is tried with. Rounding x to
+int8 is on request only, so it is timed beside the others and never counted as ours."""
 
 REAL = VQLayout.uniform(3584, 3584, 2, has_permutation=True)
 """o_proj of Qwen2-VL-7B."""

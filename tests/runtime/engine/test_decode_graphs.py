@@ -140,7 +140,7 @@ def test_a_row_that_is_not_finite_harms_no_other_and_no_later_step(make_engine: 
     while not all(s.is_decoding for s in engine._sequences.values()):
         engine.step()
     victim = engine._sequences["2"].block_table[-1]  # not shared
-    for keys, values in engine._runner.kv_cache.layers:
+    for keys, values, *_ in engine._runner.kv_cache.layers:
         keys[victim], values[victim] = float("nan"), float("nan")
     found = finish(engine)
     assert found["2"][-1].finish_reason is FinishReason.ERROR
