@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -54,9 +55,10 @@ def test_the_whole_suite_runs_interpreted(tmp_path: Path) -> None:
 
 
 def test_what_was_measured_survives_an_interrupt(tmp_path: Path) -> None:
-    with subprocess.Popen(
-        command(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    ) as process:
+    # A shell's background jobs ignore Ctrl-C, and so would what they start.
+    listen = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    with subprocess.Popen(command(tmp_path), **pipes, text=True, preexec_fn=listen) as process:  # type: ignore[call-overload]
         assert process.stdout is not None
         first = process.stdout.readline()
         process.send_signal(signal.SIGINT)
