@@ -19,6 +19,7 @@ from mgvq_runtime.checkpoint.spec import MatrixSpec, QuantizationSpec
 from mgvq_runtime.checkpoint.writer import write_checkpoint
 from mgvq_runtime.errors import CheckpointError, ConfigError
 from mgvq_runtime.layers.embedding import VQEmbedding
+from mgvq_runtime.layers.forward_batch import LayerCache
 from mgvq_runtime.layers.linear import LayerFactory, VQLinear
 from mgvq_runtime.models.config import Qwen2VLConfig
 from mgvq_runtime.models.loading import load_model
@@ -75,7 +76,9 @@ def test_other_dtypes(tiny_qwen2_vl_folder: Path, dtype: torch.dtype) -> None:
     for each in (model, full):
         sequence = start(each, ids, patches, [IMAGE_GRID])  # the model casts the patches
         runner = PagedRunner(each)
-        runner.caches = [(k.to(each.dtype), v.to(each.dtype)) for k, v in runner.caches]
+        runner.caches = [
+            LayerCache(one.keys.to(each.dtype), one.values.to(each.dtype)) for one in runner.caches
+        ]
         (out,) = runner.step([(sequence, len(ids))])
         logits.append(out)
     assert logits[0].dtype == torch.float32
