@@ -120,8 +120,7 @@ def paged_attention_decode(plan_address: int, scale: float, first: int, last: in
     The plan is int64: addresses of q `[T, H, Dh]` float32, the result, block_table `[R, width]`
     int32, keys and values `[num_blocks, block_size, Hk, Dh]`, and of their scales
     `[num_blocks, block_size, Hk]` float16 (int8 caches) or zeros (float32 ones); T, H, Dh, R,
-    width, num_blocks, block_size, Hk; R + 1 offsets into q; R lengths. One number, because
-    a call with tuples costs 20 us.
+    width, num_blocks, block_size, Hk; R + 1 offsets into q; R lengths.
     """
     head = carray(pointer(plan_address), PLAN_FIELDS, int64)
     T, H, Dh, R, width = head[7], head[8], head[9], head[10], head[11]

@@ -105,18 +105,18 @@ def choose(
 
     A = damp(problem.hessian, recipe.damping)
     attempt("plain", problem)
-    likelihood = evidence.train.likelihood
-    B = output_factor(likelihood, recipe.output_shrink)
+    B = output_factor(evidence.train.likelihood, recipe.output_shrink)
     if recipe.two_sided:
         attempt("two_sided", replace(problem, output_factor=B))
     base = trials[min(scores, key=scores.__getitem__)]
     share = None
-    scale = kronecker_scale(likelihood, A, B)
-    if recipe.gradient_shift and scale > 0.0:
-        basis = kronecker_basis(A, B, scale)
-        shift = gradient_shift(evidence.train.divergence, basis, recipe.shift_threshold)
-        shift = within(shift, base.change, basis, recipe.shift_radius)
-        share = _step(evidence.heldout, base.change, shift)
+    if recipe.gradient_shift:
+        scale = kronecker_scale(evidence.train.likelihood, A, B)
+        if scale > 0.0:
+            basis = kronecker_basis(A, B, scale)
+            shift = gradient_shift(evidence.train.divergence, basis, recipe.shift_threshold)
+            shift = within(shift, base.change, basis, recipe.shift_radius)
+            share = _step(evidence.heldout, base.change, shift)
         if share is not None:
             attempt("shifted", _moved(base.problem, share * shift))
     if recipe.mismatch and evidence.cross is not None:

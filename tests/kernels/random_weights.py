@@ -5,20 +5,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from mgvq_kernels.layout import Band, Stage, VQLayout, VQWeight
-
-MIXED = VQLayout(
-    out_features=150,
-    in_features=424,
-    bands=(
-        Band(0, 32, (Stage(1),)),
-        Band(32, 160, (Stage(4), Stage(8))),
-        Band(192, 96, (Stage(2),)),
-        Band(288, 136, (Stage(8), Stage(8), Stage(4))),
-    ),
-    has_permutation=True,
-)
-"""Every vector dimension, one to three stages, a ragged last band, ragged tiles, ragged strips."""
+from benchmarks.gpu_suite.weights import MIXED as MIXED
+from mgvq_kernels.layout import VQLayout, VQWeight
 
 
 def random_weight(layout: VQLayout, seed: int = 0) -> VQWeight:
