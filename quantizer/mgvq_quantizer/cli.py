@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from mgvq_quantizer.forecast import forecast
 from mgvq_quantizer.pipeline import quantize
 from mgvq_quantizer.recipe import PRESETS, QuantRecipe, make_recipe, setting_type
 from mgvq_runtime.config import field_docs, resolve_device
@@ -23,12 +24,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0, 2 for what the user can put right, 130 after Ctrl-C.
     """
-    parsed = build_parser().parse_args(arguments)
+    parser = build_parser()
+    parsed = parser.parse_args(arguments)
+    if parsed.output is None and not parsed.plan:
+        parser.error("the following arguments are required: --output")
+    if parsed.json and not parsed.plan:
+        parser.error("--json belongs to --plan")
     try:
         recipe = recipe_from_arguments(parsed)
         device = resolve_device(parsed.device, torch.cuda.device_count())
         if parsed.num_threads is not None:
             torch.set_num_threads(parsed.num_threads)
+        if parsed.plan:
+            planned = forecast(parsed.model, recipe, parsed.calibration, device)
+            print(planned.to_json() if parsed.json else "\n".join(planned.lines()))
+            return 0
         report = quantize(parsed.model, parsed.output, recipe, parsed.calibration, device)
     except MgvqError as error:
         if debug_tracebacks():
@@ -57,7 +67,14 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--model", type=Path, required=True, metavar="DIR", help="dense checkpoint folder"
     )
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to write")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="folder to write")
+    parser.add_argument(
+        "--plan",
+        action="store_true",
+        help="load and write nothing: print the time, memory and disk that the run would take; a "
+        "folder with config.json alone will do",
+    )
+    parser.add_argument("--json", action="store_true", help="print the plan as one JSON line")
     parser.add_argument(
         "--calibration",
         type=Path,

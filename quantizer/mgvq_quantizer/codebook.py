@@ -31,8 +31,12 @@ T = TypeVar("T")
 _INT8_MAX = 127
 _SEARCH_ELEMENTS = 1 << 22
 """Distances held at once while searching: 16 MiB of float32."""
-_SEED_VECTORS = 8192
+SEED_VECTORS = 8192
 """Vectors among which the first codewords are drawn."""
+ASSIGN_SWEEPS = 2
+"""Rounds of coordinate descent over the vectors of a block."""
+REFIT_ITERATIONS = 25
+"""Conjugate gradient steps of a refit."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,7 +103,7 @@ def nearest(vectors: Tensor, table: Tensor, metrics: Tensor) -> Tensor:
 
 
 def assign(
-    targets: Tensor, metric: Tensor, tables: Sequence[Tensor], sweeps: int = 2
+    targets: Tensor, metric: Tensor, tables: Sequence[Tensor], sweeps: int = ASSIGN_SWEEPS
 ) -> tuple[list[Tensor], Tensor]:
     """Choose the codes of one block of columns for all rows.
 
@@ -196,7 +200,7 @@ def refit_codebooks(
     codes: Sequence[Sequence[Sequence[Tensor]]],
     names: Sequence[Names],
     tables: Mapping[str, Tensor],
-    iterations: int = 25,
+    iterations: int = REFIT_ITERATIONS,
     outputs: Sequence[Tensor | None] | None = None,
 ) -> dict[str, Tensor]:
     """Minimise `sum tr(B (W - Dec(C)) A (W - Dec(C))^T)` over the tables, codes fixed.
@@ -319,7 +323,7 @@ def _cell_means(vectors: Tensor, metrics: Tensor, codes: Tensor, table: Tensor) 
 def _spread(vectors: Tensor, metrics: Tensor, generator: torch.Generator) -> Tensor:
     """Draw 256 vectors far from each other: k-means++ in the metrics, on a sample."""
     B, N, d = vectors.shape
-    count = min(B * N, _SEED_VECTORS)
+    count = min(B * N, SEED_VECTORS)
     drawn = torch.randint(B * N, (count,), generator=generator).to(vectors.device)
     sample = vectors.reshape(-1, d)[drawn]  # [n, d]
     metric = metrics[drawn // N]  # [n, d, d]

@@ -1,14 +1,17 @@
-"""Calibration conversations of one run, ready to be run (for `pipeline`, `baselines`)."""
+"""The model and the calibration conversations of one run, opened (for `pipeline`, `forecast`)."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from mgvq_quantizer import calibration
+from mgvq_quantizer.batches import unique_pictures
 from mgvq_quantizer.calibration import CalibrationError, Sample
 from mgvq_quantizer.recipe import QuantRecipe
-from mgvq_runtime.checkpoint.reader import open_checkpoint
+from mgvq_runtime.checkpoint.reader import Checkpoint, open_checkpoint
+from mgvq_runtime.errors import CheckpointError
 from mgvq_runtime.models.causal_lm import CausalLM
 from mgvq_runtime.multimodal.chat import ChatProcessor
 
@@ -30,7 +33,25 @@ class Data:
         return [*self.train, *self.heldout, *self.swapped]
 
 
-def read_data(folder: Path, graph: CausalLM, recipe: QuantRecipe, path: Path | None) -> Data:
+def open_dense(model: Path) -> Checkpoint:
+    """Open the checkpoint folder that is to be quantized.
+
+    Raises:
+        CheckpointError: if it is damaged or already quantized.
+    """
+    source = open_checkpoint(model)
+    if source.quantization is not None:
+        raise CheckpointError(f"{model} is quantized already: give the original checkpoint")
+    return source
+
+
+def read_data(
+    folder: Path,
+    graph: CausalLM,
+    recipe: QuantRecipe,
+    path: Path | None,
+    source: Checkpoint | None = None,
+) -> Data:
     """Load, thin out, tokenize and split the calibration conversations.
 
     Args:
@@ -38,6 +59,7 @@ def read_data(folder: Path, graph: CausalLM, recipe: QuantRecipe, path: Path | N
         graph: its model.
         recipe: how many, and what share is held out.
         path: see `calibration.load_conversations`.
+        source: the folder, where it is open already.
 
     Raises:
         CalibrationError: if the data cannot be used.
@@ -48,11 +70,23 @@ def read_data(folder: Path, graph: CausalLM, recipe: QuantRecipe, path: Path | N
         conversations[int(i * step)] for i in range(min(len(conversations), recipe.max_samples))
     ]
     processor = ChatProcessor.from_checkpoint(
-        open_checkpoint(folder), graph.config, recipe.max_image_tokens
+        source or open_checkpoint(folder), graph.config, recipe.max_image_tokens
     )
     samples = calibration.prepare(chosen, processor, processor.tokenizer)
     if len(samples) < 2:
         raise CalibrationError(f"{name} holds {len(samples)} conversation; at least 2 are needed")
+    return split_data(name, samples, recipe, calibration.fingerprint(chosen))
+
+
+def split_data(name: str, samples: Sequence[Sample], recipe: QuantRecipe, digest: str) -> Data:
+    """Hold some samples back, evenly drawn, and show the others other pictures.
+
+    Args:
+        name: of the data.
+        samples: at least 2.
+        recipe: what share is held out, how often pictures are swapped.
+        digest: of the conversations.
+    """
     held = max(1, round(len(samples) * recipe.heldout_share))
     every = len(samples) / held
     picked = {int(i * every) for i in range(held)}
@@ -63,5 +97,17 @@ def read_data(folder: Path, graph: CausalLM, recipe: QuantRecipe, path: Path | N
         train,
         [s for i, s in enumerate(samples) if i in picked],
         calibration.show_other_pictures(train, swaps, recipe.seed),
-        calibration.fingerprint(chosen),
+        digest,
     )
+
+
+def check_pictures(data: Data, graph: CausalLM) -> None:
+    """Refuse data without a picture for a model with a vision tower.
+
+    Raises:
+        CalibrationError: naming the data.
+    """
+    if graph.visual is not None and not unique_pictures(data.train):
+        raise CalibrationError(
+            f"{data.name} holds no picture: the vision tower cannot be calibrated on text alone"
+        )

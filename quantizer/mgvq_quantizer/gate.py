@@ -26,7 +26,7 @@ from mgvq_quantizer.shift import gradient_shift, kronecker_basis, mismatch_shift
 from mgvq_quantizer.solver import Problem, Solution
 from mgvq_quantizer.two_sided import form
 
-_STEPS = (0.25, 0.5, 1.0)
+STEPS = (0.25, 0.5, 1.0)
 """Shares of a gradient shift that are tried, besides none (memo C.5: gamma)."""
 
 
@@ -145,5 +145,5 @@ def _moved(problem: Problem, shift: Tensor) -> Problem:
 
 def _step(heldout: MatrixGradients, change: Tensor, shift: Tensor) -> float | None:
     """The share of a shift that helps most before rounding; None if all of them do harm."""
-    scores = {share: score(heldout, change + share * shift.to(change)) for share in (0.0, *_STEPS)}
+    scores = {share: score(heldout, change + share * shift.to(change)) for share in (0.0, *STEPS)}
     return min(scores, key=scores.__getitem__) or None

@@ -19,7 +19,7 @@ from mgvq_quantizer.recipe import QuantRecipe
 from mgvq_quantizer.solver import Problem, blocks_of, solve
 
 _TRIAL_ITERATIONS = 4
-_TRIAL_ROWS = 256
+TRIAL_ROWS = 256
 """Rows that a trial rounds at least; 256 of 1,536 rows take a third of the time."""
 
 
@@ -32,7 +32,7 @@ def quick(recipe: QuantRecipe) -> QuantRecipe:
 
 def some_rows(weight: Tensor) -> Tensor:
     """Return evenly drawn rows of `[O, I]`, enough for a trial."""
-    return weight[:: max(1, len(weight) // _TRIAL_ROWS)]
+    return weight[:: max(1, len(weight) // TRIAL_ROWS)]
 
 
 def channel_order(

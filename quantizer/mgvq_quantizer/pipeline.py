@@ -32,8 +32,8 @@ from mgvq_quantizer.batches import (
     split_batches,
     unique_pictures,
 )
-from mgvq_quantizer.calibration import CalibrationError, Sample
-from mgvq_quantizer.dataset import Data, read_data
+from mgvq_quantizer.calibration import Sample
+from mgvq_quantizer.dataset import Data, check_pictures, open_dense, read_data
 from mgvq_quantizer.gate import Verdict
 from mgvq_quantizer.gradients import TokenWeights, squared_gradients, token_weights
 from mgvq_quantizer.precision import choose_bands
@@ -51,7 +51,7 @@ from mgvq_quantizer.work_folder import WorkFolder
 from mgvq_runtime import __version__
 from mgvq_runtime.checkpoint.bits import group_of
 from mgvq_runtime.checkpoint.files import fingerprint_folder
-from mgvq_runtime.checkpoint.reader import Checkpoint, open_checkpoint
+from mgvq_runtime.checkpoint.reader import Checkpoint
 from mgvq_runtime.checkpoint.spec import QuantizationSpec
 from mgvq_runtime.checkpoint.writer import write_checkpoint
 from mgvq_runtime.errors import CheckpointError
@@ -151,13 +151,16 @@ def quantize(
     return report
 
 
+def companions(folder: Path) -> list[Path]:
+    """Return the files of a source folder that its checkpoint takes along."""
+    files = {file for pattern in _COMPANIONS for file in folder.glob(pattern) if file.is_file()}
+    return sorted(files)
+
+
 def _open_source(model: Path, output: Path) -> Checkpoint:
     if output.exists():
         raise CheckpointError(f"{output} exists: choose another --output, or delete it")
-    source = open_checkpoint(model)
-    if source.quantization is not None:
-        raise CheckpointError(f"{model} is quantized already: give the original checkpoint")
-    return source
+    return open_dense(model)
 
 
 def _round(
@@ -172,10 +175,7 @@ def _round(
     device = next(graph.parameters()).device
     bar.set_description("asking the unquantized model")
     pictures = unique_pictures(data.train)
-    if graph.visual is not None and not pictures:
-        raise CalibrationError(
-            f"{data.name} holds no picture: the vision tower cannot be calibrated on text alone"
-        )
+    check_pictures(data, graph)
     features = encode_pictures(graph, unique_pictures(data.all), device)
     reference, head_moment = ask_teacher(graph, length_batches(data.all, device), features)
     plans, weights, found = _plan(graph, recipe, work, data, features, reference, bar)
@@ -293,13 +293,12 @@ def _write(
     }
     if (tokenizer := missing_tokenizer_json(source.path)) is not None:
         extra_files["tokenizer.json"] = tokenizer
-    files = sorted({file for pattern in _COMPANIONS for file in source.path.glob(pattern)})
     write_checkpoint(
         output,
         config=source.config,
         quantization=quantization,
         dense=dense,
         weights=weights,
-        copy_files=[file for file in files if file.is_file()],
+        copy_files=companions(source.path),
         extra_files=extra_files,
     )

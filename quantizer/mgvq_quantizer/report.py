@@ -137,7 +137,7 @@ def make_report(
         kl=tuned.kl_after,
         tuning_steps_kept=tuned.steps,
         seconds=seconds,
-        peak_memory_bytes=_peak_memory_bytes(),
+        peak_memory_bytes=peak_memory_bytes(),
     )
 
 
@@ -162,6 +162,7 @@ def _matrix_report(
     )
 
 
-def _peak_memory_bytes() -> int:
+def peak_memory_bytes() -> int:
+    """Return the most main memory that this process has held so far."""
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -22,7 +22,7 @@ from torch import Tensor
 from mgvq_quantizer.codebook import Tables, assign
 from mgvq_quantizer.ldl import BlockLDL
 
-_BUFFER = 64
+BUFFER = 64
 """Columns whose mutual feedback is applied at once; beyond them it is one matmul a buffer."""
 
 
@@ -130,7 +130,7 @@ def sweep(
     ):
         nb, b, _ = metrics.shape
         first = end - nb * b
-        per_buffer = max(1, _BUFFER // b)
+        per_buffer = max(1, BUFFER // b)
         for stop in range(nb, 0, -per_buffer):
             start = max(0, stop - per_buffer)
             columns = slice(first + start * b, first + stop * b)

@@ -45,7 +45,7 @@ from mgvq_quantizer.rounding import (
 )
 from mgvq_quantizer.two_sided import RowFeedback, descend_rows, form, round_rows, row_feedback
 
-_MAX_TRAINING_VECTORS = 1 << 17
+MAX_TRAINING_VECTORS = 1 << 17
 _SMALLEST_SCALE = 2.0**-14
 """The smallest normal float16: rows below it are stored as codes of (almost) zero."""
 _IDENTITY_TOLERANCE = 1e-3
@@ -248,7 +248,7 @@ def _band_books(
     dims = [stage.vector_dim for stage in first.bands[pieces[0].band].stages]
     widths = [piece.columns.stop - piece.columns.start for piece in pieces]
     vectors_a_row = sum(widths) // min(dims)
-    rows = torch.randperm(O, generator=generator)[: max(1, _MAX_TRAINING_VECTORS // vectors_a_row)]
+    rows = torch.randperm(O, generator=generator)[: max(1, MAX_TRAINING_VECTORS // vectors_a_row)]
     left = [p.member.target()[rows.to(p.member.weight.device), p.columns] for p in pieces]
     books: list[Codebook] = []
     for d in dims:

@@ -29,7 +29,7 @@ from mgvq_quantizer.recipe import QuantRecipe
 from mgvq_quantizer.teacher import Reference, Student, Values, divergences, heldout_kl
 from mgvq_runtime.models.causal_lm import CausalLM
 
-_CHECKS = 20
+CHECKS = 20
 """How often the held-out samples are looked at during tuning."""
 _SMALLER = 0.4
 """What step sizes are multiplied with, from the best state on, when a look shows nothing better."""
@@ -245,7 +245,7 @@ def find_best(
         optimizer.zero_grad()
         loss(queue.pop()).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
-        if step % max(1, recipe.tuning_steps // _CHECKS) == 0 or step == recipe.tuning_steps:
+        if step % max(1, recipe.tuning_steps // CHECKS) == 0 or step == recipe.tuning_steps:
             now = measure()
             progress(f"tuning, step {step}/{recipe.tuning_steps}, held-out KL {now:.4f}")
             if now < best:

@@ -21,7 +21,7 @@ from mgvq_quantizer.codebook import Tables
 from mgvq_quantizer.ldl import Run, block_ldl
 from mgvq_quantizer.rounding import Feedback, Rounded, sweep
 
-_ROWS = 64
+ROWS = 64
 """Rows of a block: fewer follow `B` more closely and take more steps (memo C.4)."""
 
 
@@ -37,7 +37,7 @@ class RowFeedback:
     """The blocks of rows, from the top."""
 
 
-def row_feedback(B: Tensor, rows: int = _ROWS) -> RowFeedback:
+def row_feedback(B: Tensor, rows: int = ROWS) -> RowFeedback:
     """Factor the output side of a curvature.
 
     Args:

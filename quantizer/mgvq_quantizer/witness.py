@@ -26,7 +26,7 @@ from mgvq_quantizer.statistics import Calls, Run, cross_moment, next_call
 from mgvq_quantizer.teacher import Reference
 from mgvq_runtime.models.causal_lm import CausalLM
 
-_DRAWS = 4
+DRAWS = 4
 """Labels drawn for each held-out sample: a tenth of the samples is held out, so that their
 curvature needs them most."""
 
@@ -81,7 +81,7 @@ class Witness:
             ask = partial(sample_gradients, self._model, names)
             rest = (given.features, given.reference, generator)
             self._train = ask(given.train, *rest)
-            self._heldout = ask(given.heldout, *rest, draws=_DRAWS)
+            self._heldout = ask(given.heldout, *rest, draws=DRAWS)
         if self._calls is not None:
             twin = copy.deepcopy(block)
             self._twin, self._prefix = twin, prefix

@@ -1,0 +1,290 @@
+"""What a quantization run will take, from shapes alone (called by `cli` for `--plan`).
+
+The model's graph is made on the meta device and no tensor is read. Work is counted by `stage_work`,
+bytes by `stage_memory`, the machine's speed is measured by `machine_speed`. Bands of several rates
+cannot be known before the survey: they are chosen as a run would, on losses that differ as much as
+those that were measured. Reading the model and the data is left out.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mgvq_kernels.layout import VQLayout
+from mgvq_quantizer import solver_work as work
+from mgvq_quantizer.allocation import MatrixPlan, plan
+from mgvq_quantizer.assumed_data import expected_data
+from mgvq_quantizer.batches import unique_pictures
+from mgvq_quantizer.dataset import Data, open_dense
+from mgvq_quantizer.machine_speed import Speed, measure_speed
+from mgvq_quantizer.pipeline import companions
+from mgvq_quantizer.precision import choose_bands
+from mgvq_quantizer.recipe import QuantRecipe
+from mgvq_quantizer.report import peak_memory_bytes
+from mgvq_quantizer.sensitivity import Sensitivity, run_widths
+from mgvq_quantizer.solver_work import STORE, Work
+from mgvq_quantizer.stage_memory import StageMemory
+from mgvq_quantizer.stage_work import Reading, Stages
+from mgvq_runtime.checkpoint.bits import TOTAL, count_bits, group_of
+from mgvq_runtime.checkpoint.files import read_json
+from mgvq_runtime.checkpoint.manifest import CONFIG_NAME, MANIFEST_NAME
+from mgvq_runtime.checkpoint.reader import Checkpoint
+from mgvq_runtime.errors import CheckpointError
+from mgvq_runtime.models.causal_lm import CausalLM
+from mgvq_runtime.models.loading import model_config
+from mgvq_runtime.models.registry import find_family
+
+_UNEVENNESS = 20.0
+"""Losses of a matrix's runs of channels differ up to so many times on the demonstration model."""
+_LOSS_A_BIT = 0.25
+"""What one more bit leaves of a loss, at high rates."""
+
+
+@dataclass(frozen=True)
+class StageForecast:
+    """One stage of a run."""
+
+    name: str
+    macs: int
+    """Multiply-adds."""
+    seconds: float
+    peak_bytes: int
+    """Of the device that computes; on a CPU with the process."""
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """A whole run."""
+
+    model: str
+    parameters: int
+    recipe: Mapping[str, Any]
+    calibration: Mapping[str, Any]
+    """What the data are, whether they were assumed, and their sizes."""
+    machine: Mapping[str, Any]
+    stages: tuple[StageForecast, ...]
+    bits_per_weight: Mapping[str, float]
+    """By group, counted in full."""
+    checkpoint_bytes: int
+    """Tensors, and the files that travel along."""
+    work_folder_bytes: int
+    """`OUTPUT.partial` before the checkpoint is written beside it."""
+
+    @property
+    def seconds(self) -> float:
+        """Return the time of all stages."""
+        return sum(stage.seconds for stage in self.stages)
+
+    @property
+    def peak_bytes(self) -> int:
+        """Return the peak of the stage that needs most."""
+        return max(stage.peak_bytes for stage in self.stages)
+
+    def to_json(self) -> str:
+        """Return one line of JSON."""
+        totals = {"seconds": self.seconds, "peak_bytes": self.peak_bytes}
+        return json.dumps({**asdict(self), **totals})
+
+    def lines(self) -> Iterator[str]:
+        """Yield the table."""
+        yield f"model         {self.model}, {self.parameters / 1e9:.2f} B parameters"
+        data = self.calibration
+        sizes = (
+            f"{data['conversations']:,} + {data['heldout']:,} held out, {data['tokens']:,} tokens"
+        )
+        kind = "assumed" if data["assumed"] else f"read from {data['name']}"
+        yield f"calibration   {kind}: {sizes}, {data['pictures']:,} pictures"
+        if data["assumed"]:
+            yield f"              {data['assumed']}"
+        machine = self.machine
+        yield (
+            f"machine       {machine['device']}, {machine['threads']} threads, "
+            f"{machine['gmacs_per_second']:,.0f} GMAC/s in a forward"
+        )
+        yield ""
+        yield f"{'stage':<24}{'work, GMAC':>16}{'time':>12}{'peak memory':>14}"
+        for stage in self.stages:
+            yield (
+                f"{stage.name:<24}{stage.macs / 1e9:>16,.1f}{_duration(stage.seconds):>12}"
+                f"{_size(stage.peak_bytes):>14}"
+            )
+        macs = sum(stage.macs for stage in self.stages)
+        yield (
+            f"{'total':<24}{macs / 1e9:>16,.1f}{_duration(self.seconds):>12}"
+            f"{_size(self.peak_bytes):>14}"
+        )
+        yield ""
+        bits = ", ".join(f"{group} {rate:.3f}" for group, rate in self.bits_per_weight.items())
+        yield f"bits a weight  {bits}"
+        yield f"checkpoint     {_size(self.checkpoint_bytes)} ({self.checkpoint_bytes:,} bytes)"
+        disk = self.checkpoint_bytes + self.work_folder_bytes
+        yield f"disk           {_size(disk)}, {_size(self.work_folder_bytes)} of it while it runs"
+
+
+def forecast(
+    model: Path, recipe: QuantRecipe, calibration: Path | None = None, device: str = "cpu"
+) -> Forecast:
+    """Plan a run; nothing is loaded but headers, JSON and calibration data.
+
+    Args:
+        model: a dense checkpoint folder, or one with config.json alone.
+        recipe: settings.
+        calibration: see `calibration.load_conversations`.
+        device: where the run would compute; its speed is measured.
+
+    Raises:
+        CheckpointError: if the folder is damaged, has no config.json or is already quantized.
+        ConfigError: if the architecture is not supported, or the bits cannot be met.
+        CalibrationError: if data that were named cannot be used.
+    """
+    source = _open(model)
+    graph = _graph(source)
+    plans = expected_plans(graph, recipe)
+    data, assumed = expected_data(source, graph, recipe, calibration)
+    files = sum(file.stat().st_size for file in companions(source.path))
+    tensors = tensor_bytes(graph, plans)
+    stages = Stages(graph, plans, recipe, data)
+    dims = {s.vector_dim for p in plans.values() for band in p.layout.bands for s in band.stages}
+    dims |= {s.vector_dim for r in recipe.rates for s in VQLayout.uniform(8, 8, r).bands[0].stages}
+    widest = max(stages.linears.values(), key=lambda shape: shape[0] * shape[1])
+    speed = measure_speed(recipe, widest, dims, device)
+    process = peak_memory_bytes() if device == "cpu" else 0  # with all that a run imports, too
+    return Forecast(
+        model=find_family(source.config).architecture,
+        parameters=sum(parameter.numel() for parameter in graph.parameters()),
+        recipe=recipe.to_json(),
+        calibration=_facts(data, assumed),
+        machine=_machine(speed),
+        stages=tuple(_forecast_stages(stages, tensors, speed, process)),
+        bits_per_weight=_bits(plans),
+        checkpoint_bytes=tensors + files,
+        work_folder_bytes=_work_folder_bytes(plans),
+    )
+
+
+def expected_plans(graph: CausalLM, recipe: QuantRecipe) -> dict[str, MatrixPlan]:
+    """Lay out every matrix as a run would, on losses that are supposed.
+
+    Raises:
+        ConfigError: if the budget cannot be met.
+    """
+    plans = plan(graph, recipe)
+    if recipe.allocation == "uniform":
+        return plans
+    supposed = [_supposed(p, recipe) for name, p in plans.items() if group_of(name) == "decoder"]
+    return plan(graph, recipe, choose_bands(supposed, plans, recipe))
+
+
+def tensor_bytes(graph: CausalLM, plans: Mapping[str, MatrixPlan]) -> int:
+    """Count the bytes of a checkpoint's tensors: bits in full, float16 for the rest."""
+    bits = count_bits({name: matrix.spec for name, matrix in plans.items()})[TOTAL]
+    parameters = sum(parameter.numel() for parameter in graph.parameters())
+    return bits.bits // 8 + 2 * (parameters - bits.weights)
+
+
+def _supposed(matrix: MatrixPlan, recipe: QuantRecipe) -> Sensitivity:
+    """Losses that fall by equal shares from the first run of channels to the last."""
+    widths = run_widths(matrix.layout.in_features)
+    last = max(1, len(widths) - 1)
+    shares = [width * _UNEVENNESS ** (-i / last) for i, width in enumerate(widths)]
+    losses = tuple(tuple(s * _LOSS_A_BIT**rate for rate in recipe.rates) for s in shares)
+    nothing = (0.0,) * len(widths)
+    return Sensitivity(matrix.name, recipe.rates, widths, losses, 0.0, nothing)
+
+
+def _open(model: Path) -> Checkpoint:
+    """Open a folder; one without weights is taken at its config.json's word."""
+    folder = model.expanduser()
+    has_weights = any(folder.glob("*.safetensors")) or (folder / MANIFEST_NAME).exists()
+    if has_weights or not (folder / CONFIG_NAME).is_file():
+        return open_dense(folder)
+    config = read_json(folder / CONFIG_NAME)
+    if "quantization_config" in config:
+        raise CheckpointError(f"{model} is quantized already: give the original checkpoint")
+    return Checkpoint(folder, config, None, {}, {}, None)
+
+
+def _graph(source: Checkpoint) -> CausalLM:
+    family = find_family(source.config)
+    is_bare = not source.dense
+    config = family.config.from_hf(source.config) if is_bare else model_config(source)
+    with torch.device("meta"):
+        return family.model(config)
+
+
+def _forecast_stages(
+    stages: Stages, tensors: int, speed: Speed, process: int
+) -> Iterator[StageForecast]:
+    memory = StageMemory(stages, tensors)
+    write = Work({STORE: 3 * tensors})  # digested when written, and when read back
+    for name, amount, peak in (
+        ("ask the dense model", stages.ask_teacher(), memory.ask_teacher),
+        ("gradients", stages.squared_gradients(), memory.squared_gradients),
+        ("survey", stages.survey(), memory.survey),
+        ("shared tables", stages.share_books(), memory.share_books),
+        ("vision rounding", stages.vision(), memory.vision),
+        ("embedding", stages.embedding(), memory.embedding),
+        ("decoder rounding", stages.decoder(), memory.decoder),
+        ("tuning", stages.tune(), memory.tune),
+        ("write", write, memory.write),
+    ):
+        if amount:
+            yield StageForecast(name, work.macs(amount), speed.time(amount), process + peak())
+
+
+def _facts(data: Data, assumed: str) -> dict[str, Any]:
+    return {
+        "name": data.name,
+        "assumed": assumed,
+        "conversations": len(data.train),
+        "heldout": len(data.heldout),
+        "tokens": Reading.of([*data.train, *data.heldout]).tokens,
+        "pictures": len(unique_pictures(data.all)),
+    }
+
+
+def _machine(speed: Speed) -> dict[str, Any]:
+    return {
+        "device": speed.device,
+        "threads": speed.threads,
+        "gmacs_per_second": 1e-9 / speed.seconds[work.FORWARD],
+        "seconds_a_unit": speed.seconds,
+    }
+
+
+def _bits(plans: Mapping[str, MatrixPlan]) -> dict[str, float]:
+    counts = count_bits({name: matrix.spec for name, matrix in plans.items()})
+    return {group: count.bits_per_weight for group, count in counts.items()}
+
+
+def _work_folder_bytes(plans: Mapping[str, MatrixPlan]) -> int:
+    """Every matrix with tables of its own, shared or not."""
+    layouts = [matrix.layout for matrix in plans.values()]
+    bits = (x.code_bits() + x.codebook_bits() + x.side_bits() for x in layouts)
+    return sum(bits) // 8
+
+
+def _duration(seconds: float) -> str:
+    """Write a time for people."""
+    for unit, factor in (("days", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * factor:
+            return f"{seconds / factor:,.1f} {unit}"
+    return f"{seconds:.1f} s"
+
+
+def _size(count: int) -> str:
+    """Write a number of bytes for people."""
+    for unit, factor in (("GiB", 2**30), ("MiB", 2**20)):
+        if count >= factor:
+            return (
+                f"{count / factor:,.2f} {unit}"
+                if unit == "GiB"
+                else f"{count / factor:,.0f} {unit}"
+            )
+    return f"{count} B"

@@ -1,0 +1,267 @@
+"""How much `solver.solve` has to do, counted from layouts alone (called by `stage_work`).
+
+A function here counts the function of the same name in `solver`, `codebook`, `rounding`,
+`two_sided`, `ldl`, `ordering` or `gate`: whoever changes one changes the other;
+`tests/quantizer/test_solver_work.py` runs both. Work is counted by kind, as kinds run at speeds of
+their own (`machine_speed`): multiply-adds of products, of factorisations and of the search; vectors
+and codes that are moved about; steps that cost a call each, whatever their size.
+Not here: models, data, seconds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Sequence
+
+from mgvq_kernels.layout import Band, VQLayout
+from mgvq_quantizer.codebook import (
+    ASSIGN_SWEEPS,
+    CODEBOOK_SIZE,
+    REFIT_ITERATIONS,
+    SEED_VECTORS,
+)
+from mgvq_quantizer.ordering import TRIAL_ROWS, quick
+from mgvq_quantizer.recipe import QuantRecipe
+from mgvq_quantizer.rounding import BUFFER
+from mgvq_quantizer.solver import MAX_TRAINING_VECTORS
+from mgvq_quantizer.two_sided import ROWS
+
+Work = Counter[str]
+"""How many units of each kind."""
+
+FORWARD = "forward"
+"""Multiply-adds of the model's products and of moments, in float32."""
+MATMUL = "matmul"
+"""Multiply-adds of the solver's products, in float32."""
+FACTOR = "factor"
+"""Multiply-adds of products and factorisations in float64."""
+SQUARE = "square"
+"""Numbers of an `[I, I]` moment that is damped, factored and turned into feedback."""
+SPREAD = "spread"
+"""Vectors looked at while the first codewords are drawn."""
+TRAIN = "train"
+"""Vectors put into cells while a table is trained, besides the search."""
+REFIT = "refit"
+"""Codes decoded and scattered once, there and back."""
+STEP = "step"
+"""Choices of one vector of a block for all rows: what each costs before the first row."""
+VISIT = "visit"
+"""Numbers of a block that such a choice passes over, besides the search."""
+FLOW = "flow"
+"""Numbers that norms, activations and the like pass over in a forward of the model."""
+STORE = "store"
+"""Bytes that are written, with their digests."""
+
+
+def search(vector_dim: int) -> str:
+    """Return the kind of the multiply-adds of a search among vectors of one length."""
+    return f"search {vector_dim}"
+
+
+def macs(work: Work) -> int:
+    """Return the multiply-adds of some work; what is moved about has none."""
+    kinds = [kind for kind in work if kind in (FORWARD, MATMUL, FACTOR) or "search" in kind]
+    return sum(work[kind] for kind in kinds)
+
+
+def times(work: Work, count: int) -> Work:
+    """Return the work of `count` like calls."""
+    return Work({kind: n * count for kind, n in work.items()})
+
+
+def total(parts: Sequence[Work]) -> Work:
+    """Return the sum of some work."""
+    whole = Work()
+    for part in parts:
+        whole.update(part)
+    return whole
+
+
+def solve(
+    layouts: Sequence[VQLayout],
+    recipe: QuantRecipe,
+    is_fixed: bool = False,
+    is_two_sided: bool = False,
+) -> Work:
+    """Count `solver.solve` of matrices that share tables.
+
+    Args:
+        layouts: one a problem.
+        recipe: rounds and sweeps.
+        is_fixed: whether the tables are given.
+        is_two_sided: whether the problems bring a curvature of their outputs.
+    """
+    work = Work()
+    for layout in layouts:
+        O, I = layout.out_features, layout.in_features  # noqa: E741
+        square = O * I * I
+        work.update(factorize(layout))
+        work.update(times(form(layout, is_two_sided), 1 + recipe.refit_rounds))
+        work.update(times(form(layout), 4))  # errors before and after, as shares
+        work.update(_plain(layout))
+        work.update(times(_assign(layout, recipe, is_two_sided), recipe.refit_rounds))
+        work[MATMUL] += recipe.refit_rounds * square  # _refit_scales
+        if is_two_sided:
+            work.update(_row_feedback(layout))
+            work[MATMUL] += recipe.refit_rounds * 2 * O * O * I
+            work[MATMUL] += recipe.refit_rounds * O**3 // 3
+        if not is_fixed:
+            refit = refit_codebooks(layout, is_two_sided)
+            work.update(times(refit, recipe.refit_rounds))
+    if not is_fixed:
+        work.update(_first_books(layouts, recipe))
+    return work
+
+
+def channel_order(layout: VQLayout, recipe: QuantRecipe) -> Work:
+    """Count `ordering.channel_order`: some rows rounded in both orders."""
+    if not layout.has_permutation or max(map(block_of, layout.bands)) == 1:
+        return Work()
+    return times(solve([some_rows(layout)], quick(recipe)), 2)
+
+
+def some_rows(layout: VQLayout) -> VQLayout:
+    """Return the layout of `ordering.some_rows`."""
+    step = max(1, layout.out_features // TRIAL_ROWS)
+    return dataclasses.replace(layout, out_features=-(-layout.out_features // step))
+
+
+def uniform(layout: VQLayout, rate: int) -> VQLayout:
+    """Return the layout of one band for a matrix of the same shape."""
+    return VQLayout.uniform(layout.out_features, layout.in_features, rate, has_permutation=True)
+
+
+def factorize(layout: VQLayout) -> Work:
+    """Count `ldl.factorize` and both feedbacks."""
+    I = layout.in_features  # noqa: E741
+    return Work({FACTOR: I**3 // 6, SQUARE: I * I})
+
+
+def form(layout: VQLayout, is_two_sided: bool = False) -> Work:
+    """Count `two_sided.form`."""
+    O, I = layout.out_features, layout.in_features  # noqa: E741
+    return Work({MATMUL: O * I * I + (O * O * I if is_two_sided else 0)})
+
+
+def refit_codebooks(layout: VQLayout, is_two_sided: bool = False) -> Work:
+    """Count `codebook.refit_codebooks`: one image and one scatter more than steps."""
+    passes = 1 + REFIT_ITERATIONS
+    work = times(form(layout, is_two_sided), passes)
+    work[REFIT] += passes * layout.out_features * layout.codes_per_row
+    return work
+
+
+def train_codebook(vectors: int, blocks: int, vector_dim: int, iterations: int) -> Work:
+    """Count `codebook.train_codebook`.
+
+    Args:
+        vectors: all of them.
+        blocks: how many metrics they are measured in.
+        vector_dim: d.
+        iterations: rounds.
+    """
+    d = vector_dim
+    drawn = min(vectors, SEED_VECTORS)
+    work = times(nearest(vectors, blocks, d), iterations)
+    work[MATMUL] += (CODEBOOK_SIZE + 1) * drawn * d * d + iterations * vectors * d * d
+    work[FACTOR] += iterations * CODEBOOK_SIZE * blocks * d * d
+    work[SPREAD] += CODEBOOK_SIZE * drawn
+    work[TRAIN] += iterations * vectors
+    return work
+
+
+def nearest(vectors: int, blocks: int, vector_dim: int) -> Work:
+    """Count `codebook.nearest`; `vectors` are those of all blocks."""
+    d = vector_dim
+    return Work({search(d): vectors * CODEBOOK_SIZE * d, MATMUL: blocks * CODEBOOK_SIZE * d * d})
+
+
+def block_of(band: Band) -> int:
+    """Return the columns of a band's block: its longest vector."""
+    return max(stage.vector_dim for stage in band.stages)
+
+
+def assign(rows: int, band: Band) -> Work:
+    """Count `codebook.assign` of one block of a band."""
+    b = block_of(band)
+    dims = [stage.vector_dim for stage in band.stages]
+    vectors = sum(b // d for d in dims)
+    rounds = 1 if vectors == 1 else 1 + ASSIGN_SWEEPS
+    work = Work({STEP: rounds * vectors, VISIT: rounds * vectors * rows * b})
+    for d in dims:
+        work.update(times(nearest(rows, 1, d), rounds * b // d))
+        if d < b:
+            work[MATMUL] += (rounds - 1) * (b // d) * rows * b * b
+    return work
+
+
+def sweep(layout: VQLayout, keeps_better: bool) -> Work:
+    """Count `rounding.sweep`."""
+    O, I = layout.out_features, layout.in_features  # noqa: E741
+    work = Work({MATMUL: O * I * I})
+    for band in layout.bands:
+        b = block_of(band)
+        blocks, at_once = band.width // b, max(1, BUFFER // b)
+        whole, rest = divmod(blocks, at_once)
+        pairs = whole * _pairs(at_once) + _pairs(rest)
+        work.update(times(assign(O, band), blocks))
+        work[MATMUL] += O * b * b * (pairs + blocks * (2 if keeps_better else 1))
+    return work
+
+
+def _pairs(count: int) -> int:
+    return count * (count - 1) // 2
+
+
+def _assign(layout: VQLayout, recipe: QuantRecipe, is_two_sided: bool) -> Work:
+    O, I = layout.out_features, layout.in_features  # noqa: E741
+    work = times(form(layout), 1)
+    if not is_two_sided:
+        work.update(sweep(layout, keeps_better=False))
+        work.update(times(sweep(layout, keeps_better=True), recipe.descent_sweeps))
+        return work
+    parts = [dataclasses.replace(layout, out_features=rows) for rows in _row_blocks(O)]
+    work.update(total([sweep(part, keeps_better=False) for part in parts]))
+    work[MATMUL] += O * O * I // 2 + O * O * I  # what blocks carry, and the shaped error
+    descent = total([sweep(part, keeps_better=True) for part in parts])
+    descent[MATMUL] += O * O * I + 2 * O * I * I
+    work.update(times(descent, recipe.descent_sweeps))
+    return work
+
+
+def _row_blocks(rows: int) -> list[int]:
+    whole, rest = divmod(rows, ROWS)
+    return [ROWS] * whole + [rest] * (rest > 0)
+
+
+def _row_feedback(layout: VQLayout) -> Work:
+    return Work({FACTOR: layout.out_features**3 // 6, SQUARE: layout.out_features**2})
+
+
+def _plain(layout: VQLayout) -> Work:
+    """One call a band, on all its blocks as rows."""
+    rows = [layout.out_features * (band.width // block_of(band)) for band in layout.bands]
+    return total([assign(n, band) for n, band in zip(rows, layout.bands, strict=True)])
+
+
+def _first_books(layouts: Sequence[VQLayout], recipe: QuantRecipe) -> Work:
+    """Tables are told apart by the stages of their band, as a matrix has one band a rate."""
+    widths: Counter[tuple[int, ...]] = Counter()
+    for layout in layouts:
+        for band in layout.bands:
+            widths[tuple(stage.vector_dim for stage in band.stages)] += band.width
+    work = Work()
+    for dims, width in widths.items():
+        work.update(_band_books(layouts[0].out_features, width, dims, recipe))
+    return work
+
+
+def _band_books(rows: int, width: int, dims: Sequence[int], recipe: QuantRecipe) -> Work:
+    rows = min(rows, max(1, MAX_TRAINING_VECTORS // (width // min(dims))))
+    work = Work()
+    for d in dims:
+        blocks = width // d
+        work.update(train_codebook(rows * blocks, blocks, d, recipe.codebook_iterations))
+        work.update(nearest(rows * blocks, blocks, d))
+    return work

@@ -1,0 +1,214 @@
+"""How many bytes each stage of a run holds at its peak, counted from shapes (for `forecast`).
+
+The model is held in float32 throughout; so are samples, the pictures' rows and what the unquantized
+model said. On top comes the largest of what a stage makes and drops. Bytes are those of the device
+that computes; on a CPU the process itself is added by `forecast`. Not here: work (`stage_work`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mgvq_quantizer.allocation import MatrixPlan
+from mgvq_quantizer.batches import MAX_TOKENS, picture_batches, split_batches, unique_pictures
+from mgvq_quantizer.calibration import Sample
+from mgvq_quantizer.solver import MAX_TRAINING_VECTORS
+from mgvq_quantizer.stage_work import Looking, Reading, Stages
+from mgvq_runtime.checkpoint.writer import SHARD_BYTES
+from mgvq_runtime.request import ImageInput
+
+_FLOAT, _DOUBLE, _LONG = 4, 8, 8
+_LOGIT_COPIES = 6
+"""Of `[A, V]` while two sets of logits are compared: products, logarithms, their exponential,
+difference and product."""
+
+
+class StageMemory:
+    """Peak bytes of each stage; methods are named as those of `Stages`."""
+
+    def __init__(self, stages: Stages, checkpoint_bytes: int) -> None:
+        """Take the run.
+
+        Args:
+            stages: what it does.
+            checkpoint_bytes: of what it writes.
+        """
+        self.stages, self.checkpoint_bytes = stages, checkpoint_bytes
+        self.config, data = stages.graph.config, stages.data
+        text = self.config.text_config
+        self.D, self.V = text.hidden_size, text.vocab_size
+        pictures = unique_pictures(data.all)
+        self.model = _FLOAT * sum(parameter.numel() for parameter in stages.graph.parameters())
+        patches = sum(picture.patches.size for picture in pictures)
+        self.features = _FLOAT * self.D * sum(picture.num_tokens for picture in pictures)
+        said = Reading.of(data.all).answers
+        self.reference = _FLOAT * self.D * (said + self.V)
+        ids = sum(len(sample.token_ids) for sample in data.all)
+        self.samples = _FLOAT * patches + 2 * 4 * _LONG * ids
+        self.entered = _FLOAT * stages.train.tokens * 2 * (self.D + text.head_dim)
+        """What enters one block: states, the stream beside them, rotations."""
+        self.solutions = checkpoint_bytes
+
+    @property
+    def held(self) -> int:
+        """What every stage after the first holds."""
+        return self.model + self.samples + self.features + self.reference
+
+    def ask_teacher(self) -> int:
+        """The model, and the larger of a forward of the tower and one of the decoder."""
+        return self.held + max(self._look(), self._read(self.stages.data.all))
+
+    def squared_gradients(self) -> int:
+        """A graph of one step's tokens down to the first block, and two numbers a token."""
+        batch, tokens = self._step()
+        outputs = sum(o for name, (o, _) in self.stages.linears.items() if _in_decoder(name))
+        graph = self._graph(tokens) + 2 * _FLOAT * tokens * outputs
+        return self.held + self._weights() + graph + self._logits(batch)
+
+    def survey(self) -> int:
+        """What enters a block, the moments of its matrices three times over, one rounding."""
+        inputs = [plan.layout.in_features for plan in self._decoder() if ".0." in plan.name]
+        moments = 3 * _DOUBLE * sum(i * i for i in inputs)
+        asked = [*self.stages.data.heldout, *self.stages.data.train]
+        least = max(self._read(asked) + self._logits(asked), self._solve(self._decoder()))
+        return self.held + self._weights() + 2 * self.entered + moments + least
+
+    def share_books(self) -> int:
+        """All matrices of a group at once."""
+        groups: dict[str, int] = {}
+        for plan in self.stages.plans.values():
+            if plan.shared:
+                moment = _DOUBLE * plan.layout.in_features**2
+                groups[plan.label] = groups.get(plan.label, moment) + self._kept(plan) + moment
+        read = max(self._look(), self._read(self.stages.data.train))
+        return self.held + self._weights() + max(read, max(groups.values(), default=0))
+
+    def vision(self) -> int:
+        """What enters a block of the tower, and one rounding."""
+        vision, shown = self.config.vision_config, self.stages.shown
+        if vision is None:
+            return 0
+        entered = 2 * _FLOAT * shown.patches * vision.embed_dim
+        plans = [p for n, p in self.stages.plans.items() if n.startswith("visual.")]
+        rounded = entered + self._solve(plans)
+        return self.held + self._weights() + max(rounded, self._look() + self.features)
+
+    def embedding(self) -> int:
+        """One rounding."""
+        name = "model.embed_tokens"
+        plans = [self.stages.plans[name]] if name in self.stages.plans else []
+        return self.held + self._weights() + self.solutions + self._solve(plans)
+
+    def decoder(self) -> int:
+        """What enters a block and leaves it, and the larger of a forward and a rounding."""
+        plans = [*self._decoder(), *(p for n, p in self.stages.plans.items() if n == "lm_head")]
+        least = max(self._read(self.stages.data.train), self._solve(plans))
+        gated = self._gate() if self.stages.recipe.gated else 0
+        return self.held + self._weights() + self.solutions + 2 * self.entered + least + gated
+
+    def tune(self) -> int:
+        """Every weight decoded with a graph behind it, and a graph of one step's tokens."""
+        plans = [p for n, p in self.stages.plans.items() if not n.startswith("visual.")]
+        weights = sum(plan.layout.num_weights for plan in plans)
+        codes = sum(plan.layout.out_features * plan.layout.codes_per_row for plan in plans)
+        decoded = _FLOAT * weights * (4 if self.stages.recipe.tuning_steps else 1)
+        batch, tokens = self._step()
+        graph = self._graph(tokens) + self._logits(batch)
+        look = self._read(self.stages.data.heldout) + self._logits(self.stages.data.heldout)
+        step = graph if self.stages.recipe.tuning_steps else 0
+        return self.held + self.solutions + _LONG * codes + decoded + max(step, look)
+
+    def write(self) -> int:
+        """What a file holds until it is closed."""
+        return self.held + self.solutions + min(self.checkpoint_bytes, SHARD_BYTES)
+
+    def _weights(self) -> int:
+        """How much each token counts, by matrix, where gradients were asked for."""
+        if self.stages.recipe.allocation == "uniform" and not self.stages.recipe.guided:
+            return 0
+        return 2 * _FLOAT * self.stages.train.tokens * len(self._decoder())
+
+    def _gate(self) -> int:
+        """Inputs and output gradients of a block's matrices, on both sets of samples."""
+        sides = sum(
+            sum(s) for n, s in self.stages.linears.items() if n.startswith("model.layers.0.")
+        )
+        tokens = 3 * self.stages.train.tokens + 6 * self.stages.heldout.tokens
+        batch, step = self._step()
+        return _FLOAT * tokens * sides + self._graph(step) + self._logits(batch)
+
+    def _solve(self, plans: Sequence[MatrixPlan]) -> int:
+        """The largest rounding, with the moment that it is made from."""
+        return max((self._kept(p) + _peak(p) for p in plans), default=0)
+
+    def _kept(self, plan: MatrixPlan) -> int:
+        """What the solver keeps of a matrix from round to round."""
+        O, I = plan.layout.out_features, plan.layout.in_features  # noqa: E741
+        codes = O * plan.layout.codes_per_row
+        square = 2 * _DOUBLE + 3 * _FLOAT  # the moment twice; damped, and both feedbacks
+        return square * I * I + 3 * _FLOAT * O * I + 2 * _LONG * codes
+
+    def _look(self) -> int:
+        """A forward of the tower over one batch of pictures."""
+        vision = self.config.vision_config
+        pictures = unique_pictures(self.stages.data.all)
+        if vision is None or not pictures:
+            return 0
+        largest = max(picture_batches(pictures), key=_patches)
+        patches = Looking.of(largest).patches
+        width = max(3 * vision.intermediate_size, 7 * vision.embed_dim)
+        return _FLOAT * patches * (vision.patch_dim + 2 * vision.embed_dim + width)
+
+    def _read(self, samples: Sequence[Sample]) -> int:
+        """A forward of the decoder over the largest batch of samples."""
+        ordered = sorted(samples, key=lambda sample: len(sample.token_ids))
+        batches = split_batches(ordered, MAX_TOKENS)
+        tokens = max(Reading.of(batch).tokens for batch in batches)
+        return _FLOAT * tokens * self._widest()
+
+    def _widest(self) -> int:
+        """Numbers a token takes inside a block, at most."""
+        text = self.config.text_config
+        heads = (text.num_attention_heads + 2 * text.num_key_value_heads) * text.head_dim
+        return 3 * self.D + max(3 * text.intermediate_size, 3 * heads)
+
+    def _graph(self, tokens: int) -> int:
+        """Everything a backward pass needs of so many tokens."""
+        text = self.config.text_config
+        heads = (text.num_attention_heads + 2 * text.num_key_value_heads) * text.head_dim
+        a_block = 6 * self.D + 4 * text.intermediate_size + 3 * heads
+        return _FLOAT * tokens * self.stages.layers * a_block
+
+    def _logits(self, samples: Sequence[Sample]) -> int:
+        """Two sets of logits of the largest batch of samples, compared."""
+        parts = split_batches(samples, MAX_TOKENS)
+        answers = max(Reading.of(part).answers for part in parts)
+        return _LOGIT_COPIES * _FLOAT * answers * self.V
+
+    def _step(self) -> tuple[list[Sample], int]:
+        """The samples of the longest step of tuning, and their tokens."""
+        parts = split_batches(self.stages.data.train, self.stages.recipe.tuning_batch_tokens)
+        longest = max(parts, key=lambda part: Reading.of(part).tokens)
+        return longest, Reading.of(longest).tokens
+
+    def _decoder(self) -> list[MatrixPlan]:
+        return [plan for name, plan in self.stages.plans.items() if _in_decoder(name)]
+
+
+def _peak(plan: MatrixPlan) -> int:
+    """What a rounding makes and drops: while factoring, or while refitting and searching."""
+    O, I = plan.layout.out_features, plan.layout.in_features  # noqa: E741
+    factoring = 5 * _DOUBLE * I * I
+    codes = O * plan.layout.codes_per_row
+    refitting = 5 * _FLOAT * O * I + _LONG * codes
+    longest = max(stage.vector_dim for band in plan.layout.bands for stage in band.stages)
+    training = 6 * _DOUBLE * MAX_TRAINING_VECTORS * longest
+    return max(factoring, refitting, training)
+
+
+def _in_decoder(name: str) -> bool:
+    return name.startswith("model.layers.")
+
+
+def _patches(pictures: Sequence[ImageInput]) -> int:
+    return Looking.of(pictures).patches

@@ -1,0 +1,325 @@
+"""How much each stage of a run has to do, counted from shapes (called by `forecast`).
+
+`Stages` has a method for each stage of `pipeline`, named after the function that it counts
+(`teacher.ask_teacher`, `survey.survey`, `Stream.vision`, ...): whoever changes one changes the
+other; `tests/quantizer/test_forecast.py` runs both. Rounding itself is counted in `solver_work`.
+Not here: seconds (`machine_speed`), bytes (`stage_memory`), where the data come from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from mgvq_quantizer import solver_work as work
+from mgvq_quantizer.allocation import MatrixPlan, sharing_groups
+from mgvq_quantizer.batches import split_batches, unique_pictures
+from mgvq_quantizer.calibration import Sample
+from mgvq_quantizer.dataset import Data
+from mgvq_quantizer.gate_work import Asked, choose
+from mgvq_quantizer.ordering import quick
+from mgvq_quantizer.recipe import QuantRecipe
+from mgvq_quantizer.solver_work import FACTOR, FLOW, FORWARD, REFIT, Work, times, total
+from mgvq_quantizer.tuning import CHECKS
+from mgvq_quantizer.witness import DRAWS
+from mgvq_runtime.checkpoint.bits import group_of
+from mgvq_runtime.models.causal_lm import CausalLM
+from mgvq_runtime.request import ImageInput
+
+_ATTENTION_BACKWARD = 2.5
+"""Products of attention's backward pass to those of its forward: 5 for 2, as it computes the scores
+again."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What the decoder reads: some samples."""
+
+    tokens: int
+    squares: int
+    """Sum of the squared lengths: pairs that attention looks at."""
+    answers: int
+    samples: int
+
+    @classmethod
+    def of(cls, samples: Sequence[Sample]) -> Reading:
+        """Measure samples."""
+        lengths = [len(sample.token_ids) for sample in samples]
+        answers = sum(int(sample.is_answer.sum()) for sample in samples)
+        return cls(sum(lengths), sum(n * n for n in lengths), answers, len(lengths))
+
+
+@dataclass(frozen=True)
+class Looking:
+    """What the vision tower sees: some pictures."""
+
+    patches: int
+    squares: int
+
+    @classmethod
+    def of(cls, pictures: Iterable[ImageInput]) -> Looking:
+        """Measure pictures; a tile's class token is left out."""
+        grids = [picture.grid_thw for picture in pictures]
+        return cls(sum(t * h * w for t, h, w in grids), sum(t * (h * w) ** 2 for t, h, w in grids))
+
+
+class Stages:
+    """The stages of one run."""
+
+    def __init__(
+        self, graph: CausalLM, plans: Mapping[str, MatrixPlan], recipe: QuantRecipe, data: Data
+    ) -> None:
+        """Take what a run would.
+
+        Args:
+            graph: of any device, the meta device too; only shapes are looked at.
+            plans: every matrix, in the layouts it is expected to get.
+            recipe: settings.
+            data: calibration samples.
+        """
+        self.graph, self.plans, self.recipe, self.data = graph, plans, recipe, data
+        self.linears = {
+            name: (module.weight.shape[0], module.weight.shape[1])
+            for name, module in graph.named_modules()
+            if isinstance(module, nn.Linear)
+        }
+        text = graph.config.text_config
+        self.head = text.vocab_size * text.hidden_size
+        self.layers = text.num_hidden_layers
+        self.pictures = unique_pictures(data.train)
+        step = max(1.0, len(self.pictures) / recipe.max_pictures)
+        count = min(len(self.pictures), recipe.max_pictures)
+        self.shown = Looking.of([self.pictures[int(i * step)] for i in range(count)])
+        self.train, self.heldout = Reading.of(data.train), Reading.of(data.heldout)
+
+    def ask_teacher(self) -> Work:
+        """Count `encode_pictures` and `teacher.ask_teacher`, over all samples."""
+        asked = Reading.of(self.data.all)
+        answers = Work({FORWARD: asked.answers * self.graph.config.text_config.hidden_size**2})
+        return total([self.encode_pictures(), self.decoder_forward(asked), answers])
+
+    def squared_gradients(self) -> Work:
+        """Count `gradients.squared_gradients`: no weight has a gradient of its own."""
+        if self.recipe.allocation == "uniform" and not self.recipe.guided:
+            return Work()
+        head = Work({FORWARD: 2 * self.train.answers * self.head})
+        return total([self.decoder_forward(self.train), self.decoder_backward(self.train), head])
+
+    def survey(self) -> Work:
+        """Count `survey.survey`: a block three times and once more, each matrix on trial."""
+        if self.recipe.allocation == "uniform":
+            return Work()
+        few = self.data.train[: 2 * len(self.data.heldout)]
+        alone = self._divergence(Reading.of([*self.data.heldout, *few]))
+        parts = []
+        for i in range(self.layers):
+            parts.append(times(self.decoder_block(i, self.train), 4))
+            for name in self._planned(f"model.layers.{i}."):
+                parts += [self._moment(name, self.train.tokens, 3), alone, self._measure(name)]
+        return total(parts)
+
+    def share_books(self) -> Work:
+        """Count `Stream.share_books`: one pass of the model for each table group, then together."""
+        parts = []
+        for group in sharing_groups(self.plans).values():
+            is_seen = group[0].name.startswith("visual.")
+            parts.append(self.encode(self.shown) if is_seen else self.decoder_forward(self.train))
+            for matrix in group:
+                parts.append(self._moment(matrix.name, self._rows(matrix.name), 1))
+                parts.append(work.channel_order(matrix.layout, self.recipe))
+            parts.append(work.solve([matrix.layout for matrix in group], self.recipe))
+        return total(parts)
+
+    def vision(self) -> Work:
+        """Count `Stream.vision` and the second `encode_pictures`."""
+        if self.graph.visual is None:
+            return Work()
+        shown, patch = self.shown, "visual.patch_embed.proj"
+        parts = [self._products([patch], shown.patches), self._matrix(patch)]
+        for i in range(len(self.graph.visual.blocks)):
+            prefix = f"visual.blocks.{i}."
+            attention = self._vision_attention(shown)
+            parts += self._block(prefix, shown.patches, attention)
+        parts += self._block("visual.merger.", self._rows("visual.merger."), Work(), is_last=True)
+        return total([*parts, self.encode_pictures()])
+
+    def embedding(self) -> Work:
+        """Count `Stream.embedding`: the moment is known."""
+        name = "model.embed_tokens"
+        return self._round(name) if name in self.plans else Work()
+
+    def decoder(self) -> Work:
+        """Count `Stream.decoder`, `Witness.enter` and `gate.choose` where the recipe asks."""
+        parts = []
+        for i in range(self.layers):
+            attention = self._attention(self.train)
+            parts += self._block(f"model.layers.{i}.", self.train.tokens, attention)
+            if self.recipe.gated:
+                parts += [self._witness(i), self._gate(i)]
+        if "lm_head" in self.plans:
+            parts += [self.decoder_forward(self.train), self._matrix("lm_head")]
+        return total(parts)
+
+    def tune(self) -> Work:
+        """Count `tuning.tune`: weights have gradients, and are decoded for every step."""
+        samples = [*self.data.train, *self.data.swapped]
+        batches = split_batches(samples, self.recipe.tuning_batch_tokens)
+        step, steps = Reading.of(samples), self.recipe.tuning_steps
+        head = Work({FORWARD: 4 * step.answers * self.head})
+        forward, backward = self.decoder_forward(step), self.decoder_backward(step, True)
+        all_batches = total([forward, backward, head])
+        read = Work({kind: n * steps // len(batches) for kind, n in all_batches.items()})
+        tuned = [p for name, p in self.plans.items() if not name.startswith("visual.")]
+        weights = sum(plan.layout.num_weights for plan in tuned)
+        codes = sum(plan.layout.out_features * plan.layout.codes_per_row for plan in tuned)
+        every = max(1, steps // CHECKS)
+        looks = 1 + steps // every + (steps % every > 0) if steps else 1
+        decoded = Work({REFIT: steps * codes + looks * codes // 2, FLOW: steps * 8 * weights})
+        return total([read, decoded, times(self._divergence(self.heldout), looks)])
+
+    def encode_pictures(self) -> Work:
+        """Count one look of the tower at every picture."""
+        if self.graph.visual is None:
+            return Work()
+        return self.encode(Looking.of(unique_pictures(self.data.all)))
+
+    def encode(self, looking: Looking) -> Work:
+        """Count the vision tower with its merger."""
+        assert self.graph.visual is not None, "a model without a tower sees no picture"
+        tower = [name for name in self.linears if name.startswith("visual.")]
+        merger = [name for name in tower if name.startswith("visual.merger.")]
+        depth = len(self.graph.visual.blocks)
+        return total(
+            [
+                self._products([n for n in tower if n not in merger], looking.patches),
+                self._products(merger, self._merged(looking.patches)),
+                times(self._vision_attention(looking), depth),
+            ]
+        )
+
+    def decoder_forward(self, reading: Reading) -> Work:
+        """Count all blocks, without the head."""
+        return total([self.decoder_block(i, reading) for i in range(self.layers)])
+
+    def decoder_backward(self, reading: Reading, has_weights: bool = False) -> Work:
+        """Count the gradients of all blocks; of weights too where they have some."""
+        names = [name for name in self.linears if name.startswith("model.layers.")]
+        products = times(self._products(names, reading.tokens), 2 if has_weights else 1)
+        return total([products, self._attention_backward(reading, self.layers)])
+
+    def decoder_block(self, i: int, reading: Reading) -> Work:
+        """Count one block of the decoder."""
+        names = self._all(f"model.layers.{i}.")
+        return total([self._products(names, reading.tokens), self._attention(reading)])
+
+    def _divergence(self, reading: Reading) -> Work:
+        """`teacher.heldout_kl`: the model's logits and the reference's."""
+        head = Work({FORWARD: 2 * reading.answers * self.head})
+        return total([self.decoder_forward(reading), head])
+
+    def _measure(self, name: str) -> Work:
+        """`sensitivity.measure`: the whole matrix once, some rows at the other rates."""
+        layout = self.plans[name].layout
+        few = work.some_rows(layout)
+        recipe, parts = quick(self.recipe), []
+        for rate in self.recipe.rates:
+            tried = layout if rate == self.recipe.reference_rate else few
+            one = work.uniform(tried, rate)
+            residual = few.out_features * layout.in_features**2
+            parts += [work.solve([one], recipe), times(work.factorize(few), 2)]
+            parts.append(Work({FACTOR: 2 * residual}))
+        return total(parts)
+
+    def _block(self, prefix: str, rows: int, attention: Work, is_last: bool = False) -> list[Work]:
+        """Every matrix of a block: what comes before it, its moment, its rounding; then all."""
+        names, parts = self._all(prefix), []
+        for j, name in enumerate(names):
+            if name in self.plans:
+                before = [self._products(names[:j], rows)] + [attention] * (j > 0)
+                parts += [*before, self._matrix(name)]
+        return parts if is_last else [*parts, self._products(names, rows), attention]
+
+    def _matrix(self, name: str) -> Work:
+        """`Stream._matrix`."""
+        if name not in self.plans:
+            return Work()
+        return total([self._moment(name, self._rows(name), 1), self._round(name)])
+
+    def _round(self, name: str) -> Work:
+        """`Stream._problem` and `Stream._solve`, in the plain way."""
+        plan = self.plans[name]
+        order = work.channel_order(plan.layout, self.recipe)
+        return total([order, work.solve([plan.layout], self.recipe, plan.shared)])
+
+    def _witness(self, i: int) -> Work:
+        """`Witness.enter`: gradients of half the model on both sets, a copy of the block."""
+        parts, above = [], self.layers - i
+        names = [n for j in range(i, self.layers) for n in self._all(f"model.layers.{j}.")]
+        for reading, draws in ((self.train, 1), (self.heldout, DRAWS)):
+            head = Work({FORWARD: (3 + draws) * reading.answers * self.head})
+            back = [self._products(names, reading.tokens)]
+            back.append(self._attention_backward(reading, above))
+            parts += [self.decoder_forward(reading), head, times(total(back), 1 + draws)]
+        if self.recipe.mismatch:
+            parts.append(self.decoder_block(i, self.train))
+        return total(parts)
+
+    def _gate(self, i: int) -> Work:
+        """`Witness.about` and `gate.choose` of a block, without the plain rounding."""
+        names, parts = self._all(f"model.layers.{i}."), []
+        asked = Asked(self.train.tokens, self.train.squares, DRAWS * self.heldout.tokens)
+        for j, name in enumerate(names):
+            if name not in self.plans:
+                continue
+            parts.append(choose(self.plans[name], self.recipe, asked, self.heldout.tokens))
+            if self.recipe.mismatch:
+                before = [self._products(names[:j], self.train.tokens)]
+                before += [self._attention(self.train)] * (j > 0)
+                parts += [times(total(before), 2), self._moment(name, self.train.tokens, 1)]
+        return total(parts)
+
+    def _moment(self, name: str, rows: int, count: int) -> Work:
+        """`statistics._Moment.add` over all runs."""
+        return Work({FORWARD: count * rows * self.plans[name].layout.in_features ** 2})
+
+    def _products(self, names: Sequence[str], rows: int) -> Work:
+        """Linear layers, and the pointwise layers around them."""
+        shapes = [self.linears[name] for name in names]
+        weights, sides = sum(o * i for o, i in shapes), sum(o + i for o, i in shapes)
+        return Work({FORWARD: rows * weights, FLOW: rows * sides})
+
+    def _attention(self, reading: Reading) -> Work:
+        text = self.graph.config.text_config
+        return Work({FORWARD: 2 * text.num_attention_heads * text.head_dim * reading.squares})
+
+    def _attention_backward(self, reading: Reading, layers: int) -> Work:
+        forward = self._attention(reading)[FORWARD] * layers
+        return Work({FORWARD: int(_ATTENTION_BACKWARD * forward)})
+
+    def _vision_attention(self, looking: Looking) -> Work:
+        vision = self.graph.config.vision_config
+        assert vision is not None, "a model without a tower sees no picture"
+        return Work({FORWARD: 2 * vision.embed_dim * looking.squares})
+
+    def _merged(self, patches: int) -> int:
+        """Rows of the merger's first matrix: patches side by side."""
+        vision = self.graph.config.vision_config
+        first = next(shape for n, shape in self.linears.items() if n.startswith("visual.merger."))
+        assert vision is not None, "a model without a tower sees no picture"
+        return patches * vision.embed_dim // first[1]
+
+    def _rows(self, name: str) -> int:
+        """Rows of calibration data that enter a matrix while it is rounded."""
+        if name == "lm_head":
+            return self.train.answers
+        if group_of(name) == "projector":
+            return self._merged(self.shown.patches)
+        return self.shown.patches if name.startswith("visual.") else self.train.tokens
+
+    def _all(self, prefix: str) -> list[str]:
+        return [name for name in self.linears if name.startswith(prefix)]
+
+    def _planned(self, prefix: str) -> list[str]:
+        return [name for name in self.plans if name.startswith(prefix)]

@@ -1,0 +1,74 @@
+"""The work that is counted for a rounding, against the products torch really does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from mgvq_kernels.layout import RATE_STAGES, Band, Stage, VQLayout
+from mgvq_quantizer import codebook, solver_work
+from mgvq_quantizer.ordering import channel_order
+from mgvq_quantizer.recipe import QuantRecipe
+from mgvq_quantizer.solver import Problem, books_of, solve
+
+RECIPE = QuantRecipe(bits=2, allocation="uniform", refit_rounds=2, codebook_iterations=3)
+
+
+def in_place(_: Any, a: Any, b: Any, *__: Any, **___: Any) -> int:
+    return int(2 * a[0] * a[1] * b[1])
+
+
+def real_macs(run: Callable[[], object]) -> int:
+    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: in_place})
+    with counter:
+        run()
+    return counter.get_total_flops() // 2
+
+
+def layout_of(rows: int, bands: list[tuple[int, int]]) -> VQLayout:
+    cut, start = [], 0
+    for rate, width in bands:
+        cut.append(Band(start, width, tuple(map(Stage, RATE_STAGES[rate]))))
+        start += width
+    return VQLayout(rows, start, tuple(cut), has_permutation=True)
+
+
+@pytest.fixture(autouse=True)
+def plain_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiled search does the same work out of the counter's sight."""
+    monkeypatch.setattr(codebook.ops, "has_numba", lambda: False)
+
+
+@pytest.mark.parametrize("is_fixed", [False, True])
+@pytest.mark.parametrize("is_two_sided", [False, True])
+@pytest.mark.parametrize("bands", [[(2, 96)], [(3, 32), (1, 32), (4, 32)]])
+def test_a_rounding_does_the_work_that_is_counted(
+    bands: list[tuple[int, int]], is_two_sided: bool, is_fixed: bool
+) -> None:
+    g = torch.Generator().manual_seed(0)
+    layout = layout_of(144, bands)
+    X = torch.randn(256, 96, generator=g) * torch.arange(1, 97) ** -1.0
+    X = X @ torch.randn(96, 96, generator=g)  # uneven: refits take all their steps
+    B = torch.eye(144, dtype=torch.float64) + 0.1 if is_two_sided else None
+    weight, moment = torch.randn(144, 96, generator=g), (X.T @ X).double()
+    problem = Problem(weight, moment, torch.arange(96), layout, output_factor=B)
+    books = books_of(problem, solve([problem], RECIPE, g)[0]) if is_fixed else None
+    real = real_macs(lambda: solve([problem], RECIPE, g, books))
+    counted = solver_work.macs(solver_work.solve([layout], RECIPE, is_fixed, is_two_sided))
+    assert counted == pytest.approx(real, rel=0.08)
+
+
+def test_trials_of_an_order_are_counted() -> None:
+    g = torch.Generator().manual_seed(0)
+    layout = layout_of(600, [(2, 64), (1, 64)])
+    X = torch.randn(256, 128, generator=g) * torch.arange(1, 129) ** -1.0
+    X = X @ torch.randn(128, 128, generator=g)
+    weight, moment = torch.randn(600, 128, generator=g), (X.T @ X).double()
+    real = real_macs(lambda: channel_order(weight, moment, layout, RECIPE, g))
+    counted = solver_work.macs(solver_work.channel_order(layout, RECIPE))
+    assert counted == pytest.approx(real, rel=0.05)
+    assert not solver_work.channel_order(layout_of(600, [(8, 128)]), RECIPE)
