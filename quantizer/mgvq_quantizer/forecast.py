@@ -93,7 +93,7 @@ class Forecast:
 
     def lines(self) -> Iterator[str]:
         """Yield the table."""
-        yield f"model         {self.model}, {self.parameters / 1e9:.2f} B parameters"
+        yield f"model         {self.model}, {self.parameters:,} parameters"
         data = self.calibration
         sizes = (
             f"{data['conversations']:,} + {data['heldout']:,} held out, {data['tokens']:,} tokens"
@@ -104,7 +104,7 @@ class Forecast:
             yield f"              {data['assumed']}"
         machine = self.machine
         yield (
-            f"machine       {machine['device']}, {machine['threads']} threads, "
+            f"machine       {machine['device']}, CPU threads: {machine['threads']}, "
             f"{machine['gmacs_per_second']:,.0f} GMAC/s in a forward"
         )
         yield ""
