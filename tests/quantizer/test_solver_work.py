@@ -31,6 +31,10 @@ class Products(TorchDispatchMode):
         packet = func._overloadpacket
         if packet is torch.ops.aten.addmm_:
             self.macs += args[1].shape.numel() * args[2].shape[1]
+        elif packet is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
+            self.macs += 2 * args[0].numel() * args[1].shape[-2]
+        elif packet is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward:
+            self.macs += 5 * args[1].numel() * args[2].shape[-2]  # scores are computed again
         elif packet in flop_registry:
             self.macs += flop_registry[packet](*args, **(kwargs or {}), out_val=out) // 2
         return out
