@@ -13,6 +13,7 @@ import pytest
 
 from mgvq_quantizer import cli, codebook, forecast, pipeline
 from mgvq_quantizer.assumed_data import expected_data
+from mgvq_quantizer.calibration import CalibrationError
 from mgvq_quantizer.machine_speed import Speed
 from mgvq_quantizer.recipe import QuantRecipe
 from mgvq_quantizer.report import Report
@@ -177,7 +178,7 @@ def test_what_a_run_would_refuse_is_refused(
     folder = write_config(tmp_path / "7b")
     with pytest.raises(ConfigError, match="bits a weight at the least"):
         forecast.forecast(folder, QuantRecipe(bits=1.0))
-    with pytest.raises(pipeline.CalibrationError, match="does not exist"):
+    with pytest.raises(CalibrationError, match="does not exist"):
         forecast.forecast(dense, QuantRecipe(**QUICK), tmp_path / "none.jsonl")
 
 

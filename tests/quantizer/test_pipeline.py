@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mgvq_kernels import ops
-from mgvq_quantizer import cli, pipeline
+from mgvq_quantizer import cli
+from mgvq_quantizer.calibration import CalibrationError
 from mgvq_quantizer.pipeline import quantize
 from mgvq_quantizer.recipe import QuantRecipe
 from mgvq_quantizer.report import Report
@@ -166,10 +167,10 @@ def test_a_weight_that_is_not_finite_is_named(dense: Path, tmp_path: Path, part:
 def test_text_alone_cannot_calibrate_a_vision_tower(dense: Path, tmp_path: Path) -> None:
     turns = [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "Yes"}]
     path = write_calibration(tmp_path / "c.zip", [{"conversations": turns}] * 3, {})
-    with pytest.raises(pipeline.CalibrationError, match="holds no picture"):
+    with pytest.raises(CalibrationError, match="holds no picture"):
         quantize(dense, tmp_path / "out", RECIPE, path, show_progress=False)
     one = write_calibration(tmp_path / "d.zip", [llava_row("a.png")], {"a.png": picture(0)})
-    with pytest.raises(pipeline.CalibrationError, match="at least 2"):
+    with pytest.raises(CalibrationError, match="at least 2"):
         quantize(dense, tmp_path / "out", RECIPE, one, show_progress=False)
 
 
