@@ -28,6 +28,8 @@ Tables = Sequence[Sequence[Tensor]]
 Names = Sequence[Sequence[str]]
 """[band][stage]: the name of a table."""
 T = TypeVar("T")
+DESCENT_SWEEPS = 2
+"""Rounds of coordinate descent over the vectors of a block that has several."""
 _INT8_MAX = 127
 _SEARCH_ELEMENTS = 1 << 22
 """Distances held at once while searching: 16 MiB of float32."""
@@ -84,7 +86,7 @@ def nearest(vectors: Tensor, table: Tensor, metrics: Tensor) -> Tensor:
     projected = table @ metrics  # [B, K, d]
     norms = (projected * table).sum(-1)  # [B, K]
     if vectors.is_cpu and ops.has_numba():
-        return _compiled().nearest(vectors, projected, norms)
+        return compiled_search().nearest(vectors, projected, norms)
     B, N, _ = vectors.shape
     K = table.shape[0]
     codes = torch.empty(B, N, dtype=torch.int64, device=vectors.device)
@@ -99,7 +101,7 @@ def nearest(vectors: Tensor, table: Tensor, metrics: Tensor) -> Tensor:
 
 
 def assign(
-    targets: Tensor, metric: Tensor, tables: Sequence[Tensor], sweeps: int = 2
+    targets: Tensor, metric: Tensor, tables: Sequence[Tensor], sweeps: int = DESCENT_SWEEPS
 ) -> tuple[list[Tensor], Tensor]:
     """Choose the codes of one block of columns for all rows.
 
@@ -324,22 +326,25 @@ def _spread(vectors: Tensor, metrics: Tensor, generator: torch.Generator) -> Ten
     sample = vectors.reshape(-1, d)[drawn]  # [n, d]
     metric = metrics[drawn // N]  # [n, d, d]
     uniform = torch.rand(CODEBOOK_SIZE, generator=generator, dtype=torch.float64)
-    distance = ((sample[:, None] @ metric)[:, 0] * sample).sum(-1)  # [n], from the origin
+    image = (metric @ sample[..., None])[..., 0]  # [n, d]
+    own = (image * sample).sum(-1)  # [n]
+    # (s - c) M (s - c) is linear in c and c c^T: one product for all vectors.
+    terms = torch.cat([-2 * image, metric.reshape(count, d * d)], dim=1)  # [n, d + d d]
+    distance = own  # from the origin
     chosen = torch.empty(CODEBOOK_SIZE, d, device=vectors.device)
     for i in range(CODEBOOK_SIZE):
         cumulative = distance.double().cumsum(0)
         point = uniform[i].to(cumulative.device) * cumulative[-1]
-        index = torch.searchsorted(cumulative, point).clamp_max(count - 1)
-        chosen[i] = sample[index]
-        error = sample - chosen[i]
-        now = ((error[:, None] @ metric)[:, 0] * error).sum(-1).clamp_min(0.0)
+        c = sample[torch.searchsorted(cumulative, point).clamp_max(count - 1)]
+        chosen[i] = c
+        now = (own + terms @ torch.cat([c, torch.outer(c, c).reshape(-1)])).clamp_min(0.0)
         distance = now if i == 0 else torch.minimum(distance, now)
     return chosen
 
 
 @functools.cache
-def _compiled() -> Any:
-    """Import the compiled search on first use."""
+def compiled_search() -> Any:
+    """Import the compiled search on first use: there may be no numba."""
     return importlib.import_module("mgvq_quantizer.cpu_search")
 
 
