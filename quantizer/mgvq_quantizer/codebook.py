@@ -200,6 +200,7 @@ def refit_codebooks(
     tables: Mapping[str, Tensor],
     iterations: int = 25,
     outputs: Sequence[Tensor | None] | None = None,
+    settled: float = 1e-6,
 ) -> dict[str, Tensor]:
     """Minimise `sum tr(B (W - Dec(C)) A (W - Dec(C))^T)` over the tables, codes fixed.
 
@@ -214,6 +215,8 @@ def refit_codebooks(
         tables: `[256, d]` float32 by name: the starting point.
         iterations: conjugate gradient steps.
         outputs: one `B` `[O, O]` float32 a matrix; None stands for the identity.
+        settled: where to stop, as a share of the first residual's energy: tables go back on the
+            int8 grid, which is coarser.
 
     Returns:
         The refitted tables, float32, not yet on the int8 grid.
@@ -235,7 +238,7 @@ def refit_codebooks(
     direction = {name: s.clone() for name, s in scaled.items()}
     energy = start = _dot(residual, scaled)
     for _ in range(iterations):
-        if energy <= 1e-12 * start or energy == 0.0:
+        if energy <= settled * start or energy == 0.0:
             break
         image = scatter(images(decoded(direction)))
         curvature = _dot(direction, image)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -21,8 +21,9 @@ from torch import Tensor
 from mgvq_kernels.cpu_jit import compile_cached
 from mgvq_kernels.cpu_threads import over_threads
 
-_FINITE_IN_ANY_ORDER = {"nnan", "nsz", "reassoc", "contract"}
-"""What sums and minima may do to be made of vectors."""
+_MINIMUM_IN_ANY_ORDER = {"nnan", "nsz"}
+"""What a minimum may do to be made of vectors. Sums keep their order and are not contracted: of a
+function that several others call, a process keeps one copy, and copies would round differently."""
 _MANY_SEARCHES = 1 << 10
 """Searches (about 0.15 us each) from which on another thread pays."""
 
@@ -30,8 +31,8 @@ _MANY_SEARCHES = 1 << 10
 def nearest(vectors: Tensor, projected: Tensor, norms: Tensor) -> Tensor:
     """Return the code of the smallest `norms - 2 v . projected`, the lowest among equals.
 
-    Two to five times as fast as torch's product and argmin (one AVX2 core, ns a vector: 145 of two
-    numbers, 142 of four, 176 of eight; torch 955, 955 and 614).
+    Two to eight times as fast as torch's product and argmin (medians on one AVX2 core, ns a vector:
+    144 of one number, 169 of two, 168 of four, 228 of eight; torch 1407, 1271, 1434, 519).
 
     Args:
         vectors: `[B, N, d]` float32, finite.
@@ -53,14 +54,21 @@ def nearest(vectors: Tensor, projected: Tensor, norms: Tensor) -> Tensor:
     return codes
 
 
+class Buffer(Protocol):
+    """Columns of a matrix, `[O, w]` float32 each."""
+
+    weight: Tensor
+    goal: Tensor
+    value: Tensor
+    error: Tensor
+
+
 @dataclass(frozen=True, eq=False)
 class Stages:
     """The tables of a band, and what every search in every block of it needs."""
 
-    stages: tuple[int, ...]
-    """Of each vector of a block, stage after stage: the stage whose table it reads."""
     _vectors: Any
-    """`[V, 3]` int64: first column, length, and where its table starts in `_tables`."""
+    """`[V, 3]` int64, stage after stage: first column, length, start of its table in `_tables`."""
     _tables: Any
     """`[sum 256 d]` float32."""
     _metrics: Any
@@ -70,7 +78,8 @@ class Stages:
     _norms: Any
     """`[V, nb, 256]` float32: the codewords' forms."""
     _pulls: Any
-    """`[nb, V, b, b]` float32, rows past a vector's length unused: what a vector makes up for of the error of the block's others."""
+    """`[nb, V, b, b]` float32: what a vector makes up for of the error of the block's others; rows
+    past its length are empty."""
 
     @classmethod
     def of_band(cls, tables: Sequence[Tensor], metrics: Tensor) -> Stages:
@@ -82,9 +91,10 @@ class Stages:
         """
         nb, b, _ = metrics.shape
         starts = np.cumsum([0, *(table.numel() for table in tables)])
-        stages, vectors, projected, norms = [], [], [], []
+        vectors: list[tuple[int, int, int]] = []
+        projected, norms = [], []
         pulls = torch.zeros(nb, sum(b // t.shape[1] for t in tables), b, b)
-        for stage, table in enumerate(tables):
+        for table, start in zip(tables, starts[:-1], strict=True):
             d = table.shape[1]
             for first in range(0, b, d):
                 here = slice(first, first + d)
@@ -96,10 +106,8 @@ class Stages:
                     others = metrics[:, here].clone()  # [nb, d, b]
                     others[:, :, here] = 0
                     pulls[:, len(vectors), :d] = torch.linalg.solve(block, others)
-                stages.append(stage)
-                vectors.append((first, d, starts[stage]))
+                vectors.append((first, d, int(start)))
         return cls(
-            tuple(stages),
             np.array(vectors, dtype=np.int64),
             torch.cat([table.reshape(-1) for table in tables]).numpy(),
             metrics.contiguous().numpy(),
@@ -111,11 +119,8 @@ class Stages:
     def choose(
         self,
         first: int,
-        weight: Tensor,
-        goal: Tensor,
+        buffer: Buffer,
         inner: Tensor,
-        value: Tensor,
-        error: Tensor,
         codes: Tensor,
         sweeps: int,
         *,
@@ -125,11 +130,8 @@ class Stages:
 
         Args:
             first: the band's block that the columns begin with.
-            weight: `[O, w]` float32.
-            goal: `[O, w]` float32: weights and what other columns pass on to them; overwritten.
+            buffer: the columns; `goal`, `value` and `error` are overwritten.
             inner: `[w, w]` float32: how much of a block's new error the ones before it absorb.
-            value: `[O, w]` float32: the decoded codes so far; overwritten.
-            error: `[O, w]` float32: weights less `value`; overwritten.
             codes: `[O, w/b, V]` int64; overwritten.
             sweeps: rounds of coordinate descent over a block's vectors.
             keep_better: keep old codes where the new ones are no better.
@@ -137,13 +139,22 @@ class Stages:
         Returns:
             `[O]` float64: the forms that were left, a row.
         """
-        O = len(goal)  # noqa: E741
+        O = len(codes)  # noqa: E741
         forms = torch.empty(O, dtype=torch.float64)
-        rounds = 1 + sweeps if len(self.stages) > 1 else 1
-        changed = [tensor.numpy() for tensor in (goal, value, error, codes, forms)]
-        constant = (
-            weight.numpy(),
-            inner.contiguous().numpy(),
+        rounds = 1 + sweeps if len(self._vectors) > 1 else 1
+        columns = (buffer.weight, buffer.goal, buffer.value, buffer.error, codes, forms)
+        arrays = tuple(tensor.numpy() for tensor in columns)
+        matrix = inner.contiguous().numpy()
+
+        def run(start: int, stop: int) -> None:
+            _choose(start, stop, first, rounds, keep_better, arrays, matrix, self._band)
+
+        over_threads(run, 0, O, 1, codes.numel() >= _MANY_SEARCHES)
+        return forms
+
+    @property
+    def _band(self) -> tuple[Any, ...]:
+        return (
             self._vectors,
             self._tables,
             self._metrics,
@@ -152,14 +163,8 @@ class Stages:
             self._pulls,
         )
 
-        def run(start: int, stop: int) -> None:
-            _choose(start, stop, first, rounds, keep_better, *changed, *constant)
 
-        over_threads(run, 0, O, 1, codes.numel() >= _MANY_SEARCHES)
-        return forms
-
-
-@njit(fastmath=_FINITE_IN_ANY_ORDER)
+@njit
 def _score(v, projected, norms, scores):  # type: ignore[no-untyped-def]
     """Write `norms - v . projected`; a loop a length, so that sums stay in registers."""
     K = norms.size
@@ -192,7 +197,7 @@ def _score(v, projected, norms, scores):  # type: ignore[no-untyped-def]
                 )
 
 
-@njit(fastmath=_FINITE_IN_ANY_ORDER)
+@njit(fastmath=_MINIMUM_IN_ANY_ORDER)
 def _lowest(scores):  # type: ignore[no-untyped-def]
     """Return where the smallest score stands first."""
     low = scores[0]
@@ -214,80 +219,72 @@ def _search(vectors, projected, norms, codes, start, stop):  # type: ignore[no-u
             codes[b, i] = _lowest(scores)
 
 
-@njit(fastmath=_FINITE_IN_ANY_ORDER)
-def _form(error, metric):  # type: ignore[no-untyped-def]
+@njit
+def _form(goal, value, metric):  # type: ignore[no-untyped-def]
     total = float32(0.0)
-    for i in range(error.size):
+    for i in range(goal.size):
         image = float32(0.0)
-        for j in range(error.size):
-            image += metric[i, j] * error[j]
-        total += image * error[i]
+        for j in range(goal.size):
+            image += metric[i, j] * (goal[j] - value[j])
+        total += image * (goal[i] - value[i])
     return total
+
+
+@njit
+def _encode(goal, turns, new, picked, wanted, scores, block, band):  # type: ignore[no-untyped-def]
+    """Choose the codes `picked` of one row's block, and its value `new`."""
+    vectors, tables, _, projected, norms, pulls = band
+    new[:] = 0.0
+    for turn in range(turns):
+        for v in range(len(vectors)):
+            begin, d, table = vectors[v]
+            if turn > 0:
+                for i in range(d):
+                    new[begin + i] -= tables[table + picked[v] * d + i]
+            for i in range(d):
+                wanted[i] = goal[begin + i] - new[begin + i]
+            if turn > 0 and d < new.size:
+                for i in range(d):
+                    for k in range(new.size):
+                        wanted[i] += pulls[block, v, i, k] * (goal[k] - new[k])
+            _score(wanted[:d], projected[v][block], norms[v, block], scores)
+            picked[v] = _lowest(scores)
+            for i in range(d):
+                new[begin + i] += tables[table + picked[v] * d + i]
+    new[:] = 0.0  # without what taking away and putting back left behind
+    for v in range(len(vectors)):
+        begin, d, table = vectors[v]
+        for i in range(d):
+            new[begin + i] += tables[table + picked[v] * d + i]
 
 
 @compile_cached
 def _choose(  # type: ignore[no-untyped-def]
-    start,
-    stop,
-    first,
-    rounds,
-    keep_better,
-    goal,
-    value,
-    error,
-    codes,
-    forms,
-    weight,
-    inner,
-    vectors,
-    tables,
-    metrics,
-    projected,
-    norms,
-    pulls,
+    start, stop, first, turns, keep_better, columns, inner, band
 ):
+    weight, goal, value, error, codes, forms = columns
+    metrics = band[2]
     b = metrics.shape[1]
-    scores = np.empty(256, np.float32)
-    new, wanted, left = np.empty(b, np.float32), np.empty(b, np.float32), np.empty(b, np.float32)
-    picked = np.empty(len(vectors), np.int64)
+    scores = np.empty(band[4].shape[2], np.float32)
+    new, wanted = np.empty(b, np.float32), np.empty(b, np.float32)
+    picked = np.empty(codes.shape[2], np.int64)
     for row in range(start, stop):
         forms[row] = 0.0
         for j in range(codes.shape[1] - 1, -1, -1):
-            column, block = j * b, first + j
-            new[:] = 0.0
-            for turn in range(rounds):
-                for v in range(len(vectors)):
-                    begin, d, table = vectors[v]
-                    if turn > 0:
-                        for i in range(d):
-                            new[begin + i] -= tables[table + picked[v] * d + i]
-                    for i in range(d):
-                        wanted[i] = goal[row, column + begin + i] - new[begin + i]
-                    if turn > 0 and d < b:
-                        for i in range(d):
-                            for k in range(b):
-                                missing = goal[row, column + k] - new[k]
-                                wanted[i] += pulls[block, v, i, k] * missing
-                    _score(wanted[:d], projected[v][block], norms[v, block], scores)
-                    picked[v] = _lowest(scores)
-                    for i in range(d):
-                        new[begin + i] += tables[table + picked[v] * d + i]
-            for i in range(b):
-                left[i] = goal[row, column + i] - new[i]
-            form = _form(left, metrics[block])
-            is_better = True
+            begin, end, block = j * b, (j + 1) * b, first + j
+            aim = goal[row, begin:end]
+            _encode(aim, turns, new, picked, wanted, scores, block, band)
+            form = _form(aim, new, metrics[block])
             if keep_better:
-                for i in range(b):
-                    left[i] = goal[row, column + i] - value[row, column + i]
-                old = _form(left, metrics[block])
-                is_better = form < old
-                form = min(form, old)
+                old = _form(aim, value[row, begin:end], metrics[block])
+                if form >= old:
+                    forms[row] += old
+                    continue
             forms[row] += form
-            if is_better:
-                codes[row, j] = picked
-                for i in range(b):
-                    now = weight[row, column + i] - new[i]
-                    change = now - error[row, column + i]
-                    value[row, column + i], error[row, column + i] = new[i], now
-                    for k in range(column):
-                        goal[row, k] += change * inner[column + i, k]
+            codes[row, j] = picked
+            for i in range(b):
+                now = weight[row, begin + i] - new[i]
+                change = now - error[row, begin + i]
+                value[row, begin + i], error[row, begin + i] = new[i], now
+                for k in range(begin):
+                    goal[row, k] += change * inner[begin + i, k]

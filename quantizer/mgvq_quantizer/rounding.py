@@ -184,15 +184,7 @@ def _choose_compiled(
     by_block = [code.reshape(O, len(blocks), -1) for code in buffer.codes]
     codes = torch.cat(by_block, dim=2).contiguous()  # [O, blocks, vectors]
     forms = stages.choose(
-        blocks.start,
-        buffer.weight,
-        buffer.goal,
-        inner,
-        buffer.value,
-        buffer.error,
-        codes,
-        DESCENT_SWEEPS,
-        keep_better=keep_better,
+        blocks.start, buffer, inner, codes, DESCENT_SWEEPS, keep_better=keep_better
     )
     chosen = torch.split(codes, [part.shape[2] for part in by_block], dim=2)
     for code, new in zip(buffer.codes, chosen, strict=True):
