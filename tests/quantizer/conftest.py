@@ -32,6 +32,7 @@ QUICK = {
 
 
 SMALL = QUICK | {
+    "bits": 2.0,
     "permute": False,
     "max_codebook_overhead": 1e3,  # every matrix its own tables
     "codebook_iterations": 1,

@@ -97,7 +97,7 @@ def test_dead_channels_do_not_move_a_survey(correlated: Moment) -> None:
         "m", weight[kept], inputs, Gradients({}, rows[kept]), RECIPE, lambda _: 0.125, seeded(1)
     )
     for with_row, without in zip(quiet.losses, fewer.losses, strict=True):
-        assert with_row == pytest.approx(without, rel=0.1)
+        assert with_row == pytest.approx(without, rel=0.25)
 
 
 def damaged(small: Path, folder: Path, loudness: float) -> Path:
