@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,6 +52,7 @@ def read_data(folder: Path, graph: CausalLM, recipe: QuantRecipe, path: Path | N
         open_checkpoint(folder), graph.config, recipe.max_image_tokens
     )
     samples = calibration.prepare(chosen, processor, processor.tokenizer)
+    _check_lengths(samples, graph.config.text_config.max_position_embeddings)
     if len(samples) < 2:
         raise CalibrationError(f"{name} holds {len(samples)} conversation; at least 2 are needed")
     held = max(1, round(len(samples) * recipe.heldout_share))
@@ -65,3 +67,13 @@ def read_data(folder: Path, graph: CausalLM, recipe: QuantRecipe, path: Path | N
         calibration.show_other_pictures(train, swaps, recipe.seed),
         calibration.fingerprint(chosen),
     )
+
+
+def _check_lengths(samples: Sequence[Sample], limit: int) -> None:
+    """Refuse what the model was never trained to read, before it is run."""
+    for sample in samples:
+        if len(sample.token_ids) > limit:
+            raise CalibrationError(
+                f"{sample.where}: {len(sample.token_ids)} tokens, pictures included, but the model "
+                f"reads at most {limit}: shorten the conversation, or set --max-image-tokens"
+            )

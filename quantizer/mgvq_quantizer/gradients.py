@@ -38,7 +38,7 @@ class Gradients:
 
     energies: dict[int, Tensor] = field(default_factory=dict)
     """`[T]` float32 of each sample, by its `id`: the squared norm of each token's gradient."""
-    rows: Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.float64))
+    rows: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
     """`[O]` float64: the sum over all tokens of each output's squared gradient."""
 
 
@@ -86,6 +86,31 @@ def squared_gradients(
             gradients = torch.autograd.grad(loss, [outputs[name] for name in names])
         for name, gradient in zip(names, gradients, strict=True):
             _collect(found[name], name, batch, _flat(gradient))
+    return found
+
+
+def pack(found: Mapping[str, Gradients], samples: Sequence[Sample]) -> dict[str, Tensor]:
+    """Return gradients as tensors by name, to be kept; the samples' order stands for their `id`."""
+    tensors = {}
+    for name, gradients in found.items():
+        tensors[f"{name}.rows"] = gradients.rows
+        tensors[f"{name}.energies"] = torch.cat([gradients.energies[id(s)] for s in samples])
+    return tensors
+
+
+def unpack(
+    tensors: Mapping[str, Tensor],
+    names: Sequence[str],
+    samples: Sequence[Sample],
+    device: torch.device,
+) -> dict[str, Gradients]:
+    """Undo `pack`, bit for bit."""
+    lengths = [len(sample.token_ids) for sample in samples]
+    found = {}
+    for name in names:
+        parts = torch.split(tensors[f"{name}.energies"].to(device), lengths)
+        energies = {id(sample): part for sample, part in zip(samples, parts, strict=True)}
+        found[name] = Gradients(energies, tensors[f"{name}.rows"].to(device))
     return found
 
 

@@ -35,8 +35,16 @@ from mgvq_quantizer.batches import (
 from mgvq_quantizer.calibration import CalibrationError, Sample
 from mgvq_quantizer.dataset import Data, read_data
 from mgvq_quantizer.gate import Verdict
-from mgvq_quantizer.gradients import TokenWeights, squared_gradients, token_weights
+from mgvq_quantizer.gradients import (
+    Gradients,
+    TokenWeights,
+    pack,
+    squared_gradients,
+    token_weights,
+    unpack,
+)
 from mgvq_quantizer.precision import choose_bands
+from mgvq_quantizer.preflight import check_room, check_weights
 from mgvq_quantizer.recipe import QuantRecipe
 from mgvq_quantizer.report import Report, make_report
 from mgvq_quantizer.report_page import report_page
@@ -53,7 +61,7 @@ from mgvq_runtime.checkpoint.bits import group_of
 from mgvq_runtime.checkpoint.files import fingerprint_folder
 from mgvq_runtime.checkpoint.reader import Checkpoint, open_checkpoint
 from mgvq_runtime.checkpoint.spec import QuantizationSpec
-from mgvq_runtime.checkpoint.writer import write_checkpoint
+from mgvq_runtime.checkpoint.writer import remove_leftovers, write_checkpoint
 from mgvq_runtime.errors import CheckpointError
 from mgvq_runtime.models.causal_lm import CausalLM
 from mgvq_runtime.models.loading import fill_model
@@ -115,13 +123,18 @@ def quantize(
         `.html`.
 
     Raises:
-        CheckpointError: if the source is damaged or already quantized, or the output exists.
+        CheckpointError: if the source is damaged, already quantized or beyond float16, the output
+            exists, or the disk has no room for it.
         CalibrationError: if the data cannot be used.
-        ResumeError: if `output.partial` belongs to a run with other settings.
+        ResumeError: if `output.partial` belongs to a run with other settings, or another process
+            is at work in it.
     """
     started = time.monotonic()
     source = _open_source(model, output)
     graph = fill_model(source, device)
+    unfinished = output.with_name(output.name + ".partial")
+    check_weights(graph, recipe)
+    check_room(graph, recipe, output, unfinished)
     data = read_data(model, graph, recipe, calibration_data)
     facts = {
         **recipe.to_json(),
@@ -129,8 +142,9 @@ def quantize(
         "calibration": data.fingerprint,
         "tool_version": __version__,
     }
-    work = WorkFolder(output.with_name(output.name + ".partial"), facts)
-    with tqdm(unit="matrix", disable=not show_progress) as bar, torch.no_grad():
+    work = WorkFolder(unfinished, facts)
+    with work, tqdm(unit="matrix", disable=not show_progress) as bar, torch.no_grad():
+        remove_leftovers(output)
         done = _round(graph, recipe, work, data, bar)
         with torch.enable_grad():
             tuned = tuning.tune(
@@ -143,17 +157,20 @@ def quantize(
                 recipe,
                 bar.set_description,
             )
-    seconds = time.monotonic() - started
-    said = done.sensitivities, done.verdicts
-    report = make_report(done.plans, done.solutions, tuned, recipe, _facts(data), seconds, *said)
-    _write(output, source, graph, done, tuned, recipe, report)
-    work.remove()
+        seconds = time.monotonic() - started
+        said = done.sensitivities, done.verdicts
+        facts = _facts(data)
+        report = make_report(done.plans, done.solutions, tuned, recipe, facts, seconds, *said)
+        _write(output, source, graph, done, tuned, recipe, report)
+        work.remove()
     return report
 
 
 def _open_source(model: Path, output: Path) -> Checkpoint:
     if output.exists():
-        raise CheckpointError(f"{output} exists: choose another --output, or delete it")
+        left = output.with_name(output.name + ".partial")
+        rest = f"; it is whole, and {left} may be deleted" if left.exists() else ""
+        raise CheckpointError(f"{output} exists: choose another --output, or delete it{rest}")
     source = open_checkpoint(model)
     if source.quantization is not None:
         raise CheckpointError(f"{model} is quantized already: give the original checkpoint")
@@ -174,7 +191,8 @@ def _round(
     pictures = unique_pictures(data.train)
     if graph.visual is not None and not pictures:
         raise CalibrationError(
-            f"{data.name} holds no picture: the vision tower cannot be calibrated on text alone"
+            f"{data.name} holds no picture to calibrate on: the vision tower cannot be calibrated "
+            'on text alone; name pictures in the rows ("image": FILE, and <image> in the text)'
         )
     features = encode_pictures(graph, unique_pictures(data.all), device)
     reference, head_moment = ask_teacher(graph, length_batches(data.all, device), features)
@@ -220,13 +238,7 @@ def _plan(
         return plans, {}, []
     bar.set_description("gradients")
     device = reference.head.device
-    gradients = squared_gradients(
-        graph,
-        names,
-        _backward_batches(data.train, recipe, device),
-        features,
-        seeded(recipe.seed, "labels"),
-    )
+    gradients = _gradients(graph, names, recipe, work, data, features, device)
     token = graph.config.image_token_id
     weights = {name: token_weights(gradients[name], data.train, token) for name in names}
     found: list[Sensitivity] = []
@@ -243,6 +255,26 @@ def _plan(
         found = survey(graph, names, evidence, recipe, work, done)
         plans = plan(graph, recipe, choose_bands(found, plans, recipe))
     return plans, weights if recipe.guided else {}, found
+
+
+def _gradients(
+    graph: CausalLM,
+    names: Sequence[str],
+    recipe: QuantRecipe,
+    work: WorkFolder,
+    data: Data,
+    features: Features,
+    device: torch.device,
+) -> dict[str, Gradients]:
+    """Compute the gradients of the dense model, or take them from the work folder."""
+    kept = work.load_tensors("gradients")
+    if kept is not None:
+        return unpack(kept[0], names, data.train, device)
+    batches = _backward_batches(data.train, recipe, device)
+    labels = seeded(recipe.seed, "labels")
+    found = squared_gradients(graph, names, batches, features, labels)
+    work.save_tensors("gradients", pack(found, data.train))
+    return found
 
 
 def _backward_batches(

@@ -23,10 +23,10 @@ from torch import Tensor
 from mgvq_kernels import ops
 from mgvq_kernels.layout import VQLayout
 from mgvq_quantizer.gradients import Gradients
-from mgvq_quantizer.ldl import Run, block_ldl, damp
+from mgvq_quantizer.ldl import Run, block_ldl, damp, without_dead_inputs
 from mgvq_quantizer.ordering import ascending, quick, some_rows
 from mgvq_quantizer.recipe import QuantRecipe
-from mgvq_quantizer.solver import Problem, solve
+from mgvq_quantizer.solver import SMALLEST_SCALE, Problem, solve
 
 _BLOCK = 8
 """Columns whose residual is measured together: the longest vector of any rate."""
@@ -82,6 +82,7 @@ def measure(
         generator: seeds the trial tables.
     """
     I = weight.shape[1]  # noqa: E741
+    weight = without_dead_inputs(weight, inputs.plain)
     order, rates = ascending(inputs.weighted), recipe.rates
     state = generator.get_state()
 
@@ -92,7 +93,8 @@ def measure(
         return ops.vq_dequantize(solution.weight)
 
     some = some_rows(weight)
-    energies = some.square().mean(1).clamp_min(1e-30).double()  # [rows]
+    # Rows below the smallest scale are stored in its steps, rows of zeros exactly.
+    energies = some.square().mean(1).clamp_min(SMALLEST_SCALE**2).double()  # [rows]
     curvatures = (
         partial(_losses, moment=inputs.plain, rows=1 / energies),
         partial(_losses, moment=inputs.weighted, rows=some_rows(gradients.rows).to(energies)),

@@ -20,9 +20,11 @@ from torch import Tensor, nn
 from mgvq_kernels import ops
 from mgvq_quantizer.allocation import MatrixPlan, sharing_groups
 from mgvq_quantizer.batches import Features, TokenBatch, decoder_runs, encode_batch
+from mgvq_quantizer.calibration import CalibrationError
 from mgvq_quantizer.codebook import Codebook
 from mgvq_quantizer.gate import MatrixEvidence, Verdict, choose
 from mgvq_quantizer.gradients import TokenWeights, weights_of
+from mgvq_quantizer.ldl import without_dead_inputs
 from mgvq_quantizer.ordering import channel_order
 from mgvq_quantizer.recipe import QuantRecipe
 from mgvq_quantizer.solver import Problem, Solution, books_of, solve
@@ -193,7 +195,10 @@ class Stream:
             if moment is None:
                 moment = input_moment(name, module, runs, weights)
             evidence = None if witness is None else witness.about(name, module, runs, weights)
-            solution = self._solve(plan, moment, evidence)
+            try:
+                solution = self._solve(plan, moment, evidence)
+            except ArithmeticError as error:
+                raise CalibrationError(f"{name} cannot be rounded: {error}") from error
             self.work.save(name, solution)
         if witness is not None:
             facts = self.work.load_facts(f"gate.{name}")
@@ -234,7 +239,7 @@ class Stream:
         return module
 
     def _problem(self, plan: MatrixPlan, moment: Tensor) -> Problem:
-        weight = self._module(plan.name).weight
+        weight = without_dead_inputs(self._module(plan.name).weight, moment)
         order = None
         if plan.layout.has_permutation:
             generator = seeded(self.recipe.seed, f"order of {plan.name}")

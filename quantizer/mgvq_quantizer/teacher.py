@@ -69,9 +69,7 @@ def ask_teacher(
     for batch in batches:
         rows = graph(embed(graph, batch, features), batch.forward)[batch.answer_rows]  # [A, D]
         if not bool(torch.isfinite(rows).all()):
-            raise CalibrationError(
-                f"the unquantized model's activations are not finite on {batch.samples[0].where}"
-            )
+            raise CalibrationError(_blame(batch, rows, features))
         counts = [int(sample.is_answer.sum()) for sample in batch.samples]
         for sample, part in zip(batch.samples, torch.split(rows, counts), strict=True):
             hidden[id(sample)] = part
@@ -82,6 +80,19 @@ def ask_teacher(
     head = graph.model.embed_tokens.weight if tied else graph.lm_head.weight
     assert isinstance(head, Tensor)
     return Reference(hidden, head.clone()), moment
+
+
+def _blame(batch: TokenBatch, rows: Tensor, features: Features) -> str:
+    """Say which sample of a batch, or which of its pictures, drives the model beyond float32."""
+    counts = [int(sample.is_answer.sum()) for sample in batch.samples]
+    parts = zip(batch.samples, torch.split(rows, counts), strict=True)
+    sample = next(sample for sample, part in parts if not bool(torch.isfinite(part).all()))
+    seen = [bool(torch.isfinite(features[id(image)]).all()) for image in sample.images]
+    what = "activations" if all(seen) else f"vision tower's rows of picture {seen.index(False) + 1}"
+    return (
+        f"the unquantized model's {what} are not finite on {sample.where}: check the source with "
+        "mgvq-chat, or leave this conversation out"
+    )
 
 
 def divergence(reference: Tensor, student: Tensor) -> Tensor:

@@ -124,6 +124,7 @@ def test_a_changed_setting_or_source_is_refused_by_name(dense: Path, tmp_path: P
     with pytest.raises(ResumeError, match="source = 'a', this one has 'b'"):
         WorkFolder(tmp_path / "run", {**facts, "source": "b"})
     (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.tex").write_text("years of work")
     with pytest.raises(ResumeError, match="not an unfinished run"):
         WorkFolder(tmp_path / "other", facts)
 
