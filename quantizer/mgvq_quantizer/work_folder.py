@@ -2,15 +2,18 @@
 
 `OUTPUT.partial/` holds `run.json` (settings, source, calibration) and one safetensors file for each
 finished matrix, written whole or not at all. A run with other settings is refused by name: mixing
-two recipes in one checkpoint would go unnoticed.
+two recipes in one checkpoint would go unnoticed. Runs of one comparison share folders, each with
+the facts that decide what is in it.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +28,14 @@ from mgvq_runtime.errors import MgvqError
 
 class ResumeError(MgvqError, ValueError):
     """An unfinished run cannot be continued with what was asked now."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """Where a run keeps what it has finished, by stage."""
+
+    survey: WorkFolder
+    rounding: WorkFolder
 
 
 class WorkFolder:
@@ -125,6 +136,18 @@ class WorkFolder:
 
     def _file(self, name: str) -> Path:
         return self.path / f"{name}.safetensors"
+
+
+def shared_folder(parent: Path, facts: Mapping[str, Any]) -> WorkFolder:
+    """Open the folder of all runs that have these facts, or make it.
+
+    Args:
+        parent: where such folders lie.
+        facts: what decides the results that are kept there. JSON values.
+    """
+    text = json.dumps(dict(facts), sort_keys=True)
+    name = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+    return WorkFolder(parent / name, facts)
 
 
 def _nested(tensors: Any, layout: VQLayout, part: str) -> tuple[tuple[Tensor, ...], ...]:

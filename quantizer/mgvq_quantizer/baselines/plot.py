@@ -1,0 +1,126 @@
+"""A comparison as a picture (called by `cli`).
+
+A column for each amount of tuning. Above, KL against bits, both as measured, one curve a quantizer;
+below, what each change to MGVQ does to its KL.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mgvq_quantizer.baselines.ours import VARIANTS
+from mgvq_quantizer.baselines.rows import Row
+from mgvq_quantizer.baselines.tables import Line, lines_of
+from mgvq_runtime.errors import ConfigError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_WHOLE = VARIANTS["mgvq"].label
+
+
+def require_matplotlib() -> None:
+    """Find out before hours of work that the plot cannot be drawn.
+
+    Raises:
+        ConfigError: if matplotlib is not installed.
+    """
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise ConfigError("the plot needs matplotlib: pip install 'mgvq-runtime[bench]'") from error
+
+
+def plot(rows: Sequence[Row], file: Path) -> None:
+    """Draw a comparison.
+
+    Args:
+        rows: those without marks are left out.
+        file: the PNG to write.
+    """
+    from matplotlib.figure import Figure
+
+    lines = [line for line in lines_of(rows) if line.is_defined]
+    steps = sorted({line.tuning_steps for line in lines}) or [0]
+    changed = any(_is_ablation(line) for line in lines)
+    figure = Figure(figsize=(7.0 * len(steps), 9.6 if changed else 4.8), dpi=150)
+    figure.set_layout_engine("constrained")
+    panels = figure.subplots(1 + changed, len(steps), squeeze=False)
+    for column, number in enumerate(steps):
+        mine = [line for line in lines if line.tuning_steps == number]
+        title = f"tuned {number} steps" if number else "untuned"
+        _curves(panels[0, column], [line for line in mine if not _is_ablation(line)], title)
+        if changed:
+            _ablations(panels[1, column], mine, title)
+    figure.savefig(file)
+
+
+def _name(line: Line) -> str:
+    """The label without the tuning, which the panel's title says."""
+    return line.label.partition(", tuned ")[0]
+
+
+def _is_ablation(line: Line) -> bool:
+    """Whether this is MGVQ with something changed."""
+    return line.is_ours and _name(line).startswith(f"{_WHOLE}, ")
+
+
+def _curves(axes: Axes, lines: Sequence[Line], title: str) -> None:
+    curves: dict[str, list[Line]] = {}
+    for line in lines:
+        curves.setdefault(_name(line), []).append(line)
+    markers = itertools.cycle("osD^vPX<>h")
+    for name, curve in curves.items():
+        points = sorted(
+            (line.mean_and_spread("bits_per_weight")[0], *line.mean_and_spread("kl"))
+            for line in curve
+        )
+        bits, kl, spread = zip(*points, strict=True)
+        is_ours = curve[0].is_ours
+        axes.errorbar(
+            bits,
+            kl,
+            yerr=[s or 0.0 for s in spread],
+            label=name,
+            marker="*" if is_ours else next(markers),
+            markersize=12 if is_ours else 6,
+            color="black" if name == _WHOLE else None,
+            linewidth=1.2,
+            capsize=3,
+            zorder=3 if is_ours else 2,
+        )
+    axes.set_yscale("log")
+    axes.set_xlabel("bits a decoder weight, in full")
+    axes.set_ylabel("KL from the unquantized model, nats an answer token")
+    axes.set_title(title)
+    axes.grid(visible=True, which="both", alpha=0.25)
+    if curves:
+        axes.legend(fontsize=8)
+
+
+def _ablations(axes: Axes, lines: Sequence[Line], title: str) -> None:
+    """One row a change, one mark a rate: the change's KL as a multiple of the whole method's."""
+    whole = {line.target: line.kl for line in lines if _name(line) == _WHOLE and line.kl > 0}
+    changes = [line for line in lines if _is_ablation(line) and line.target in whole]
+    names = list(dict.fromkeys(_name(line).removeprefix(f"{_WHOLE}, ") for line in changes))
+    for marker, target in zip(itertools.cycle("osD^v"), sorted(whole), strict=False):
+        mine = [line for line in changes if line.target == target]
+        axes.errorbar(
+            [line.kl / whole[target] for line in mine],
+            [names.index(_name(line).removeprefix(f"{_WHOLE}, ")) for line in mine],
+            xerr=[(line.mean_and_spread("kl")[1] or 0.0) / whole[target] for line in mine],
+            fmt=marker,
+            label=f"{target:g} bits",
+            capsize=3,
+        )
+    axes.axvline(1.0, color="black", linewidth=1.2)
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    axes.set_xlabel(f"KL as a multiple of {_WHOLE}'s")
+    axes.set_title(f"{_WHOLE} with one change, {title}")
+    axes.grid(visible=True, axis="x", alpha=0.25)
+    if changes:
+        axes.legend(fontsize=8)
