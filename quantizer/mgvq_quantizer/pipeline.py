@@ -76,6 +76,9 @@ _COMPANIONS = (
 )
 """Files of the source that a checkpoint needs to be self-contained, as patterns."""
 
+SURVEYS, ROUNDED = "surveys", "rounded"
+"""What runs share, by folder."""
+
 
 @dataclass(frozen=True, eq=False)
 class _Rounded:
@@ -110,8 +113,8 @@ def quantize(
         calibration_data: see `calibration.load_conversations`.
         device: where to compute.
         show_progress: draw a progress bar on stderr.
-        shared: a folder where the survey and the rounded matrices are kept for other runs whose
-            settings leave them as they are; None keeps nothing.
+        shared: a folder where the survey (in `SURVEYS`) and the rounded matrices (in `ROUNDED`)
+            are kept for other runs whose settings leave them as they are; None keeps nothing.
 
     Returns:
         What was done; also written into the checkpoint as `quantization_report.json` and
@@ -162,7 +165,9 @@ def _shared_work(folder: Path, facts: Mapping[str, Any], recipe: QuantRecipe) ->
     rounding = {name: value for name, value in facts.items() if name not in TUNING_ONLY}
     measured = {name: value for name, value in rounding.items() if name not in ROUNDING_ONLY}
     measured |= {"rates": list(recipe.rates), "reference_rate": recipe.reference_rate}
-    return Work(shared_folder(folder, measured), shared_folder(folder, rounding))
+    return Work(
+        shared_folder(folder / SURVEYS, measured), shared_folder(folder / ROUNDED, rounding)
+    )
 
 
 def _open_source(model: Path, output: Path) -> Checkpoint:

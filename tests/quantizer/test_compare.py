@@ -110,7 +110,7 @@ def test_our_own_runs_under_the_baselines_conditions(
     assert tuned.marks is not None
     assert untuned.marks.kl != tuned.marks.kl
     assert untuned.bits_per_weight == tuned.bits_per_weight
-    assert not (tmp_path / "out" / "unfinished").exists()
+    assert [path.name for path in (tmp_path / "out" / "mgvq").iterdir()] == ["surveys"]
 
     recipe = QuantRecipe(
         bits=2.0,
@@ -152,6 +152,9 @@ def test_the_plot_has_a_panel_for_tuning_and_one_for_ablations(tmp_path: Path) -
     plot.plot(rows, tmp_path / "both.png")
     with Image.open(tmp_path / "both.png") as picture:
         assert picture.size == (2100, 1440)
+    best = tables.best_baseline(tables.lines_of(rows[:4]), 3.0, 0)
+    assert best is not None
+    assert best.target == 2.0, "nothing at 3 bits untuned: a lower rate counts"
     plot.plot([], tmp_path / "none.png")
     headings = [s for s in tables.markdown(rows).splitlines() if s.startswith("###")]
     assert headings[:2] == ["### 2 bits, untuned", "### 2 bits, tuned 9 steps"]

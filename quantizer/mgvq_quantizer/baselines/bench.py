@@ -26,7 +26,7 @@ from mgvq_quantizer.baselines.tuned import tune_decoder
 from mgvq_quantizer.batches import encode_pictures, length_batches, unique_pictures
 from mgvq_quantizer.dataset import read_data
 from mgvq_quantizer.evaluate import Examiner, Marks, bits_by_group, to_dense
-from mgvq_quantizer.pipeline import quantize
+from mgvq_quantizer.pipeline import ROUNDED, quantize
 from mgvq_quantizer.questions import find_questions
 from mgvq_quantizer.recipe import QuantRecipe
 from mgvq_quantizer.teacher import Reference, ask_teacher
@@ -63,8 +63,8 @@ class Bench:
 
         Args:
             model: a dense checkpoint folder.
-            scratch: folder for MGVQ checkpoints while they are examined, and for what their runs
-                share; made when it is needed.
+            scratch: folder for MGVQ checkpoints while they are examined and for what their runs
+                share, of which the surveys stay; made when it is needed.
             options: data and device.
             progress: told what happens, in words.
 
@@ -118,6 +118,7 @@ class Bench:
         if isinstance(method, Variant):
             for row in rows:
                 yield self._run_variant(method, row)
+            shutil.rmtree(self._scratch / ROUNDED, ignore_errors=True)
         else:
             yield from self._run_baseline(method, rows)
 
@@ -186,6 +187,7 @@ class Bench:
                 )
         except ConfigError as error:
             self._progress(f"{what}: not defined")
+            shutil.rmtree(folder.with_name(f"{folder.name}.partial"), ignore_errors=True)
             return dataclasses.replace(row, undefined=str(error))
         self._progress(f"{what}: asking questions")
         opened = open_checkpoint(folder)

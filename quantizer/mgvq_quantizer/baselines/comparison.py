@@ -8,7 +8,6 @@ rows: a later run with the same model, calibration and questions adds to them. `
 from __future__ import annotations
 
 import itertools
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -23,6 +22,8 @@ from mgvq_runtime.errors import CheckpointError, ConfigError
 
 CHECKPOINT = "MGVQ checkpoint"
 """The label of a checkpoint that was given none."""
+SCRATCH = "mgvq"
+"""The folder in the output where our own runs work and keep their surveys."""
 
 
 def compare(
@@ -57,8 +58,7 @@ def compare(
         ResumeError: if the folder belongs to a comparison of something else.
     """
     options = options or Options()
-    scratch = output / "unfinished"
-    bench = Bench(model, scratch, options, progress)
+    bench = Bench(model, output / SCRATCH, options, progress)
     comparison = Comparison(output, bench.facts)
     opened = [(label, open_checkpoint(path)) for label, path in checkpoints]
     ours = [(checkpoint, _checkpoint_row(label, checkpoint)) for label, checkpoint in opened]
@@ -71,7 +71,6 @@ def compare(
         missing = [row for row in rows if not comparison.has(row)]
         for row in bench.run(method, missing) if missing else ():
             comparison.add(row)
-    shutil.rmtree(scratch, ignore_errors=True)
     return comparison.rows
 
 
