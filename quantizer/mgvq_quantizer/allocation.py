@@ -10,6 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 from torch import nn
 
@@ -17,6 +18,7 @@ from mgvq_kernels.layout import RATE_STAGES, Band, Stage, VQLayout
 from mgvq_quantizer.recipe import QuantRecipe
 from mgvq_runtime.checkpoint.bits import group_of
 from mgvq_runtime.checkpoint.spec import MatrixSpec
+from mgvq_runtime.errors import ConfigError
 
 Bands = Sequence[tuple[int, int]]
 """Rate and width in channels of each band of a matrix, from left to right."""
@@ -56,8 +58,9 @@ def plan(
 ) -> dict[str, MatrixPlan]:
     """Lay out every matrix of a dense model.
 
-    A matrix whose width is no multiple of 8 stays dense. A matrix shares its tables with the same
-    matrix of other layers when tables of its own would cost more than the recipe allows.
+    A matrix whose width is no multiple of 8, or that the recipe keeps, stays dense. One shares its
+    tables with the same matrix of other layers when tables of its own would cost more than the
+    recipe allows.
 
     Args:
         model: a model of `mgvq_runtime.models`, dense.
@@ -66,8 +69,11 @@ def plan(
 
     Returns:
         The plans by module name, in the model's order.
+
+    Raises:
+        ConfigError: if a pattern of `recipe.keep` fits no matrix, or they leave none.
     """
-    shapes = matrix_shapes(model)
+    shapes = _unless_kept(matrix_shapes(model), recipe)
     siblings = Counter((kind_of(name), shape) for name, shape in shapes.items())
     plans = {}
     for name, (rows, columns) in shapes.items():
@@ -84,6 +90,15 @@ def matrix_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear | nn.Embedding) and module.weight.shape[1] % 8 == 0
     }
+
+
+def dense_weights(model: nn.Module, plans: Mapping[str, MatrixPlan]) -> int:
+    """Return how many weights the matrices hold that are not planned."""
+    return sum(
+        module.weight.numel()
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | nn.Embedding) and name not in plans
+    )
 
 
 def plan_matrix(
@@ -116,6 +131,26 @@ def sharing_groups(plans: Mapping[str, MatrixPlan]) -> dict[str, Sequence[Matrix
         if matrix.shared:
             groups.setdefault(matrix.label, []).append(matrix)
     return dict(groups)
+
+
+def _unless_kept(
+    shapes: Mapping[str, tuple[int, int]], recipe: QuantRecipe
+) -> dict[str, tuple[int, int]]:
+    """Leave out what `recipe.keep` names."""
+    left = dict(shapes)
+    for pattern in recipe.kept_patterns:
+        found = [name for name in shapes if fnmatchcase(name, pattern)]
+        if not found:
+            there = dict.fromkeys(re.sub(r"\.\d+(?=\.)", ".*", name) for name in shapes)
+            raise ConfigError(
+                f"keep holds {pattern!r}, which is no matrix of this model; there are "
+                f"{', '.join(there)}"
+            )
+        for name in found:
+            left.pop(name, None)
+    if not left:
+        raise ConfigError(f"keep = {recipe.keep!r} leaves no matrix to quantize")
+    return left
 
 
 def kind_of(name: str) -> str:

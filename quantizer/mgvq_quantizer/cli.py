@@ -75,7 +75,7 @@ def build_parser() -> argparse.ArgumentParser:
     docs = field_docs(QuantRecipe)
     for field in dataclasses.fields(QuantRecipe):
         flag = "--" + field.name.replace("_", "-")
-        shown = "" if field.default is None else f" (default: {field.default})"
+        shown = "" if field.default in (None, "") else f" (default: {field.default})"
         text = (docs[field.name].rstrip(".") + shown).replace("%", "%%")
         if isinstance(field.default, bool):
             group.add_argument(

@@ -10,7 +10,7 @@ the same tensors, interrupted or not.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 from mgvq_quantizer import questions, tuning
-from mgvq_quantizer.allocation import MatrixPlan, plan
+from mgvq_quantizer.allocation import MatrixPlan, dense_weights, plan
 from mgvq_quantizer.batches import (
     Features,
     TokenBatch,
@@ -45,17 +45,17 @@ from mgvq_quantizer.gradients import (
 )
 from mgvq_quantizer.precision import choose_bands
 from mgvq_quantizer.preflight import check_room, check_weights
-from mgvq_quantizer.recipe import QuantRecipe
+from mgvq_quantizer.recipe import ROUNDING_ONLY, TUNING_ONLY, QuantRecipe
 from mgvq_quantizer.report import Report, make_report
 from mgvq_quantizer.report_page import report_page
 from mgvq_quantizer.sensitivity import Sensitivity
 from mgvq_quantizer.solver import Solution
 from mgvq_quantizer.statistics import record_calls
 from mgvq_quantizer.stream import Stream, seeded
-from mgvq_quantizer.survey import Evidence, survey
+from mgvq_quantizer.survey import Evidence, kept_survey, survey
 from mgvq_quantizer.teacher import Reference, ask_teacher, divergence_with
 from mgvq_quantizer.witness import Testimony
-from mgvq_quantizer.work_folder import WorkFolder
+from mgvq_quantizer.work_folder import Work, WorkFolder, shared_folder
 from mgvq_runtime import __version__
 from mgvq_runtime.checkpoint.bits import group_of
 from mgvq_runtime.checkpoint.files import fingerprint_folder
@@ -84,6 +84,9 @@ _COMPANIONS = (
 )
 """Files of the source that a checkpoint needs to be self-contained, as patterns."""
 
+SURVEYS, ROUNDED = "surveys", "rounded"
+"""What runs share, by folder."""
+
 
 @dataclass(frozen=True, eq=False)
 class _Rounded:
@@ -107,6 +110,7 @@ def quantize(
     calibration_data: Path | None = None,
     device: str = "cpu",
     show_progress: bool = True,
+    shared: Path | None = None,
 ) -> Report:
     """Quantize a checkpoint folder.
 
@@ -117,6 +121,8 @@ def quantize(
         calibration_data: see `calibration.load_conversations`.
         device: where to compute.
         show_progress: draw a progress bar on stderr.
+        shared: a folder where the survey (in `SURVEYS`) and the rounded matrices (in `ROUNDED`)
+            are kept for other runs whose settings leave them as they are; None keeps nothing.
 
     Returns:
         What was done; also written into the checkpoint as `quantization_report.json` and
@@ -133,7 +139,7 @@ def quantize(
     source = _open_source(model, output)
     graph = fill_model(source, device)
     unfinished = output.with_name(output.name + ".partial")
-    check_weights(graph, recipe)
+    check_weights(graph, recipe)  # first of all: what of the model is quantized may be refused too
     check_room(graph, recipe, output, unfinished)
     data = read_data(model, graph, recipe, calibration_data)
     facts = {
@@ -142,8 +148,9 @@ def quantize(
         "calibration": data.fingerprint,
         "tool_version": __version__,
     }
-    work = WorkFolder(unfinished, facts)
-    with work, tqdm(unit="matrix", disable=not show_progress) as bar, torch.no_grad():
+    own = WorkFolder(unfinished, facts)
+    work = Work(own, own) if shared is None else _shared_work(shared, facts, recipe)
+    with own, tqdm(unit="matrix", disable=not show_progress) as bar, torch.no_grad():
         remove_leftovers(output)
         done = _round(graph, recipe, work, data, bar)
         with torch.enable_grad():
@@ -159,11 +166,22 @@ def quantize(
             )
         seconds = time.monotonic() - started
         said = done.sensitivities, done.verdicts
-        facts = _facts(data)
-        report = make_report(done.plans, done.solutions, tuned, recipe, facts, seconds, *said)
+        heard = _facts(data)
+        report = make_report(done.plans, done.solutions, tuned, recipe, heard, seconds, *said)
+        report = report.with_kept(dense_weights(graph, done.plans))
         _write(output, source, graph, done, tuned, recipe, report)
-        work.remove()
+        own.remove()
     return report
+
+
+def _shared_work(folder: Path, facts: Mapping[str, Any], recipe: QuantRecipe) -> Work:
+    """Open the folders of each stage, by the facts that decide it."""
+    rounding = {name: value for name, value in facts.items() if name not in TUNING_ONLY}
+    measured = {name: value for name, value in rounding.items() if name not in ROUNDING_ONLY}
+    measured |= {"rates": list(recipe.rates), "reference_rate": recipe.reference_rate}
+    return Work(
+        shared_folder(folder / SURVEYS, measured), shared_folder(folder / ROUNDED, rounding)
+    )
 
 
 def _open_source(model: Path, output: Path) -> Checkpoint:
@@ -177,9 +195,7 @@ def _open_source(model: Path, output: Path) -> Checkpoint:
     return source
 
 
-def _round(
-    graph: CausalLM, recipe: QuantRecipe, work: WorkFolder, data: Data, bar: Any
-) -> _Rounded:
+def _round(graph: CausalLM, recipe: QuantRecipe, work: Work, data: Data, bar: Any) -> _Rounded:
     """Ask the dense model, plan, then round every matrix; return what tuning needs."""
 
     def done(name: str, solution: Solution) -> None:
@@ -196,9 +212,9 @@ def _round(
         )
     features = encode_pictures(graph, unique_pictures(data.all), device)
     reference, head_moment = ask_teacher(graph, length_batches(data.all, device), features)
-    plans, weights, found = _plan(graph, recipe, work, data, features, reference, bar)
+    plans, weights, found = _plan(graph, recipe, work.survey, data, features, reference, bar)
     train = length_batches(data.train, device)
-    stream = Stream(graph, plans, recipe, work, done, weights)
+    stream = Stream(graph, plans, recipe, work.rounding, done, weights)
     step = max(1.0, len(pictures) / recipe.max_pictures)
     shown = [pictures[int(i * step)] for i in range(min(len(pictures), recipe.max_pictures))]
     stream.share_books(list(picture_batches(shown)), train, features, device)
@@ -208,7 +224,7 @@ def _round(
     for name, parameter in graph.named_parameters():
         if name.rpartition(".")[0] not in plans or not name.endswith(".weight"):
             parameter.copy_(parameter.half())
-    if graph.visual is not None:
+    if any(name.startswith("visual.") for name in plans):
         stream.vision(list(picture_batches(shown)), device)
     features = encode_pictures(graph, unique_pictures(data.all), device)
     stream.embedding(head_moment)
@@ -232,17 +248,18 @@ def _plan(
     """Lay out every matrix, by sensitivity where the recipe says so; weigh the tokens."""
     plans = plan(graph, recipe)
     names = [name for name in plans if group_of(name) == "decoder"]
-    mixed = recipe.allocation != "uniform"
+    mixed = recipe.allocation != "uniform" and bool(names)
     bar.reset(total=len(plans) + len(names) * mixed)
-    if not mixed and not recipe.guided:
-        return plans, {}, []
+    found = kept_survey(names, work) if mixed else []
+    if found is not None and not recipe.guided:
+        bar.update(len(found))
+        return plan(graph, recipe, choose_bands(found, plans, recipe) if mixed else None), {}, found
     bar.set_description("gradients")
     device = reference.head.device
     gradients = _gradients(graph, names, recipe, work, data, features, device)
     token = graph.config.image_token_id
     weights = {name: token_weights(gradients[name], data.train, token) for name in names}
-    found: list[Sensitivity] = []
-    if mixed:
+    if found is None:
         train = length_batches(data.train, device)
         asked = length_batches([*data.heldout, *data.train[: 2 * len(data.heldout)]], device)
         alone = partial(divergence_with, graph, asked, features, reference)
@@ -253,6 +270,7 @@ def _plan(
             bar.set_description(f"sensitivity of {name}")
 
         found = survey(graph, names, evidence, recipe, work, done)
+    if mixed:
         plans = plan(graph, recipe, choose_bands(found, plans, recipe))
     return plans, weights if recipe.guided else {}, found
 

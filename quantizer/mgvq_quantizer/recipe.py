@@ -42,6 +42,30 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
 """Settings of the presets that differ from the defaults."""
 
 
+TUNING_ONLY = ("tuning_steps", "picture_swaps", "codebook_lr", "scale_lr")
+"""Settings that leave the rounded matrices as they are."""
+ROUNDING_ONLY = (
+    "bits",  # it decides `rates` and `reference_rate`
+    "allocation",
+    "guided",
+    "two_sided",
+    "gradient_shift",
+    "mismatch",
+    "output_shrink",
+    "shift_threshold",
+    "shift_radius",
+    "vision_bits",
+    "embedding_bits",
+    "keep",
+    "max_pictures",
+    "refit_rounds",
+    "descent_sweeps",
+    "max_codebook_overhead",
+    "permute",
+)
+"""Settings that leave the survey as it is."""
+
+
 @dataclass(frozen=True)
 class QuantRecipe:
     """Settings of a run; every one of them changes the result, so a resumed run needs the same.
@@ -79,6 +103,9 @@ class QuantRecipe:
     """Bits a weight of the vision tower and the merger."""
     embedding_bits: int = 4
     """Bits a weight of the token embedding and the output head."""
+    keep: str = ""
+    """Matrices to leave unquantized, in float16: patterns of module names such as visual.* with
+    commas between; bits is about those that are quantized."""
     seed: int = 0
     """Seed of codebooks, permutations and tuning batches."""
     max_samples: int = 512
@@ -144,6 +171,11 @@ class QuantRecipe:
     def to_json(self) -> dict[str, Any]:
         """Return the settings by name."""
         return dataclasses.asdict(self)
+
+    @property
+    def kept_patterns(self) -> tuple[str, ...]:
+        """The patterns of `keep`."""
+        return tuple(part for text in self.keep.split(",") if (part := text.strip()))
 
     @property
     def gated(self) -> bool:

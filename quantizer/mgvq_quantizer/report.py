@@ -23,6 +23,10 @@ from mgvq_quantizer.solver import Solution
 from mgvq_quantizer.tuning import Tuned
 from mgvq_runtime.checkpoint.bits import TOTAL, count_bits, group_of
 
+KEPT, WITH_KEPT = "kept dense", "with kept"
+"""Groups of a report with matrices that stay unquantized: those alone, and all matrices."""
+_DENSE_BITS = 16
+
 
 @dataclass(frozen=True)
 class GroupReport:
@@ -31,8 +35,8 @@ class GroupReport:
     weights: int
     bits_per_weight: float
     """In full."""
-    error: float
-    """Mean over the matrices, before tuning."""
+    error: float | None
+    """Mean over the matrices, before tuning; None where some are not quantized."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,22 @@ class Report:
     """Of the last part of the run, where it was resumed."""
     peak_memory_bytes: int
 
+    def with_kept(self, weights: int) -> Report:
+        """Return the report with so many weights of matrices counted that stay float16."""
+        if not weights:
+            return self
+        total = self.groups[TOTAL]
+        bits = total.bits_per_weight * total.weights + _DENSE_BITS * weights
+        everything = total.weights + weights
+        return replace(
+            self,
+            groups={
+                **self.groups,
+                KEPT: GroupReport(weights, _DENSE_BITS, None),
+                WITH_KEPT: GroupReport(everything, bits / everything, None),
+            },
+        )
+
     def to_bytes(self) -> bytes:
         """Return the report as JSON."""
         return (json.dumps(asdict(self), indent=1) + "\n").encode()
@@ -83,7 +103,7 @@ class Report:
         """Return the report as lines to read."""
         lines = [f"{'group':<12}{'weights':>12}{'bits/weight':>13}{'output error':>14}"]
         for name, group in self.groups.items():
-            error = f"{group.error:14.5f}" if name != TOTAL else ""
+            error = "" if name == TOTAL or group.error is None else f"{group.error:14.5f}"
             lines.append(f"{name:<12}{group.weights:>12,}{group.bits_per_weight:>13.3f}{error}")
         lines.append(
             f"KL to the original on held-out conversations: {self.kl:.4f} nats an answer token "

@@ -99,6 +99,8 @@ class Stream:
         looking: list[Run] = [partial(encode_batch, self.model, part, device) for part in pictures]
         reading: list[Run] = [*decoder_runs(self.model, batches, features)]
         for label, group in groups.items():
+            if all(self.work.holds(matrix.name) for matrix in group):
+                continue
             modules = {matrix.name: self._module(matrix.name) for matrix in group}
             weights = {name: w for name in modules if (w := self._weights(name, batches))}
             runs = looking if group[0].name.startswith("visual.") else reading

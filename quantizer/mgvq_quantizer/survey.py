@@ -37,6 +37,12 @@ class Evidence:
     """The model's divergence when one matrix has other values."""
 
 
+def kept_survey(names: Sequence[str], work: WorkFolder) -> list[Sensitivity] | None:
+    """Return the finished survey of all matrices, or None if one is missing."""
+    facts = [work.load_facts(f"sensitivity.{name}") for name in names]
+    return None if None in facts else [_from_json(kept) for kept in facts if kept is not None]
+
+
 def survey(
     model: CausalLM,
     names: Sequence[str],

@@ -2,16 +2,19 @@
 
 `OUTPUT.partial/` holds `run.json` (settings, source, calibration) and one safetensors file for each
 finished matrix, written whole or not at all. A run with other settings is refused by name: mixing
-two recipes in one checkpoint would go unnoticed. So is a second process at work in the folder.
+two recipes in one checkpoint would go unnoticed. So is a second process at work in the folder. Runs
+of one comparison share folders, each with the facts that decide what is in it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -31,6 +34,14 @@ _OURS = {_RUN, _LOCK, "run.tmp"}
 
 class ResumeError(MgvqError, ValueError):
     """An unfinished run cannot be continued with what was asked now."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """Where a run keeps what it has finished, by stage."""
+
+    survey: WorkFolder
+    rounding: WorkFolder
 
 
 class WorkFolder:
@@ -207,6 +218,18 @@ class WorkFolder:
                 temporary.unlink(missing_ok=True)
             kept = f"what is finished stays in {self.path}"
             raise unwritable(path, error, len(data), kept) from error
+
+
+def shared_folder(parent: Path, facts: Mapping[str, Any]) -> WorkFolder:
+    """Open the folder of all runs that have these facts, or make it.
+
+    Args:
+        parent: where such folders lie.
+        facts: what decides the results that are kept there. JSON values.
+    """
+    text = json.dumps(dict(facts), sort_keys=True)
+    name = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+    return WorkFolder(parent / name, facts)
 
 
 def _nested(

@@ -11,7 +11,13 @@ from torch import nn
 
 from mgvq_quantizer.allocation import kind_of, plan, sharing_groups
 from mgvq_quantizer.cli import build_parser, recipe_from_arguments
-from mgvq_quantizer.recipe import PRESETS, QuantRecipe, make_recipe
+from mgvq_quantizer.recipe import (
+    PRESETS,
+    ROUNDING_ONLY,
+    TUNING_ONLY,
+    QuantRecipe,
+    make_recipe,
+)
 from mgvq_runtime.checkpoint.bits import count_bits
 from mgvq_runtime.errors import ConfigError
 
@@ -138,6 +144,10 @@ def test_bands_get_rates_around_the_target(
     recipe = QuantRecipe(bits=bits)
     assert recipe.rates == rates
     assert recipe.reference_rate == reference
+
+
+def test_settings_of_later_stages_are_settings() -> None:
+    assert {*TUNING_ONLY, *ROUNDING_ONLY} <= {f.name for f in dataclasses.fields(QuantRecipe)}
 
 
 def test_values_out_of_range_name_their_field() -> None:
