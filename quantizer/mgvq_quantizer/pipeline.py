@@ -33,6 +33,7 @@ from mgvq_quantizer.batches import (
     unique_pictures,
 )
 from mgvq_quantizer.calibration import CalibrationError, Sample
+from mgvq_quantizer.channel_classes import channels_of
 from mgvq_quantizer.dataset import Data, read_data
 from mgvq_quantizer.gate import Verdict
 from mgvq_quantizer.gradients import TokenWeights, squared_gradients, token_weights
@@ -216,7 +217,7 @@ def _plan(
     names = [name for name in plans if group_of(name) == "decoder"]
     mixed = recipe.allocation != "uniform"
     bar.reset(total=len(plans) + len(names) * mixed)
-    if not mixed and not recipe.guided:
+    if not (mixed or recipe.guided or recipe.channel_classes):
         return plans, {}, []
     bar.set_description("gradients")
     device = reference.head.device
@@ -229,9 +230,13 @@ def _plan(
     )
     token = graph.config.image_token_id
     weights = {name: token_weights(gradients[name], data.train, token) for name in names}
+    train = length_batches(data.train, device)
+    channels = None
+    if recipe.channel_classes:
+        channels = channels_of(graph, names, train, features, weights, recipe)
+        plans = plan(graph, recipe, channels=channels)
     found: list[Sensitivity] = []
     if mixed:
-        train = length_batches(data.train, device)
         asked = length_batches([*data.heldout, *data.train[: 2 * len(data.heldout)]], device)
         alone = partial(divergence_with, graph, asked, features, reference)
         evidence = Evidence(train, features, gradients, weights, alone)
@@ -241,7 +246,8 @@ def _plan(
             bar.set_description(f"sensitivity of {name}")
 
         found = survey(graph, names, evidence, recipe, work, done)
-        plans = plan(graph, recipe, choose_bands(found, plans, recipe))
+        bands = choose_bands(found, plans, recipe, channels)
+        plans = plan(graph, recipe, bands, channels)
     return plans, weights if recipe.guided else {}, found
 
 
