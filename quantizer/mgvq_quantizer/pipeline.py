@@ -33,6 +33,7 @@ from mgvq_quantizer.batches import (
     unique_pictures,
 )
 from mgvq_quantizer.calibration import CalibrationError, Sample
+from mgvq_quantizer.channel_classes import channels_of
 from mgvq_quantizer.dataset import Data, read_data
 from mgvq_quantizer.gate import Verdict
 from mgvq_quantizer.gradients import (
@@ -251,7 +252,7 @@ def _plan(
     mixed = recipe.allocation != "uniform" and bool(names)
     bar.reset(total=len(plans) + len(names) * mixed)
     found = kept_survey(names, work) if mixed else []
-    if found is not None and not recipe.guided:
+    if found is not None and not recipe.guided and not recipe.channel_classes:
         bar.update(len(found))
         return plan(graph, recipe, choose_bands(found, plans, recipe) if mixed else None), {}, found
     bar.set_description("gradients")
@@ -259,8 +260,12 @@ def _plan(
     gradients = _gradients(graph, names, recipe, work, data, features, device)
     token = graph.config.image_token_id
     weights = {name: token_weights(gradients[name], data.train, token) for name in names}
+    train = length_batches(data.train, device)
+    channels = None
+    if recipe.channel_classes:
+        channels = channels_of(graph, names, train, features, weights, recipe)
+        plans = plan(graph, recipe, channels=channels)
     if found is None:
-        train = length_batches(data.train, device)
         asked = length_batches([*data.heldout, *data.train[: 2 * len(data.heldout)]], device)
         alone = partial(divergence_with, graph, asked, features, reference)
         evidence = Evidence(train, features, gradients, weights, alone)
@@ -271,7 +276,8 @@ def _plan(
 
         found = survey(graph, names, evidence, recipe, work, done)
     if mixed:
-        plans = plan(graph, recipe, choose_bands(found, plans, recipe))
+        bands = choose_bands(found, plans, recipe, channels)
+        plans = plan(graph, recipe, bands, channels)
     return plans, weights if recipe.guided else {}, found
 
 

@@ -31,6 +31,7 @@ _LEAST = {
     "tuning_steps": 0,
     "shift_threshold": 0,
     "shift_radius": 0,
+    "class_threshold": 0,
 }
 
 
@@ -54,6 +55,8 @@ ROUNDING_ONLY = (
     "output_shrink",
     "shift_threshold",
     "shift_radius",
+    "channel_classes",
+    "class_threshold",
     "vision_bits",
     "embedding_bits",
     "keep",
@@ -127,6 +130,11 @@ class QuantRecipe:
     """Coordinate descent passes over the codes after each assignment."""
     max_codebook_overhead: float = 0.05
     """Bits a weight a matrix may spend on tables of its own; above it they are shared by kind."""
+    channel_classes: bool = False
+    """Give decoder channels that pictures feed, text feeds or both their own bands and tables."""
+    class_threshold: float = 1.0
+    """Least log ratio of the pictures' energy to the text's, or the reverse, that makes a channel
+    visual or textual."""
     permute: bool = True
     """Order input channels by sensitivity, sorted or interleaved, and store the order."""
     tuning_steps: int = 200
@@ -153,8 +161,11 @@ class QuantRecipe:
                 raise ConfigError(
                     f"{name} must be one of {', '.join(map(str, RATES))}, got {getattr(self, name)}"
                 )
-        if self.allocation != "uniform" and not self.permute:
-            raise ConfigError("bands of several rates need permute; or choose allocation uniform")
+        if not self.permute and (self.allocation != "uniform" or self.channel_classes):
+            raise ConfigError(
+                "bands of several rates need permute, and so do channel_classes: choose allocation "
+                "uniform without them, or permute"
+            )
         for name in ("global_share", "mismatch"):
             value = getattr(self, name)
             if not 0.0 <= value <= 1.0:

@@ -59,6 +59,8 @@ class MatrixReport:
     """`Sensitivity.picture_share`, by run of channels."""
     gate: Verdict | None = None
     """Which rounding was kept; None where there was only one."""
+    classes: tuple[str, ...] = ()
+    """Of each band: visual, textual or shared; empty where none were told apart."""
 
 
 @dataclass(frozen=True)
@@ -170,6 +172,7 @@ def _matrix_report(
         plan.shared,
         solution.error_nearest,
         solution.error,
+        classes=plan.classes if recipe.channel_classes and group_of(plan.name) == "decoder" else (),
     )
     if measured is None:
         return matrix

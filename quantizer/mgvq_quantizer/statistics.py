@@ -132,6 +132,35 @@ def input_moments(
     return {name: moment.mean() for name, moment in moments.items()}
 
 
+def input_energies(
+    modules: Mapping[str, nn.Module],
+    runs: Iterable[Run],
+    weights: Mapping[str, Sequence[Tensor]],
+) -> dict[str, Tensor]:
+    """Return the sums of `x^2` of every channel of several modules, weighted in several ways.
+
+    Args:
+        modules: by name; the first positional argument of each is `[..., I]`.
+        runs: whole forwards.
+        weights: `[K, T]` a run: how much each row counts, in `K` ways.
+
+    Returns:
+        `[K, I]` float64 by name.
+    """
+    totals: dict[str, list[Tensor]] = {name: [] for name in modules}
+
+    def adder(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def add(_: nn.Module, args: tuple[Any, ...]) -> None:
+            squares = args[0].reshape(-1, args[0].shape[-1]).float().square()  # [T, I]
+            weight = weights[name][len(totals[name])].to(squares)  # [K, T]
+            totals[name].append((weight @ squares).double())
+
+        return add
+
+    _run_with_hooks({module: adder(name) for name, module in modules.items()}, runs)
+    return {name: torch.stack(parts).sum(0) for name, parts in totals.items()}
+
+
 def cross_moment(
     seen: tuple[nn.Module, Sequence[Run]],
     original: tuple[nn.Module, Sequence[Run]],

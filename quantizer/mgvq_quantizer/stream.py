@@ -245,7 +245,9 @@ class Stream:
         order = None
         if plan.layout.has_permutation:
             generator = seeded(self.recipe.seed, f"order of {plan.name}")
-            order = channel_order(weight, moment, plan.layout, self.recipe, generator)
+            order = channel_order(
+                weight, moment, plan.layout, self.recipe, generator, plan.channels
+            )
         return Problem(weight, moment, order, plan.layout, plan.tables)
 
 
