@@ -29,6 +29,7 @@ _LEAST = {
     "descent_sweeps": 0,
     "picture_swaps": 0,
     "tuning_steps": 0,
+    "block_steps": 0,
     "shift_threshold": 0,
     "shift_radius": 0,
 }
@@ -102,6 +103,11 @@ class QuantRecipe:
     """Bits a weight a matrix may spend on tables of its own; above it they are shared by kind."""
     permute: bool = True
     """Order input channels by sensitivity, sorted or interleaved, and store the order."""
+    bias_correction: bool = True
+    """Put the mean output error of a rounded layer into the bias, where the layer has one."""
+    block_steps: int = 0
+    """Steps of tuning for each decoder block against the unquantized one, right after it is
+    rounded; 0 switches it off."""
     tuning_steps: int = 200
     """Steps of end-to-end tuning against the unquantized model; 0 switches it off."""
     picture_swaps: int = 4

@@ -1,8 +1,8 @@
 """The state of an unfinished run, beside its output (called by `pipeline`).
 
 `OUTPUT.partial/` holds `run.json` (settings, source, calibration) and one safetensors file for each
-finished matrix, written whole or not at all. A run with other settings is refused by name: mixing
-two recipes in one checkpoint would go unnoticed.
+finished matrix and each tuned block, written whole or not at all. A run with other settings is
+refused by name: mixing two recipes in one checkpoint would go unnoticed.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mgvq_kernels.layout import VQLayout, VQWeight
@@ -71,7 +71,8 @@ class WorkFolder:
                     tensors.get_tensor("permutation") if layout.has_permutation else None,
                 )
                 errors = tensors.metadata()
-            return Solution(weight, float(errors["error_nearest"]), float(errors["error"]))
+                bias = tensors.get_tensor("bias") if "bias" in tensors.keys() else None
+            return Solution(weight, float(errors["error_nearest"]), float(errors["error"]), bias)
         except (SafetensorError, ValueError, KeyError, TypeError) as error:
             raise ResumeError(
                 f"{file} is damaged ({error}): delete it to quantize {name} again"
@@ -88,15 +89,29 @@ class WorkFolder:
                 tensors[f"codebook_scale.{b}.{s}"] = weight.codebook_scales[b][s]
         if weight.permutation is not None:
             tensors["permutation"] = weight.permutation
+        if solution.bias is not None:
+            tensors["bias"] = solution.bias
         errors = {"error_nearest": repr(solution.error_nearest), "error": repr(solution.error)}
-        file = self._file(name)
-        temporary = file.with_suffix(".tmp")
-        save_file(
-            {key: value.detach().cpu().contiguous() for key, value in tensors.items()},
-            temporary,
-            metadata=errors,
-        )
-        os.replace(temporary, file)
+        self._save(name, tensors, errors)
+
+    def load_tensors(self, name: str) -> dict[str, Tensor] | None:
+        """Return what `save_tensors` kept under a name, or None.
+
+        Raises:
+            ResumeError: if the file is damaged.
+        """
+        if not self.holds(name):
+            return None
+        try:
+            return load_file(self._file(name))
+        except (SafetensorError, ValueError) as error:
+            raise ResumeError(
+                f"{self._file(name)} is damaged ({error}): delete it to do it again"
+            ) from error
+
+    def save_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Write tensors, whole or not at all."""
+        self._save(name, tensors)
 
     def load_facts(self, name: str) -> dict[str, Any] | None:
         """Return what `save_facts` kept under a name, or None.
@@ -122,6 +137,15 @@ class WorkFolder:
     def remove(self) -> None:
         """Delete the folder: the checkpoint has been written."""
         shutil.rmtree(self.path)
+
+    def _save(
+        self, name: str, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None
+    ) -> None:
+        file = self._file(name)
+        temporary = file.with_suffix(".tmp")
+        on_host = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+        save_file(on_host, temporary, metadata=metadata)
+        os.replace(temporary, file)
 
     def _file(self, name: str) -> Path:
         return self.path / f"{name}.safetensors"
