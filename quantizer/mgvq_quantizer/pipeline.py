@@ -2,16 +2,16 @@
 
 The order: read data, ask the dense model, measure what each matrix is sensitive to (`survey`) and
 spend the bits (`precision`), quantize vision tower, embedding and decoder in the order in which
-data flows (`stream`), tune end to end (`tuning`), write. Finished matrices are kept in
-`OUTPUT.partial/`, so an interrupted run goes on where it was; the same recipe, source and data give
-the same tensors, interrupted or not.
+data flows (`stream`), its blocks tuned one by one (`block_tuning`), tune end to end (`tuning`),
+write. Finished matrices and blocks are kept in `OUTPUT.partial/`, so an interrupted run goes on
+where it was; the same recipe, source and data give the same tensors, interrupted or not.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from mgvq_quantizer.batches import (
     split_batches,
     unique_pictures,
 )
+from mgvq_quantizer.block_tuning import BlockData, BlockTuned, BlockTuner, decoder_states
 from mgvq_quantizer.calibration import CalibrationError, Sample
 from mgvq_quantizer.channel_classes import channels_of
 from mgvq_quantizer.dataset import Data, read_data
@@ -102,6 +103,8 @@ class _Rounded:
     """Empty where the allocation is uniform."""
     verdicts: dict[str, Verdict]
     """Empty where every matrix is rounded in one way."""
+    blocks: dict[str, BlockTuned]
+    """Empty where blocks are left as rounded."""
 
 
 def quantize(
@@ -169,7 +172,8 @@ def quantize(
         said = done.sensitivities, done.verdicts
         heard = _facts(data)
         report = make_report(done.plans, done.solutions, tuned, recipe, heard, seconds, *said)
-        report = report.with_kept(dense_weights(graph, done.plans))
+        kept = dense_weights(graph, done.plans)
+        report = replace(report.with_kept(kept), blocks=done.blocks)
         _write(output, source, graph, done, tuned, recipe, report)
         own.remove()
     return report
@@ -222,6 +226,9 @@ def _round(graph: CausalLM, recipe: QuantRecipe, work: Work, data: Data, bar: An
     entered = None
     if recipe.mismatch:
         entered = record_calls(graph.model.layers[0], decoder_runs(graph, train, features))
+    originals = None
+    if recipe.block_steps:
+        originals = decoder_states(graph, [*data.train, *data.heldout], features)
     for name, parameter in graph.named_parameters():
         if name.rpartition(".")[0] not in plans or not name.endswith(".weight"):
             parameter.copy_(parameter.half())
@@ -233,8 +240,13 @@ def _round(graph: CausalLM, recipe: QuantRecipe, work: Work, data: Data, bar: An
     if recipe.gated:
         asked = [_backward_batches(part, recipe, device) for part in (data.train, data.heldout)]
         testimony = Testimony(asked[0], asked[1], features, reference, entered)
-    stream.decoder(train, features, testimony)
-    return _Rounded(plans, stream.solutions, features, reference, found, stream.verdicts)
+    tuner = None
+    if originals is not None:
+        blocks = BlockData(data.train, data.heldout, features, originals)
+        tuner = BlockTuner(graph, plans, blocks, recipe, work.rounding, bar.set_description)
+    stream.decoder(train, features, testimony, tuner)
+    did = stream.verdicts, stream.tuned_blocks
+    return _Rounded(plans, stream.solutions, features, reference, found, *did)
 
 
 def _plan(

@@ -29,6 +29,7 @@ _LEAST = {
     "descent_sweeps": 0,
     "picture_swaps": 0,
     "tuning_steps": 0,
+    "block_steps": 0,
     "shift_threshold": 0,
     "shift_radius": 0,
     "class_threshold": 0,
@@ -43,7 +44,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
 """Settings of the presets that differ from the defaults."""
 
 
-TUNING_ONLY = ("tuning_steps", "picture_swaps", "codebook_lr", "scale_lr")
+TUNING_ONLY = ("tuning_steps", "picture_swaps")
 """Settings that leave the rounded matrices as they are."""
 ROUNDING_ONLY = (
     "bits",  # it decides `rates` and `reference_rate`
@@ -65,6 +66,10 @@ ROUNDING_ONLY = (
     "descent_sweeps",
     "max_codebook_overhead",
     "permute",
+    "bias_correction",
+    "block_steps",
+    "codebook_lr",
+    "scale_lr",
 )
 """Settings that leave the survey as it is."""
 
@@ -137,6 +142,11 @@ class QuantRecipe:
     visual or textual."""
     permute: bool = True
     """Order input channels by sensitivity, sorted or interleaved, and store the order."""
+    bias_correction: bool = True
+    """Put the mean output error of a rounded layer into the bias, where the layer has one."""
+    block_steps: int = 0
+    """Steps of tuning for each decoder block against the unquantized one, right after it is
+    rounded; 0 switches it off."""
     tuning_steps: int = 200
     """Steps of end-to-end tuning against the unquantized model; 0 switches it off."""
     picture_swaps: int = 4

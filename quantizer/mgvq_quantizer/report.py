@@ -12,10 +12,11 @@ import json
 import resource
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from mgvq_quantizer.allocation import MatrixPlan
+from mgvq_quantizer.block_tuning import BlockTuned
 from mgvq_quantizer.gate import Verdict
 from mgvq_quantizer.recipe import QuantRecipe
 from mgvq_quantizer.sensitivity import Sensitivity
@@ -80,6 +81,8 @@ class Report:
     seconds: float
     """Of the last part of the run, where it was resumed."""
     peak_memory_bytes: int
+    blocks: Mapping[str, BlockTuned] = field(default_factory=dict)
+    """What tuning did to each block, by name; empty where they are left as rounded."""
 
     def with_kept(self, weights: int) -> Report:
         """Return the report with so many weights of matrices counted that stay float16."""

@@ -88,6 +88,8 @@ class Solution:
     """`tr(E A E^T) / tr(W A W^T)` of plain nearest codewords with the starting codebook."""
     error: float
     """The same of what is stored."""
+    bias: Tensor | None = None
+    """`[O]` float32, every value a float16: the bias that goes with it, where that changed."""
 
 
 @dataclass(eq=False)

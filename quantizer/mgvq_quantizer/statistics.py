@@ -117,6 +117,32 @@ def input_moment(
     return moment.mean()
 
 
+def input_mean(
+    name: str, module: nn.Module, runs: Iterable[Run], weights: Sequence[Tensor] | None = None
+) -> Tensor:
+    """Return the mean over all rows that enter a module; see `input_moment`.
+
+    Returns:
+        `[I]` float64.
+    """
+    total, count, run = torch.zeros((), dtype=torch.float64), 0.0, 0
+
+    def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+        nonlocal total, count, run
+        x = args[0].reshape(-1, args[0].shape[-1])  # [T, I]
+        weight = torch.ones(len(x)) if weights is None else weights[run]
+        weight = weight.to(x.device).double()
+        total = total.to(x.device) + weight @ x.double()
+        count += float(weight.sum())
+        run += 1
+        raise _Seen
+
+    _run_with_hooks({module: hook}, runs)
+    if not count:
+        raise CalibrationError(f"the calibration data never reaches {name}")
+    return total / count
+
+
 def input_moments(
     modules: Mapping[str, nn.Module],
     runs: Iterable[Run],

@@ -4,14 +4,15 @@ Called by `pipeline`. Activations are kept in front of one block at a time; ever
 sees its inputs through the already quantized linears of the same block. After a matrix is done its
 dense weight is replaced by the decoded one, so that model, calibration and checkpoint agree.
 Matrices of the decoder may be rounded in several ways, of which `gate` keeps one.
-Not here: data, files, tuning.
+A decoder block may be tuned (`block_tuning`) before the next one sees what it makes.
+Not here: data, files, end-to-end tuning.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 
 import torch
@@ -20,6 +21,8 @@ from torch import Tensor, nn
 from mgvq_kernels import ops
 from mgvq_quantizer.allocation import MatrixPlan, sharing_groups
 from mgvq_quantizer.batches import Features, TokenBatch, decoder_runs, encode_batch
+from mgvq_quantizer.bias_correction import mean_error
+from mgvq_quantizer.block_tuning import BlockTuned, BlockTuner
 from mgvq_quantizer.calibration import CalibrationError
 from mgvq_quantizer.codebook import Codebook
 from mgvq_quantizer.gate import MatrixEvidence, Verdict, choose
@@ -31,6 +34,7 @@ from mgvq_quantizer.solver import Problem, Solution, books_of, solve
 from mgvq_quantizer.statistics import (
     Calls,
     Run,
+    input_mean,
     input_moment,
     input_moments,
     next_call,
@@ -77,6 +81,7 @@ class Stream:
         self.books: dict[str, Codebook] = {}
         self.solutions: dict[str, Solution] = {}
         self.verdicts: dict[str, Verdict] = {}
+        self.tuned_blocks: dict[str, BlockTuned] = {}
 
     def share_books(
         self,
@@ -140,6 +145,7 @@ class Stream:
         batches: Sequence[TokenBatch],
         features: Features,
         testimony: Testimony | None = None,
+        tuner: BlockTuner | None = None,
     ) -> None:
         """Quantize the decoder's blocks, and the head if it is a matrix of its own.
 
@@ -147,12 +153,13 @@ class Stream:
             batches: calibration samples.
             features: rows of every picture.
             testimony: what the gate asks about; None rounds every matrix in the plain way.
+            tuner: tunes each block once it is rounded; None leaves them as rounded.
         """
         decoder = self.model.model
         runs = decoder_runs(self.model, batches, features)
         calls = record_calls(decoder.layers[0], runs)
         witness = None if testimony is None else Witness(self.model, testimony)
-        self._blocks("model.layers", decoder.layers, calls, batches, witness)
+        self._blocks("model.layers", decoder.layers, calls, batches, witness, tuner)
         if "lm_head" in self.plans:
             rows = [run()[batch.answer_rows] for run, batch in zip(runs, batches, strict=True)]
             self._matrix("lm_head", [partial(self.model.logits, hidden) for hidden in rows])
@@ -164,6 +171,7 @@ class Stream:
         calls: Calls,
         batches: Sequence[TokenBatch] = (),
         witness: Witness | None = None,
+        tuner: BlockTuner | None = None,
     ) -> Calls:
         """Quantize block after block; return the calls that would enter one more."""
 
@@ -174,8 +182,15 @@ class Stream:
                 missing = [name for name in names if not self.work.holds(name)]
                 drawn = seeded(self.recipe.seed, f"labels of {block}")
                 witness.enter(block, blocks[i], missing, drawn)
+            if tuner is not None:
+                tuner.enter(blocks[i])
             for name in names:
                 self._matrix(name, runs, weights=self._weights(name, batches), witness=witness)
+            if tuner is not None:
+                rounded = {name: self.solutions[name].weight for name in names}
+                tuned, self.tuned_blocks[block] = tuner.leave(block, blocks[i], rounded)
+                for name, weight in tuned.items():
+                    self.solutions[name] = replace(self.solutions[name], weight=weight)
 
         return walk_blocks(blocks, calls, visit)
 
@@ -201,12 +216,16 @@ class Stream:
                 solution = self._solve(plan, moment, evidence)
             except ArithmeticError as error:
                 raise CalibrationError(f"{name} cannot be rounded: {error}") from error
+            if self.recipe.bias_correction and isinstance(module, nn.Linear):
+                solution = replace(solution, bias=self._bias(name, solution, runs, weights))
             self.work.save(name, solution)
         if witness is not None:
             facts = self.work.load_facts(f"gate.{name}")
             assert facts is not None, "a verdict is written before its solution"
             self.verdicts[name] = Verdict(**facts)
         module.weight.copy_(ops.vq_dequantize(solution.weight.to(module.weight.device)))
+        if solution.bias is not None and isinstance(module.bias, Tensor):
+            module.bias.copy_(solution.bias)
         self.solutions[name] = solution
         self.progress(name, solution)
 
@@ -225,6 +244,21 @@ class Stream:
         solution, verdict = choose(problem, evidence, self.recipe, solve_one)
         self.work.save_facts(f"gate.{plan.name}", asdict(verdict))
         return solution
+
+    def _bias(
+        self,
+        name: str,
+        solution: Solution,
+        runs: Sequence[Run],
+        weights: Sequence[Tensor] | None,
+    ) -> Tensor | None:
+        """A layer's bias with the mean error of its rounded matrix in it; None if it has none."""
+        module = self._module(name)
+        if not isinstance(module.bias, Tensor):
+            return None
+        decoded = ops.vq_dequantize(solution.weight.to(module.weight.device))
+        error = mean_error(module.weight, decoded, input_mean(name, module, runs, weights))
+        return (module.bias + error).half().float()
 
     def _weights(self, name: str, batches: Sequence[TokenBatch]) -> list[Tensor] | None:
         """How much each row of each batch counts for a matrix; None if all count alike."""

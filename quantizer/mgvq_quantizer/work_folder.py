@@ -1,9 +1,10 @@
 """The state of an unfinished run, beside its output (called by `pipeline`, `stream`, `survey`).
 
 `OUTPUT.partial/` holds `run.json` (settings, source, calibration) and one safetensors file for each
-finished matrix, written whole or not at all. A run with other settings is refused by name: mixing
-two recipes in one checkpoint would go unnoticed. So is a second process at work in the folder. Runs
-of one comparison share folders, each with the facts that decide what is in it.
+finished matrix and each tuned block, written whole or not at all. A run with other settings is
+refused by name: mixing two recipes in one checkpoint would go unnoticed. So is a second process at
+work in the folder. Runs of one comparison share folders, each with the facts that decide what is in
+it.
 """
 
 from __future__ import annotations
@@ -114,7 +115,8 @@ class WorkFolder:
                 tensors["scales"],
                 tensors["permutation"] if layout.has_permutation else None,
             )
-            return Solution(weight, float(errors["error_nearest"]), float(errors["error"]))
+            nearest, final = float(errors["error_nearest"]), float(errors["error"])
+            return Solution(weight, nearest, final, tensors.get("bias"))
         except (ValueError, KeyError, TypeError) as error:
             raise self._damaged(name, error) from error
 
@@ -133,6 +135,8 @@ class WorkFolder:
                 tensors[f"codebook_scale.{b}.{s}"] = weight.codebook_scales[b][s]
         if weight.permutation is not None:
             tensors["permutation"] = weight.permutation
+        if solution.bias is not None:
+            tensors["bias"] = solution.bias
         errors = {"error_nearest": repr(solution.error_nearest), "error": repr(solution.error)}
         self.save_tensors(name, tensors, errors)
 
