@@ -12,7 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ from mgvq_quantizer.solver import Solution
 from mgvq_quantizer.statistics import record_calls
 from mgvq_quantizer.stream import Stream, seeded
 from mgvq_quantizer.survey import Evidence, survey
-from mgvq_quantizer.teacher import Reference, ask_teacher, divergence_with
+from mgvq_quantizer.teacher import Reference, ask_teacher
 from mgvq_quantizer.witness import Testimony
 from mgvq_quantizer.work_folder import WorkFolder
 from mgvq_runtime import __version__
@@ -75,6 +75,9 @@ _COMPANIONS = (
     questions.FILE_NAME,
 )
 """Files of the source that a checkpoint needs to be self-contained, as patterns."""
+
+_ALONE_ANSWERS = 1024
+"""Answer tokens on which the divergence of every single matrix is measured: one forward each."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -174,7 +177,8 @@ def _round(
     pictures = unique_pictures(data.train)
     if graph.visual is not None and not pictures:
         raise CalibrationError(
-            f"{data.name} holds no picture: the vision tower cannot be calibrated on text alone"
+            f"{data.name} holds no picture: the vision tower cannot be calibrated on text alone; "
+            "give a folder that holds conversations with pictures (.jsonl), beside the text if any"
         )
     features = encode_pictures(graph, unique_pictures(data.all), device)
     reference, head_moment = ask_teacher(graph, length_batches(data.all, device), features)
@@ -232,9 +236,8 @@ def _plan(
     found: list[Sensitivity] = []
     if mixed:
         train = length_batches(data.train, device)
-        asked = length_batches([*data.heldout, *data.train[: 2 * len(data.heldout)]], device)
-        alone = partial(divergence_with, graph, asked, features, reference)
-        evidence = Evidence(train, features, gradients, weights, alone)
+        asked = length_batches(_few([*data.heldout, *data.train[: 2 * len(data.heldout)]]), device)
+        evidence = Evidence(train, features, gradients, weights, asked, reference)
 
         def done(name: str) -> None:
             bar.update()
@@ -243,6 +246,12 @@ def _plan(
         found = survey(graph, names, evidence, recipe, work, done)
         plans = plan(graph, recipe, choose_bands(found, plans, recipe))
     return plans, weights if recipe.guided else {}, found
+
+
+def _few(samples: Sequence[Sample]) -> list[Sample]:
+    """Return the first samples, at least one, with `_ALONE_ANSWERS` answer tokens between them."""
+    before = accumulate((int(sample.is_answer.sum()) for sample in samples), initial=0)
+    return [s for s, count in zip(samples, before, strict=False) if count < _ALONE_ANSWERS]
 
 
 def _backward_batches(
