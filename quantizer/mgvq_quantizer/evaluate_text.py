@@ -93,18 +93,13 @@ def evaluate_text(
 
     Raises:
         CheckpointError: if a folder cannot be loaded.
-        DataError: if the text cannot be used, or the two read tokens differently.
+        DataError: if the text cannot be used, or the two have other numbers of tokens.
     """
     started = time.monotonic()
     opened = open_checkpoint(checkpoint)
     models = [to_dense(fill_model(c, device)) for c in (opened, open_checkpoint(reference))]
     passages = draw(read_passages(text, Tokenizer.from_folder(reference)), max_tokens)
-    tables = [model.model.embed_tokens.weight.shape[0] for model in models]
-    if tables[0] != tables[1]:
-        raise DataError(
-            f"{checkpoint} has {tables[0]} tokens, {reference} has {tables[1]}: give the "
-            "folder the checkpoint was made from"
-        )
+    _check_vocabularies(models[0], models[1])
     bar = tqdm(passages, unit="window", disable=not show_progress)
     windows = [_read(models, make_batch([text_sample(passage)], device)) for passage in bar]
     return _finish(windows, opened, started)
@@ -121,12 +116,21 @@ def draw(passages: Sequence[Passage], max_tokens: int) -> list[Passage]:
     return [passages[int(i * step)] for i in range(count)]
 
 
+def _check_vocabularies(model: CausalLM, reference: CausalLM) -> None:
+    sizes = [len(m.get_parameter("model.embed_tokens.weight")) for m in (model, reference)]
+    if sizes[0] != sizes[1]:
+        raise DataError(
+            f"the checkpoint knows {sizes[0]} tokens, the reference {sizes[1]}: give the folder "
+            "the checkpoint was made from"
+        )
+
+
 def _read(models: Sequence[CausalLM], batch: TokenBatch) -> _Window:
     """Let the checkpoint and the reference predict one window."""
     ours, theirs = (m(embed(m, batch, {}), batch.forward)[batch.answer_rows] for m in models)
     targets = batch.token_ids[batch.answer_rows + 1]  # [A]
     kl, loss, reference_loss, agreed = 0.0, 0.0, 0.0, 0
-    parts = (part.split(_LOGIT_ROWS) for part in (ours, theirs, targets))
+    parts = (torch.split(part, _LOGIT_ROWS) for part in (ours, theirs, targets))
     for our, their, target in zip(*parts, strict=True):
         mine = models[0].logits(our).log_softmax(-1)  # [a, V]
         other = models[1].logits(their).log_softmax(-1)

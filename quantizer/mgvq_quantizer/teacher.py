@@ -117,12 +117,12 @@ def state_divergences(
         samples: what they are of.
         reference: what the unquantized model says about the samples.
     """
-    ours, theirs = hidden.split(_LOGIT_ROWS), reference.states(samples).split(_LOGIT_ROWS)
-    parts = [
-        divergence(reference.log_probs_of(their), model.logits(our).log_softmax(-1))
-        for our, their in zip(ours, theirs, strict=True)
+    parts = (torch.split(rows, _LOGIT_ROWS) for rows in (hidden, reference.states(samples)))
+    found = [
+        divergence(reference.log_probs_of(theirs), model.logits(ours).log_softmax(-1))
+        for ours, theirs in zip(*parts, strict=True)
     ]
-    return torch.cat(parts)
+    return torch.cat(found)
 
 
 @torch.no_grad()
