@@ -52,19 +52,23 @@ _SUBJECTS = (
 _TOKENS = 224
 
 
+def prompts(count: int) -> list[str]:
+    """Draw prompts, at most all pairs of a form and a subject; the same ones every time."""
+    pairs = [form.format(subject) for form, subject in product(_FORMS, _SUBJECTS)]
+    return [pairs[i] for i in np.random.default_rng(0).permutation(len(pairs))[:count]]
+
+
 def generate(folder: Path, count: int) -> str:
     """Sample answers to `count` prompts, at temperature 1.
 
     Args:
         folder: of the dense checkpoint.
-        count: prompts, at most all pairs of a form and a subject.
+        count: see `prompts`.
 
     Returns:
         The answers, with empty lines between them.
     """
-    prompts = [form.format(subject) for form, subject in product(_FORMS, _SUBJECTS)]
-    drawn = np.random.default_rng(0).permutation(len(prompts))[:count]
-    asked = [[{"role": "user", "content": prompts[i]}] for i in drawn]
+    asked = [[{"role": "user", "content": prompt}] for prompt in prompts(count)]
     settings = [
         SamplingParams(temperature=1.0, max_tokens=_TOKENS, seed=i) for i in range(len(asked))
     ]
