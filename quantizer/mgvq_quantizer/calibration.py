@@ -94,7 +94,7 @@ def load_conversations(
         if not own.is_file() and not takes_pictures:
             raise CalibrationError(
                 "a model that reads text alone has no data to be calibrated on here: give "
-                "--calibration a .jsonl file of conversations"
+                "--calibration a .txt file of text, or a .jsonl file of conversations"
             )
         if not own.is_file():
             return "bundled pictures", _generic(list(demo_picture_paths()))
@@ -283,7 +283,7 @@ def _generic(files: Sequence[Path]) -> list[Conversation]:
     if not pictures:
         raise CalibrationError(
             "there is nothing to calibrate on: give --calibration a .jsonl or .zip file of LLaVA "
-            "conversations, or a folder of pictures"
+            "conversations, a .txt file of text, or a folder of pictures"
         )
     return [
         Conversation(

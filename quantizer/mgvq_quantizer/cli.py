@@ -62,8 +62,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--calibration",
         type=Path,
         metavar="FILE",
-        help="LLaVA conversations (.jsonl, .json or .zip with the pictures), or a folder of them "
-        "or of pictures (default: the model's own calibration.zip, else the bundled pictures)",
+        help="LLaVA conversations (.jsonl, .json or .zip with the pictures), plain text (.txt), or "
+        "a folder of them or of pictures (default: the model's own calibration.zip, else the "
+        "bundled pictures)",
     )
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
     parser.add_argument("--num-threads", type=int, metavar="N", help="CPU threads of torch")

@@ -156,15 +156,13 @@ def decode(codes: Sequence[Sequence[Tensor]], tables: Tables) -> Tensor:
         `[O, I]` float32, without row scales.
     """
     O = codes[0][0].shape[0]  # noqa: E741
-    bands = [
-        torch.stack(
-            [
-                table.index_select(0, code.reshape(-1).long()).view(O, -1)
-                for code, table in zip(band_codes, band_tables, strict=True)
-            ]
-        ).sum(0)
-        for band_codes, band_tables in zip(codes, tables, strict=True)
-    ]
+    bands = []
+    for band_codes, band_tables in zip(codes, tables, strict=True):
+        stages = [
+            table.index_select(0, code.reshape(-1).long()).view(O, -1)
+            for code, table in zip(band_codes, band_tables, strict=True)
+        ]
+        bands.append(stages[0] if len(stages) == 1 else torch.stack(stages).sum(0))
     return bands[0] if len(bands) == 1 else torch.cat(bands, dim=1)
 
 

@@ -1,4 +1,4 @@
-"""Calibration conversations of one run, ready to be run (for `pipeline`, `baselines`)."""
+"""Calibration conversations and texts of one run, ready to be run (for `pipeline`, `baselines`)."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mgvq_quantizer import calibration
-from mgvq_quantizer.calibration import CalibrationError, Sample
+from mgvq_quantizer import calibration, plain_text
+from mgvq_quantizer.calibration import CalibrationError, Conversation, Sample
+from mgvq_quantizer.plain_text import Passage
 from mgvq_quantizer.recipe import QuantRecipe
 from mgvq_runtime.checkpoint.reader import open_checkpoint
 from mgvq_runtime.models.causal_lm import CausalLM
@@ -32,40 +33,52 @@ class Data:
 
 
 def read_data(folder: Path, graph: CausalLM, recipe: QuantRecipe, path: Path | None) -> Data:
-    """Load, thin out, tokenize and split the calibration conversations.
+    """Load, thin out, tokenize and split the calibration conversations and texts.
 
     Args:
         folder: of the dense checkpoint.
         graph: its model.
         recipe: how many, and what share is held out.
-        path: see `calibration.load_conversations`.
+        path: see `calibration.load_conversations`; or a `.txt` file, or a folder or zip file that
+            holds some, alone or beside conversations.
 
     Raises:
         CalibrationError: if the data cannot be used.
     """
-    name, conversations = calibration.load_conversations(path, folder, graph.visual is not None)
-    step = max(1.0, len(conversations) / recipe.max_samples)
-    chosen = [
-        conversations[int(i * step)] for i in range(min(len(conversations), recipe.max_samples))
-    ]
     processor = ChatProcessor.from_checkpoint(
         open_checkpoint(folder), graph.config, recipe.max_image_tokens
     )
-    samples = calibration.prepare(chosen, processor, processor.tokenizer)
+    name, items = "", list[Conversation | Passage]()
+    if plain_text.holds_conversations(path):
+        name, conversations = calibration.load_conversations(path, folder, graph.visual is not None)
+        items += conversations
+    if path is not None and plain_text.holds_text(path):
+        name = path.name
+        items += plain_text.read_passages(path, processor.tokenizer)
+    step = max(1.0, len(items) / recipe.max_samples)
+    chosen = [items[int(i * step)] for i in range(min(len(items), recipe.max_samples))]
+    spoken = [item for item in chosen if isinstance(item, Conversation)]
+    written = [item for item in chosen if isinstance(item, Passage)]
+    samples = calibration.prepare(spoken, processor, processor.tokenizer) if spoken else []
+    samples += map(plain_text.text_sample, written)
     _check_lengths(samples, graph.config.text_config.max_position_embeddings)
     if len(samples) < 2:
-        raise CalibrationError(f"{name} holds {len(samples)} conversation; at least 2 are needed")
+        raise CalibrationError(
+            f"{name} holds {len(samples)} conversation or passage of {plain_text.PASSAGE_TOKENS} "
+            "tokens; at least 2 are needed"
+        )
     held = max(1, round(len(samples) * recipe.heldout_share))
     every = len(samples) / held
     picked = {int(i * every) for i in range(held)}
     train = [s for i, s in enumerate(samples) if i not in picked]
     swaps = recipe.picture_swaps if recipe.tuning_steps else 0
+    digest = calibration.fingerprint(spoken)
     return Data(
         name,
         train,
         [s for i, s in enumerate(samples) if i in picked],
         calibration.show_other_pictures(train, swaps, recipe.seed),
-        calibration.fingerprint(chosen),
+        digest if not written else f"{digest}-{plain_text.fingerprint(written)}",
     )
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,7 @@ from mgvq_quantizer.solver import Solution
 from mgvq_quantizer.statistics import record_calls
 from mgvq_quantizer.stream import Stream, seeded
 from mgvq_quantizer.survey import Evidence, kept_survey, survey
-from mgvq_quantizer.teacher import Reference, ask_teacher, divergence_with
+from mgvq_quantizer.teacher import Reference, ask_teacher
 from mgvq_quantizer.witness import Testimony
 from mgvq_quantizer.work_folder import Work, WorkFolder, shared_folder
 from mgvq_runtime import __version__
@@ -88,6 +88,8 @@ _COMPANIONS = (
 
 SURVEYS, ROUNDED = "surveys", "rounded"
 """What runs share, by folder."""
+_ALONE_ANSWERS = 1024
+"""Answer tokens on which the divergence of every single matrix is measured: one forward each."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -213,7 +215,8 @@ def _round(graph: CausalLM, recipe: QuantRecipe, work: Work, data: Data, bar: An
     if graph.visual is not None and not pictures:
         raise CalibrationError(
             f"{data.name} holds no picture to calibrate on: the vision tower cannot be calibrated "
-            'on text alone; name pictures in the rows ("image": FILE, and <image> in the text)'
+            'on text alone; name pictures in the rows ("image": FILE, and <image> in the text), or '
+            "give a folder that holds conversations with pictures (.jsonl) beside the text"
         )
     features = encode_pictures(graph, unique_pictures(data.all), device)
     reference, head_moment = ask_teacher(graph, length_batches(data.all, device), features)
@@ -278,9 +281,8 @@ def _plan(
         channels = channels_of(graph, names, train, features, weights, recipe)
         plans = plan(graph, recipe, channels=channels)
     if found is None:
-        asked = length_batches([*data.heldout, *data.train[: 2 * len(data.heldout)]], device)
-        alone = partial(divergence_with, graph, asked, features, reference)
-        evidence = Evidence(train, features, gradients, weights, alone)
+        asked = length_batches(_few([*data.heldout, *data.train[: 2 * len(data.heldout)]]), device)
+        evidence = Evidence(train, features, gradients, weights, asked, reference)
 
         def done(name: str) -> None:
             bar.update()
@@ -311,6 +313,12 @@ def _gradients(
     found = squared_gradients(graph, names, batches, features, labels)
     work.save_tensors("gradients", pack(found, data.train))
     return found
+
+
+def _few(samples: Sequence[Sample]) -> list[Sample]:
+    """Return the first samples, at least one, with `_ALONE_ANSWERS` answer tokens between them."""
+    before = accumulate((int(sample.is_answer.sum()) for sample in samples), initial=0)
+    return [s for s, count in zip(samples, before, strict=False) if count < _ALONE_ANSWERS]
 
 
 def _backward_batches(

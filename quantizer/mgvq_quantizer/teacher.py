@@ -17,6 +17,8 @@ from mgvq_quantizer.calibration import CalibrationError, Sample
 from mgvq_runtime.models.causal_lm import CausalLM
 
 Values = dict[str, Tensor]
+_LOGIT_ROWS = 256
+"""Rows of `V` logits held at once; those of 8192 rows of text would take gigabytes."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,22 +32,29 @@ class Reference:
 
     def log_probs(self, samples: Sequence[Sample]) -> Tensor:
         """Return `[A, V]` float32 of the samples' answer rows, end to end."""
-        hidden = torch.cat([self.hidden[id(sample)] for sample in samples])
+        return self.log_probs_of(self.states(samples))
+
+    def states(self, samples: Sequence[Sample]) -> Tensor:
+        """Return the final hidden states `[A, D]` of the samples' answer rows, end to end."""
+        return torch.cat([self.hidden[id(sample)] for sample in samples])
+
+    def log_probs_of(self, hidden: Tensor) -> Tensor:
+        """Return `[A, V]` float32 of hidden states `[A, D]`."""
         return (hidden @ self.head.T).log_softmax(-1)
 
 
 class Student(nn.Module):
-    """The model as one call from tokens to the logits of the answer rows."""
+    """The model as one call from tokens to its divergence from the reference."""
 
     def __init__(self, model: CausalLM) -> None:
         """Wrap a model."""
         super().__init__()
         self.model = model
 
-    def forward(self, batch: TokenBatch, features: Features) -> Tensor:
-        """Return `[A, V]`."""
+    def forward(self, batch: TokenBatch, features: Features, reference: Reference) -> Tensor:
+        """Return the divergence of each answer row `[A]`."""
         hidden = self.model(embed(self.model, batch, features), batch.forward)  # [T, D]
-        return self.model.logits(hidden[batch.answer_rows])
+        return state_divergences(self.model, hidden[batch.answer_rows], batch.samples, reference)
 
 
 def ask_teacher(
@@ -108,26 +117,23 @@ def divergence(reference: Tensor, student: Tensor) -> Tensor:
     return (reference.exp() * (reference - student)).sum(-1)
 
 
-def divergence_with(
-    model: CausalLM,
-    batches: Sequence[TokenBatch],
-    features: Features,
-    reference: Reference,
-    name: str,
-    weight: Tensor,
-) -> float:
-    """Return the mean divergence over the answer tokens when one matrix has other values.
+def state_divergences(
+    model: CausalLM, hidden: Tensor, samples: Sequence[Sample], reference: Reference
+) -> Tensor:
+    """Return the divergence of each answer row `[A]`, given a model's final states.
 
     Args:
-        model: in dense arithmetic; not changed.
-        batches: samples.
-        features: rows of every picture.
+        model: its head is asked.
+        hidden: `[A, D]` states of the samples' answer rows, end to end.
+        samples: what they are of.
         reference: what the unquantized model says about the samples.
-        name: the matrix.
-        weight: `[O, I]`.
     """
-    values = {f"model.{name}.weight": weight}
-    return heldout_kl(Student(model), values, batches, features, reference)
+    parts = (torch.split(rows, _LOGIT_ROWS) for rows in (hidden, reference.states(samples)))
+    found = [
+        divergence(reference.log_probs_of(theirs), model.logits(ours).log_softmax(-1))
+        for ours, theirs in zip(*parts, strict=True)
+    ]
+    return torch.cat(found)
 
 
 @torch.no_grad()
@@ -147,5 +153,5 @@ def divergences(
     student: nn.Module, values: Values, batch: TokenBatch, features: Features, reference: Reference
 ) -> Tensor:
     """Return the divergence of each answer row `[A]`, the model's parameters being `values`."""
-    logits = torch.func.functional_call(student, values, (batch, features))  # [A, V]
-    return divergence(reference.log_probs(batch.samples), logits.log_softmax(-1))
+    found: Tensor = torch.func.functional_call(student, values, (batch, features, reference))
+    return found
