@@ -46,7 +46,7 @@ from mgvq_quantizer.gradients import (
     unpack,
 )
 from mgvq_quantizer.precision import choose_bands
-from mgvq_quantizer.preflight import check_room, check_weights
+from mgvq_quantizer.preflight import check
 from mgvq_quantizer.recipe import ROUNDING_ONLY, TUNING_ONLY, QuantRecipe
 from mgvq_quantizer.report import Report, make_report
 from mgvq_quantizer.report_page import report_page
@@ -135,8 +135,7 @@ def quantize(
         `.html`.
 
     Raises:
-        CheckpointError: if the source is damaged, already quantized or beyond float16, the output
-            exists, or the disk has no room for it.
+        CheckpointError: if the source cannot be used, the output exists or has no room.
         CalibrationError: if the data cannot be used.
         ResumeError: if `output.partial` belongs to a run with other settings, or another process
             is at work in it.
@@ -145,8 +144,7 @@ def quantize(
     source = _open_source(model, output)
     graph = fill_model(source, device)
     unfinished = output.with_name(output.name + ".partial")
-    check_weights(graph, recipe)  # first of all: what of the model is quantized may be refused too
-    check_room(graph, recipe, output, unfinished)
+    check(graph, recipe, output, unfinished)
     data = read_data(model, graph, recipe, calibration_data)
     facts = {
         **recipe.to_json(),
@@ -170,10 +168,8 @@ def quantize(
                 recipe,
                 bar.set_description,
             )
-        seconds = time.monotonic() - started
-        said = done.sensitivities, done.verdicts
-        heard = _facts(data)
-        report = make_report(done.plans, done.solutions, tuned, recipe, heard, seconds, *said)
+        said = _facts(data), time.monotonic() - started, done.sensitivities, done.verdicts
+        report = make_report(done.plans, done.solutions, tuned, recipe, *said)
         kept = dense_weights(graph, done.plans)
         report = replace(report.with_kept(kept), blocks=done.blocks)
         _write(output, source, graph, done, tuned, recipe, report)

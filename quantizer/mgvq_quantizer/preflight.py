@@ -20,6 +20,12 @@ from mgvq_runtime.models.causal_lm import CausalLM
 _LARGEST = torch.finfo(torch.float16).max
 
 
+def check(graph: CausalLM, recipe: QuantRecipe, output: Path, work: Path) -> None:
+    """Refuse what cannot end well: see `check_weights` and `check_room`."""
+    check_weights(graph, recipe)
+    check_room(graph, recipe, output, work)
+
+
 def check_weights(graph: CausalLM, recipe: QuantRecipe) -> None:
     """Refuse a model whose norms, biases or row scales are beyond float16, in which they are kept.
 

@@ -81,8 +81,7 @@ def measure(
         alone: returns the model's divergence when this matrix has the given values.
         generator: seeds the trial tables.
     """
-    I = weight.shape[1]  # noqa: E741
-    weight = without_dead_inputs(weight, inputs.plain)
+    weight, I = without_dead_inputs(weight, inputs.plain), weight.shape[1]  # noqa: E741
     order, rates = ascending(inputs.weighted), recipe.rates
     state = generator.get_state()
 
@@ -93,7 +92,6 @@ def measure(
         return ops.vq_dequantize(solution.weight)
 
     some = some_rows(weight)
-    # Rows below the smallest scale are stored in its steps, rows of zeros exactly.
     energies = some.square().mean(1).clamp_min(SMALLEST_SCALE**2).double()  # [rows]
     curvatures = (
         partial(_losses, moment=inputs.plain, rows=1 / energies),

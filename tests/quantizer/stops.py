@@ -36,26 +36,35 @@ def watch_files(
     patch.setattr(os, "fsync", fsync)
 
 
-def start(arguments: list[str], log: Path, kill_at: str = "", largest: int = 0) -> BaseProcess:
+def start(
+    arguments: list[str],
+    log: Path,
+    kill_at: str = "",
+    kill_after: float = 0.0,
+    largest: int = 0,
+) -> BaseProcess:
     """Run the command in a process of its own.
 
     Args:
         arguments: of the command.
         log: the file that gets what it says.
         kill_at: it kills itself while it writes a file of this name.
+        kill_after: the system ends it after so many seconds of processor time, wherever it is.
         largest: bytes of the largest file it may write; 0 for no limit.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["mgvq_quantizer.cli", "mgvq_quantizer.cpu_search"])
-    process = context.Process(target=_run, args=(arguments, log, kill_at, largest))
+    process = context.Process(target=_run, args=(arguments, log, kill_at, kill_after, largest))
     process.start()
     return process
 
 
-def _run(arguments: list[str], log: Path, kill_at: str, largest: int) -> None:
+def _run(arguments: list[str], log: Path, kill_at: str, kill_after: float, largest: int) -> None:
     with log.open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+    if kill_after:
+        signal.setitimer(signal.ITIMER_PROF, kill_after)
     if largest:
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
     with pytest.MonkeyPatch.context() as patch:

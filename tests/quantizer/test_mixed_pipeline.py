@@ -111,10 +111,10 @@ def test_runs_share_what_their_settings_leave_as_it_is(
 
 
 def test_damaged_facts_are_named(tmp_path: Path) -> None:
-    work = WorkFolder(tmp_path / "run", {})
-    assert work.load_facts("a") is None
-    work.save_facts("a", {"x": 0.1})
-    assert work.load_facts("a") == {"x": 0.1}
-    (tmp_path / "run" / "a.json").write_text('{"x": 0.')
-    with pytest.raises(ResumeError, match=r"a\.json is damaged"):
-        work.load_facts("a")
+    with WorkFolder(tmp_path / "run", {}) as work:
+        assert work.load_facts("a") is None
+        work.save_facts("a", {"x": 0.1})
+        assert work.load_facts("a") == {"x": 0.1}
+        (tmp_path / "run" / "a.json").write_text('{"x": 0.')
+        with pytest.raises(ResumeError, match=r"a\.json is damaged"):
+            work.load_facts("a")
