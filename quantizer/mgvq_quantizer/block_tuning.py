@@ -2,7 +2,8 @@
 
 A block's tables, row scales, norms and biases are moved until it makes of what the quantized blocks
 before it produce what the original model has there; codes stay. So errors are made up for where
-they arise, and the next block is rounded on what the tuned one makes. The loss is the squared error
+they arise, and the next block is rounded on what the tuned one makes. Two hidden states of every
+sample are held, the original model's and the quantized one's. The loss is the squared error
 as a share of the output's energy, pictures and text apart: pictures are most of the tokens, and
 their rows have another size. Tables that other blocks read too stay: `tuning` moves those.
 Not here: what moves and which state is kept (`knobs`).
@@ -99,6 +100,7 @@ class BlockTuner:
         """Take note of what a block makes in the original model, before it is quantized."""
         self._originals = self._through(block, self._originals)
 
+    @torch.no_grad()
     def leave(
         self, prefix: str, block: nn.Module, weights: Mapping[str, VQWeight]
     ) -> tuple[dict[str, VQWeight], BlockTuned]:
@@ -174,8 +176,8 @@ class BlockTuner:
         token = self._model.config.image_token_id
         pictures = {id(s): shows_picture(s, token) for s in self._data.samples}
         shown = torch.cat([pictures[id(s)] for s in self._data.train])
-        outputs = torch.cat([self._originals[id(s)] for s in self._data.train])
-        energy = outputs.double().square().sum(-1).cpu()  # [T]
+        outputs = (self._originals[id(s)] for s in self._data.train)
+        energy = torch.cat([rows.square().sum(-1).double().cpu() for rows in outputs])  # [T]
         sums = torch.stack([energy[~shown].sum(), energy[shown].sum()])  # [2]: text, pictures
         count = len(shown) / sums.count_nonzero().clamp_min(1)
         shares = torch.where(sums > 0, count / sums, torch.zeros_like(sums)).float()

@@ -223,10 +223,11 @@ class Stream:
             facts = self.work.load_facts(f"gate.{name}")
             assert facts is not None, "a verdict is written before its solution"
             self.verdicts[name] = Verdict(**facts)
-        module.weight.copy_(ops.vq_dequantize(solution.weight.to(module.weight.device)))
+        weight = solution.weight.to(module.weight.device)
+        module.weight.copy_(ops.vq_dequantize(weight))
         if solution.bias is not None and isinstance(module.bias, Tensor):
             module.bias.copy_(solution.bias)
-        self.solutions[name] = solution
+        self.solutions[name] = replace(solution, weight=weight)
         self.progress(name, solution)
 
     def _solve(self, plan: MatrixPlan, moment: Tensor, evidence: MatrixEvidence | None) -> Solution:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import torch
@@ -52,10 +53,10 @@ def mean_errors(model: CausalLM, dense: CausalLM, runs: list) -> dict[str, tuple
 
 
 def test_every_layer_with_a_bias_is_corrected_on_what_it_sees(dense: Path, tmp_path: Path) -> None:
-    tokenizer, original = Tokenizer.from_folder(dense), load_model(dense)
+    tokenizer, config = Tokenizer.from_folder(dense), load_model(dense).config
     images = Qwen2VLImageProcessor.from_folder(dense, None)
     _, conversations = calibration.load_conversations(None, dense)
-    processor = ChatProcessor(tokenizer, images, original.config)
+    processor = ChatProcessor(tokenizer, images, config)
     pictures = unique_pictures(calibration.prepare(conversations, processor, tokenizer))
     worst = {}
     for correct in (False, True):
@@ -66,6 +67,7 @@ def test_every_layer_with_a_bias_is_corrected_on_what_it_sees(dense: Path, tmp_p
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.copy_(parameter.half())
+            original = copy.deepcopy(model)
             stream = Stream(model, plans, recipe, work, lambda *_: None)
             stream.share_books([pictures], [], {}, torch.device("cpu"))
             stream.vision([pictures], torch.device("cpu"))

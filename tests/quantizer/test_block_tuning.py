@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -32,9 +33,15 @@ from mgvq_runtime.tokenizer import Tokenizer
 from tests.quantizer.conftest import QUICK
 from tests.quantizer.test_pipeline import contents
 
-STEPS = 12
-BLOCKWISE = {**QUICK, "tuning_steps": 0, "block_steps": STEPS}
-OWN_TABLES = {"max_codebook_overhead": 100.0}
+BLOCKWISE = {**QUICK, "tuning_steps": 0, "block_steps": 12}
+BLOCKWISE_RECIPE = QuantRecipe(**{**BLOCKWISE, "scale_lr": 0.02})
+
+
+@pytest.fixture(scope="module")
+def blockwise(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Report]:
+    """The folder at 2 bits, tuned block by block alone, and the report of the run."""
+    output = tmp_path_factory.mktemp("blockwise") / "checkpoint"
+    return output, quantize(dense, output, BLOCKWISE_RECIPE, show_progress=False)
 
 
 def random_weight(seed: int, columns: int = 16) -> VQWeight:
@@ -177,39 +184,44 @@ def test_a_block_that_tuning_would_spoil_stays_as_it_was(
             assert torch.equal(parameter, before[name])
 
 
-def test_the_next_block_is_rounded_on_what_the_tuned_one_makes(
+def test_tables_of_the_block_alone_move(
     dense: Path, quantized: tuple[Path, Report], tmp_path: Path
 ) -> None:
-    shared = {**BLOCKWISE, "scale_lr": 0.02}
-    report = quantize(dense, tmp_path / "tuned", QuantRecipe(**shared), show_progress=False)
+    lively = {"scale_lr": 0.005, "codebook_lr": 0.02, "max_codebook_overhead": 100.0}
+    bench = Bench(dense, quantized[0], tmp_path / "work", QuantRecipe(**{**BLOCKWISE, **lively}))
+    tuned, result = bench.tune()
+    assert result.step > 0
+    for name, weight in tuned.items():
+        assert torch.equal(weight.codes[0][0], bench.weights[name].codes[0][0])
+        assert not torch.equal(weight.codebooks[0][0], bench.weights[name].codebooks[0][0])
+
+
+def test_the_next_block_is_rounded_on_what_the_tuned_one_makes(
+    dense: Path, blockwise: tuple[Path, Report], tmp_path: Path
+) -> None:
+    folder, report = blockwise
     assert list(report.blocks) == ["model.layers.0", "model.layers.1"]
     assert all(block.after < block.before for block in report.blocks.values())
-    plain = {**shared, "block_steps": 0}
-    quantize(dense, tmp_path / "plain", QuantRecipe(**plain), show_progress=False)
-    tuned, rounded = (
-        dict(open_checkpoint(tmp_path / name).vq_weights()) for name in ("tuned", "plain")
-    )
-    for name, weight in tuned.items():
-        same_scales = torch.equal(weight.scales, rounded[name].scales)
+    plain = dataclasses.replace(BLOCKWISE_RECIPE, block_steps=0)
+    quantize(dense, tmp_path / "plain", plain, show_progress=False)
+    rounded = dict(open_checkpoint(tmp_path / "plain").vq_weights())
+    for name, weight in open_checkpoint(folder).vq_weights():
         same_codes = torch.equal(weight.codes[0][0], rounded[name].codes[0][0])
-        assert torch.equal(weight.codebooks[0][0], rounded[name].codebooks[0][0]), name
         assert same_codes == (not name.startswith("model.layers.1.")), name
-        assert same_scales == (not name.startswith("model.layers.")), name
-    vectors = [dict(open_checkpoint(tmp_path / name).tensors()) for name in ("tuned", "plain")]
-    for name in ("input_layernorm.weight", "self_attn.qkv_proj.bias"):
-        name = f"model.layers.0.{name}"
-        assert not torch.equal(vectors[0][name], vectors[1][name])
+    stored, original = dict(open_checkpoint(folder).tensors()), load_model(dense)
+    norm = "model.layers.0.input_layernorm.weight"
+    assert not torch.equal(stored[norm], original.get_parameter(norm).half())
+    assert torch.equal(stored["model.norm.weight"], original.model.norm.weight.half())
 
 
 def test_interrupted_anywhere_it_goes_on_to_the_same_bytes(
-    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    dense: Path,
+    blockwise: tuple[Path, Report],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Before the first block's state is written, right after it, and within the second block."""
-    recipe = QuantRecipe(**{**BLOCKWISE, **OWN_TABLES, "tuning_steps": 2})
-    whole = quantize(dense, tmp_path / "whole", recipe, show_progress=False)
-    assert all(block.step for block in whole.blocks.values())
-    stops = ["save_facts tuned.model.layers.0", "save_tensors tuned.model.layers.0"]
-    stops.append("save model.layers.1.mlp.gate_up_proj")
+    """Just before a tuned block is kept, and within the next one."""
+    stops = ["save_facts tuned.model.layers.0", "save model.layers.1.mlp.gate_up_proj"]
     steps: list[str] = []
     for method in ("save_facts", "save_tensors", "save"):
         original = getattr(WorkFolder, method)
@@ -225,24 +237,11 @@ def test_interrupted_anywhere_it_goes_on_to_the_same_bytes(
         monkeypatch.setattr(WorkFolder, method, stop_after)
     for _ in stops:
         with pytest.raises(KeyboardInterrupt):
-            quantize(dense, tmp_path / "cut", recipe, show_progress=False)
-    report = quantize(dense, tmp_path / "cut", recipe, show_progress=False)
-    repeated = {step for step in steps if steps.count(step) > 1}
-    assert repeated == {stops[0]}
-    assert report.blocks == whole.blocks
-    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
-
-
-def test_tables_of_a_block_alone_move(dense: Path, tmp_path: Path) -> None:
-    folders = {}
-    for steps in (0, 4):
-        recipe = QuantRecipe(**{**BLOCKWISE, **OWN_TABLES, "block_steps": steps})
-        quantize(dense, tmp_path / str(steps), recipe, show_progress=False)
-        folders[steps] = dict(open_checkpoint(tmp_path / str(steps)).vq_weights())
-    for name, weight in folders[4].items():
-        if name.startswith("model.layers.0."):
-            assert torch.equal(weight.codes[0][0], folders[0][name].codes[0][0])
-            assert not torch.equal(weight.codebooks[0][0], folders[0][name].codebooks[0][0])
+            quantize(dense, tmp_path / "cut", BLOCKWISE_RECIPE, show_progress=False)
+    report = quantize(dense, tmp_path / "cut", BLOCKWISE_RECIPE, show_progress=False)
+    assert {step for step in steps if steps.count(step) > 1} == {stops[0]}
+    assert report.blocks == blockwise[1].blocks
+    assert contents(tmp_path / "cut") == contents(blockwise[0])
 
 
 def test_a_damaged_state_is_named(tmp_path: Path) -> None:
