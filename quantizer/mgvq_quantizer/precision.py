@@ -11,11 +11,11 @@ from __future__ import annotations
 import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from itertools import groupby, product
+from itertools import groupby
 
 from mgvq_quantizer.allocation import Bands, MatrixPlan, table_bits
 from mgvq_quantizer.budget import Item, allocate
-from mgvq_quantizer.channel_classes import Channels, class_names, cut_bands
+from mgvq_quantizer.channel_classes import SHARED, Channels, cut_bands
 from mgvq_quantizer.recipe import QuantRecipe
 from mgvq_quantizer.sensitivity import Sensitivity
 from mgvq_runtime.errors import ConfigError
@@ -36,8 +36,8 @@ def choose_bands(
     """Give every run of channels a rate, so that the sum of losses is least within the budget.
 
     Tables cost bits too: the first choice decides which rates and classes a matrix (or the matrices
-    that share tables) uses at all, the second spends what the others would have cost. Other bands
-    may be cut into other classes: then their tables are counted as well and it is chosen again.
+    that share tables) uses at all, the second spends what the others would have cost. If its bands
+    are cut into classes that are not counted yet, they are, and it is chosen again.
 
     Args:
         sensitivities: of the decoder's matrices.
@@ -63,11 +63,9 @@ def choose_bands(
             used[plans[name].label] |= {(c.rate, c.channel_class) for c in cuts}
         return bands, used
 
-    counted: dict[str, Tables] = defaultdict(set)
-    for s in sensitivities:
-        classes = class_names(channels.get(s.name), threshold)
-        counted[plans[s.name].label] |= set(product(s.rates, classes))
-    _, counted = choose(counted)
+    _, counted = choose(
+        {plans[s.name].label: {(r, SHARED) for r in s.rates} for s in sensitivities}
+    )
     while True:
         bands, used = choose(counted)
         if all(used[label] <= counted[label] for label in used):

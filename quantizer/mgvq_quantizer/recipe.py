@@ -136,7 +136,8 @@ class QuantRecipe:
     max_codebook_overhead: float = 0.05
     """Bits a weight a matrix may spend on tables of its own; above it they are shared by kind."""
     channel_classes: bool = False
-    """Give decoder channels that pictures feed, text feeds or both their own bands and tables."""
+    """Give decoder channels that pictures feed, text feeds or both their own bands and tables; no
+    gain on the demonstration model."""
     class_threshold: float = 1.0
     """Least log ratio of the pictures' energy to the text's, or the reverse, that makes a channel
     visual or textual."""

@@ -114,6 +114,11 @@ def test_flags_change_the_file_and_the_file_the_preset(tmp_path: Path) -> None:
         (["--vision-bits", "5"], "vision_bits must be one of 1, 2, 3, 4, 8, got 5"),
         (["--allocation", "best"], "allocation must be one of model, layer, uniform"),
         (["--no-permute"], "bands of several rates need permute"),
+        (
+            ["--no-permute", "--channel-classes", "--allocation", "uniform", "--bits", "2"],
+            "so do channel_classes: choose allocation uniform without them",
+        ),
+        (["--class-threshold", "-1"], "class_threshold must be at least 0, got -1.0"),
         (["--global-share", "1.5"], "global_share must lie in 0..1"),
         (["--mismatch", "1.5"], "mismatch must lie in 0..1, got 1.5"),
         (["--output-shrink", "0"], "output_shrink must lie between 0 and 1, got 0.0"),
