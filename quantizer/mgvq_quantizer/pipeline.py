@@ -12,7 +12,6 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +39,13 @@ from mgvq_quantizer.precision import choose_bands
 from mgvq_quantizer.recipe import QuantRecipe
 from mgvq_quantizer.report import Report, make_report
 from mgvq_quantizer.report_page import report_page
+from mgvq_quantizer.residence import Residence
 from mgvq_quantizer.sensitivity import Sensitivity
 from mgvq_quantizer.solver import Solution
 from mgvq_quantizer.statistics import record_calls
 from mgvq_quantizer.stream import Stream, seeded
 from mgvq_quantizer.survey import Evidence, survey
-from mgvq_quantizer.teacher import Reference, ask_teacher, divergence_with
+from mgvq_quantizer.teacher import Reference, Student, ask_teacher, heldout_kl
 from mgvq_quantizer.witness import Testimony
 from mgvq_quantizer.work_folder import WorkFolder
 from mgvq_runtime import __version__
@@ -54,9 +54,8 @@ from mgvq_runtime.checkpoint.files import fingerprint_folder
 from mgvq_runtime.checkpoint.reader import Checkpoint, open_checkpoint
 from mgvq_runtime.checkpoint.spec import QuantizationSpec
 from mgvq_runtime.checkpoint.writer import write_checkpoint
-from mgvq_runtime.errors import CheckpointError
+from mgvq_runtime.errors import CheckpointError, ConfigError
 from mgvq_runtime.models.causal_lm import CausalLM
-from mgvq_runtime.models.loading import fill_model
 from mgvq_runtime.tokenizer.folder import missing_tokenizer_json
 
 _COMPANIONS = (
@@ -99,6 +98,7 @@ def quantize(
     calibration_data: Path | None = None,
     device: str = "cpu",
     show_progress: bool = True,
+    by_block: bool = False,
 ) -> Report:
     """Quantize a checkpoint folder.
 
@@ -109,6 +109,8 @@ def quantize(
         calibration_data: see `calibration.load_conversations`.
         device: where to compute.
         show_progress: draw a progress bar on stderr.
+        by_block: keep one block of the model in memory at a time (two where candidates are tried in
+            front of the blocks behind them); the result has the same bytes.
 
     Returns:
         What was done; also written into the checkpoint as `quantization_report.json` and
@@ -117,11 +119,18 @@ def quantize(
     Raises:
         CheckpointError: if the source is damaged or already quantized, or the output exists.
         CalibrationError: if the data cannot be used.
+        ConfigError: if the recipe asks for what cannot be done by block.
         ResumeError: if `output.partial` belongs to a run with other settings.
     """
     started = time.monotonic()
     source = _open_source(model, output)
-    graph = fill_model(source, device)
+    if by_block and recipe.tuning_steps:
+        raise ConfigError(
+            f"tuning_steps is {recipe.tuning_steps}, but tuning end to end holds the whole model: "
+            "give --tuning-steps 0 with --stream, or leave --stream out"
+        )
+    residence = Residence(source, device, by_block)
+    graph = residence.model
     data = read_data(model, graph, recipe, calibration_data)
     facts = {
         **recipe.to_json(),
@@ -131,22 +140,12 @@ def quantize(
     }
     work = WorkFolder(output.with_name(output.name + ".partial"), facts)
     with tqdm(unit="matrix", disable=not show_progress) as bar, torch.no_grad():
-        done = _round(graph, recipe, work, data, bar)
-        with torch.enable_grad():
-            tuned = tuning.tune(
-                graph,
-                done.plans,
-                {name: solution.weight for name, solution in done.solutions.items()},
-                done.reference,
-                ([*data.train, *data.swapped], data.heldout),
-                done.features,
-                recipe,
-                bar.set_description,
-            )
+        done = _round(residence, recipe, work, data, bar)
+        tuned = _tune(graph, recipe, data, done, bar)
     seconds = time.monotonic() - started
     said = done.sensitivities, done.verdicts
     report = make_report(done.plans, done.solutions, tuned, recipe, _facts(data), seconds, *said)
-    _write(output, source, graph, done, tuned, recipe, report)
+    _write(output, source, residence, done, tuned, recipe, report)
     work.remove()
     return report
 
@@ -161,15 +160,16 @@ def _open_source(model: Path, output: Path) -> Checkpoint:
 
 
 def _round(
-    graph: CausalLM, recipe: QuantRecipe, work: WorkFolder, data: Data, bar: Any
+    residence: Residence, recipe: QuantRecipe, work: WorkFolder, data: Data, bar: Any
 ) -> _Rounded:
     """Ask the dense model, plan, then round every matrix; return what tuning needs."""
+    graph = residence.model
 
     def done(name: str, solution: Solution) -> None:
         bar.update()
         bar.set_description(f"{name}, error {solution.error:.4f}")
 
-    device = next(graph.parameters()).device
+    device = graph.device
     bar.set_description("asking the unquantized model")
     pictures = unique_pictures(data.train)
     if graph.visual is not None and not pictures:
@@ -187,9 +187,7 @@ def _round(
     entered = None
     if recipe.mismatch:
         entered = record_calls(graph.model.layers[0], decoder_runs(graph, train, features))
-    for name, parameter in graph.named_parameters():
-        if name.rpartition(".")[0] not in plans or not name.endswith(".weight"):
-            parameter.copy_(parameter.half())
+    residence.settle(plans, stream.solutions)
     if graph.visual is not None:
         stream.vision(list(picture_batches(shown)), device)
     features = encode_pictures(graph, unique_pictures(data.all), device)
@@ -233,8 +231,7 @@ def _plan(
     if mixed:
         train = length_batches(data.train, device)
         asked = length_batches([*data.heldout, *data.train[: 2 * len(data.heldout)]], device)
-        alone = partial(divergence_with, graph, asked, features, reference)
-        evidence = Evidence(train, features, gradients, weights, alone)
+        evidence = Evidence(train, features, gradients, weights, asked, reference)
 
         def done(name: str) -> None:
             bar.update()
@@ -243,6 +240,28 @@ def _plan(
         found = survey(graph, names, evidence, recipe, work, done)
         plans = plan(graph, recipe, choose_bands(found, plans, recipe))
     return plans, weights if recipe.guided else {}, found
+
+
+def _tune(
+    graph: CausalLM, recipe: QuantRecipe, data: Data, done: _Rounded, bar: Any
+) -> tuning.Tuned:
+    """Tune end to end; without steps, only say how far the rounded model is from the original."""
+    if not recipe.tuning_steps:
+        device = done.reference.head.device
+        held = length_batches(data.heldout, device)
+        kl = heldout_kl(Student(graph), {}, held, done.features, done.reference)
+        return tuning.Tuned({}, {}, kl, kl, 0)
+    with torch.enable_grad():
+        return tuning.tune(
+            graph,
+            done.plans,
+            {name: solution.weight for name, solution in done.solutions.items()},
+            done.reference,
+            ([*data.train, *data.swapped], data.heldout),
+            done.features,
+            recipe,
+            bar.set_description,
+        )
 
 
 def _backward_batches(
@@ -265,7 +284,7 @@ def _facts(data: Data) -> dict[str, Any]:
 def _write(
     output: Path,
     source: Checkpoint,
-    graph: CausalLM,
+    residence: Residence,
     done: _Rounded,
     tuned: tuning.Tuned,
     recipe: QuantRecipe,
@@ -280,11 +299,9 @@ def _write(
         tool_version=__version__,
         source_fingerprint=fingerprint_folder(source.path),
     )
-    matrices = {f"{name}.weight" for name in plans}
     dense = (
-        (name, tuned.parameters.get(name, parameter.detach()).half().cpu())
-        for name, parameter in graph.named_parameters()
-        if name not in matrices
+        (name, tuned.parameters.get(name, parameter).half().cpu())
+        for name, parameter in residence.parameters()
     )
     weights = ((n, tuned.weights.get(n, solutions[n].weight).to("cpu")) for n in plans)
     extra_files = {

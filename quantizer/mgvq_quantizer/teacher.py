@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from mgvq_quantizer.batches import Features, TokenBatch, embed
 from mgvq_quantizer.calibration import CalibrationError, Sample
+from mgvq_quantizer.statistics import Calls
+from mgvq_quantizer.walk import answer_logits, walk_blocks
 from mgvq_runtime.models.causal_lm import CausalLM
 
 Values = dict[str, Tensor]
@@ -97,26 +99,29 @@ def divergence(reference: Tensor, student: Tensor) -> Tensor:
     return (reference.exp() * (reference - student)).sum(-1)
 
 
-def divergence_with(
+@torch.no_grad()
+def divergence_behind(
     model: CausalLM,
+    start: int,
+    calls: Calls,
     batches: Sequence[TokenBatch],
-    features: Features,
     reference: Reference,
-    name: str,
-    weight: Tensor,
 ) -> float:
-    """Return the mean divergence over the answer tokens when one matrix has other values.
+    """Return the mean divergence over the answer tokens, from a block on.
 
     Args:
-        model: in dense arithmetic; not changed.
+        model: in dense arithmetic.
+        start: the block that the calls enter; their number for those that left the last one.
+        calls: what enters it, one tuple a batch, whatever made it.
         batches: samples.
-        features: rows of every picture.
         reference: what the unquantized model says about the samples.
-        name: the matrix.
-        weight: `[O, I]`.
     """
-    values = {f"model.{name}.weight": weight}
-    return heldout_kl(Student(model), values, batches, features, reference)
+    ends = walk_blocks(model.model.layers[start:], calls)
+    rows = []
+    for call, batch in zip(ends, batches, strict=True):
+        logits = answer_logits(model, call[0], call[1], batch.answer_rows)  # [A, V]
+        rows.append(divergence(reference.log_probs(batch.samples), logits.log_softmax(-1)))
+    return float(torch.cat(rows).double().mean())
 
 
 @torch.no_grad()
