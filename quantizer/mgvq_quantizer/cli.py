@@ -29,7 +29,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         device = resolve_device(parsed.device, torch.cuda.device_count())
         if parsed.num_threads is not None:
             torch.set_num_threads(parsed.num_threads)
-        report = quantize(parsed.model, parsed.output, recipe, parsed.calibration, device)
+        report = quantize(
+            parsed.model,
+            parsed.output,
+            recipe,
+            parsed.calibration,
+            device,
+            by_block=parsed.stream,
+        )
     except MgvqError as error:
         if debug_tracebacks():
             raise
@@ -68,6 +75,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
     parser.add_argument("--num-threads", type=int, metavar="N", help="CPU threads of torch")
+    parser.add_argument(
+        "--stream",
+        action="store_true",
+        help="read blocks from the shards as they are needed, for a model larger than memory: the "
+        "same checkpoint, one block in memory at a time; without end-to-end tuning",
+    )
     group = parser.add_argument_group("recipe", "flags change the file, the file the preset")
     group.add_argument(
         "--preset", choices=sorted(PRESETS), default="default", help="a set of settings"

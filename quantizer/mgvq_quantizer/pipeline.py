@@ -10,9 +10,8 @@ where it was; the same recipe, source and data give the same tensors, interrupte
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -20,53 +19,39 @@ import torch
 from tqdm import tqdm
 
 from mgvq_quantizer import questions, tuning
-from mgvq_quantizer.allocation import MatrixPlan, dense_weights, plan
+from mgvq_quantizer.allocation import MatrixPlan, dense_weights
 from mgvq_quantizer.batches import (
     Features,
-    TokenBatch,
     decoder_runs,
     encode_pictures,
     length_batches,
-    make_batch,
     picture_batches,
-    split_batches,
     unique_pictures,
 )
 from mgvq_quantizer.block_tuning import BlockData, BlockTuned, BlockTuner, decoder_states
-from mgvq_quantizer.calibration import CalibrationError, Sample
-from mgvq_quantizer.channel_classes import channels_of
+from mgvq_quantizer.calibration import CalibrationError
 from mgvq_quantizer.dataset import Data, read_data
 from mgvq_quantizer.gate import Verdict
-from mgvq_quantizer.gradients import (
-    Gradients,
-    TokenWeights,
-    pack,
-    squared_gradients,
-    token_weights,
-    unpack,
-)
-from mgvq_quantizer.precision import choose_bands
+from mgvq_quantizer.planning import backward_batches, make_plans
 from mgvq_quantizer.preflight import check
 from mgvq_quantizer.recipe import ROUNDING_ONLY, TUNING_ONLY, QuantRecipe
 from mgvq_quantizer.report import Report, make_report
 from mgvq_quantizer.report_page import report_page
+from mgvq_quantizer.residence import Residence
 from mgvq_quantizer.sensitivity import Sensitivity
 from mgvq_quantizer.solver import Solution
 from mgvq_quantizer.statistics import record_calls
-from mgvq_quantizer.stream import Stream, seeded
-from mgvq_quantizer.survey import Evidence, kept_survey, survey
-from mgvq_quantizer.teacher import Reference, ask_teacher
+from mgvq_quantizer.stream import Stream
+from mgvq_quantizer.teacher import Reference, Student, ask_teacher, heldout_kl
 from mgvq_quantizer.witness import Testimony
 from mgvq_quantizer.work_folder import Work, WorkFolder, shared_folder
 from mgvq_runtime import __version__
-from mgvq_runtime.checkpoint.bits import group_of
 from mgvq_runtime.checkpoint.files import fingerprint_folder
 from mgvq_runtime.checkpoint.reader import Checkpoint, open_checkpoint
 from mgvq_runtime.checkpoint.spec import QuantizationSpec
 from mgvq_runtime.checkpoint.writer import remove_leftovers, write_checkpoint
-from mgvq_runtime.errors import CheckpointError
+from mgvq_runtime.errors import CheckpointError, ConfigError
 from mgvq_runtime.models.causal_lm import CausalLM
-from mgvq_runtime.models.loading import fill_model
 from mgvq_runtime.tokenizer.folder import missing_tokenizer_json
 
 _COMPANIONS = (
@@ -88,8 +73,6 @@ _COMPANIONS = (
 
 SURVEYS, ROUNDED = "surveys", "rounded"
 """What runs share, by folder."""
-_ALONE_ANSWERS = 1024
-"""Answer tokens on which the divergence of every single matrix is measured: one forward each."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,6 +100,7 @@ def quantize(
     device: str = "cpu",
     show_progress: bool = True,
     shared: Path | None = None,
+    by_block: bool = False,
 ) -> Report:
     """Quantize a checkpoint folder.
 
@@ -129,6 +113,8 @@ def quantize(
         show_progress: draw a progress bar on stderr.
         shared: a folder where the survey (in `SURVEYS`) and the rounded matrices (in `ROUNDED`)
             are kept for other runs whose settings leave them as they are; None keeps nothing.
+        by_block: keep one block of the model in memory at a time (two where candidates are tried in
+            front of the blocks behind them); the result has the same bytes.
 
     Returns:
         What was done; also written into the checkpoint as `quantization_report.json` and
@@ -137,12 +123,19 @@ def quantize(
     Raises:
         CheckpointError: if the source cannot be used, the output exists or has no room.
         CalibrationError: if the data cannot be used.
+        ConfigError: if the recipe asks for what cannot be done by block.
         ResumeError: if `output.partial` belongs to a run with other settings, or another process
             is at work in it.
     """
     started = time.monotonic()
     source = _open_source(model, output)
-    graph = fill_model(source, device)
+    if by_block and recipe.tuning_steps:
+        raise ConfigError(
+            f"tuning_steps is {recipe.tuning_steps}, but tuning end to end holds the whole model: "
+            "give --tuning-steps 0 with --stream, or leave --stream out"
+        )
+    residence = Residence(source, device, by_block)
+    graph = residence.model
     unfinished = output.with_name(output.name + ".partial")
     check(graph, recipe, output, unfinished)
     data = read_data(model, graph, recipe, calibration_data)
@@ -156,23 +149,13 @@ def quantize(
     work = Work(own, own) if shared is None else _shared_work(shared, facts, recipe)
     with own, tqdm(unit="matrix", disable=not show_progress) as bar, torch.no_grad():
         remove_leftovers(output)
-        done = _round(graph, recipe, work, data, bar)
-        with torch.enable_grad():
-            tuned = tuning.tune(
-                graph,
-                done.plans,
-                {name: solution.weight for name, solution in done.solutions.items()},
-                done.reference,
-                ([*data.train, *data.swapped], data.heldout),
-                done.features,
-                recipe,
-                bar.set_description,
-            )
+        done = _round(residence, recipe, work, data, bar)
+        tuned = _tune(graph, recipe, data, done, bar)
         said = _facts(data), time.monotonic() - started, done.sensitivities, done.verdicts
         report = make_report(done.plans, done.solutions, tuned, recipe, *said)
         kept = dense_weights(graph, done.plans)
         report = replace(report.with_kept(kept), blocks=done.blocks)
-        _write(output, source, graph, done, tuned, recipe, report)
+        _write(output, source, residence, done, tuned, recipe, report)
         own.remove()
     return report
 
@@ -198,14 +181,15 @@ def _open_source(model: Path, output: Path) -> Checkpoint:
     return source
 
 
-def _round(graph: CausalLM, recipe: QuantRecipe, work: Work, data: Data, bar: Any) -> _Rounded:
+def _round(residence: Residence, recipe: QuantRecipe, work: Work, data: Data, bar: Any) -> _Rounded:
     """Ask the dense model, plan, then round every matrix; return what tuning needs."""
+    graph = residence.model
 
     def done(name: str, solution: Solution) -> None:
         bar.update()
         bar.set_description(f"{name}, error {solution.error:.4f}")
 
-    device = next(graph.parameters()).device
+    device = graph.device
     bar.set_description("asking the unquantized model")
     pictures = unique_pictures(data.train)
     if graph.visual is not None and not pictures:
@@ -216,7 +200,7 @@ def _round(graph: CausalLM, recipe: QuantRecipe, work: Work, data: Data, bar: An
         )
     features = encode_pictures(graph, unique_pictures(data.all), device)
     reference, head_moment = ask_teacher(graph, length_batches(data.all, device), features)
-    plans, weights, found = _plan(graph, recipe, work.survey, data, features, reference, bar)
+    plans, weights, found = make_plans(graph, recipe, work.survey, data, features, reference, bar)
     train = length_batches(data.train, device)
     stream = Stream(graph, plans, recipe, work.rounding, done, weights)
     step = max(1.0, len(pictures) / recipe.max_pictures)
@@ -228,16 +212,14 @@ def _round(graph: CausalLM, recipe: QuantRecipe, work: Work, data: Data, bar: An
     originals = None
     if recipe.block_steps:
         originals = decoder_states(graph, [*data.train, *data.heldout], features)
-    for name, parameter in graph.named_parameters():
-        if name.rpartition(".")[0] not in plans or not name.endswith(".weight"):
-            parameter.copy_(parameter.half())
+    residence.settle(plans, stream.solutions)
     if any(name.startswith("visual.") for name in plans):
         stream.vision(list(picture_batches(shown)), device)
     features = encode_pictures(graph, unique_pictures(data.all), device)
     stream.embedding(head_moment)
     testimony = None
     if recipe.gated:
-        asked = [_backward_batches(part, recipe, device) for part in (data.train, data.heldout)]
+        asked = [backward_batches(part, recipe, device) for part in (data.train, data.heldout)]
         testimony = Testimony(asked[0], asked[1], features, reference, entered)
     tuner = None
     if originals is not None:
@@ -248,81 +230,26 @@ def _round(graph: CausalLM, recipe: QuantRecipe, work: Work, data: Data, bar: An
     return _Rounded(plans, stream.solutions, features, reference, found, *did)
 
 
-def _plan(
-    graph: CausalLM,
-    recipe: QuantRecipe,
-    work: WorkFolder,
-    data: Data,
-    features: Features,
-    reference: Reference,
-    bar: Any,
-) -> tuple[dict[str, MatrixPlan], TokenWeights, list[Sensitivity]]:
-    """Lay out every matrix, by sensitivity where the recipe says so; weigh the tokens."""
-    plans = plan(graph, recipe)
-    names = [name for name in plans if group_of(name) == "decoder"]
-    mixed = recipe.allocation != "uniform" and bool(names)
-    bar.reset(total=len(plans) + len(names) * mixed)
-    found = kept_survey(names, work) if mixed else []
-    if found is not None and not recipe.guided and not recipe.channel_classes:
-        bar.update(len(found))
-        return plan(graph, recipe, choose_bands(found, plans, recipe) if mixed else None), {}, found
-    bar.set_description("gradients")
-    device = reference.head.device
-    gradients = _gradients(graph, names, recipe, work, data, features, device)
-    token = graph.config.image_token_id
-    weights = {name: token_weights(gradients[name], data.train, token) for name in names}
-    train = length_batches(data.train, device)
-    channels = None
-    if recipe.channel_classes:
-        channels = channels_of(graph, names, train, features, weights, recipe)
-        plans = plan(graph, recipe, channels=channels)
-    if found is None:
-        asked = length_batches(_few([*data.heldout, *data.train[: 2 * len(data.heldout)]]), device)
-        evidence = Evidence(train, features, gradients, weights, asked, reference)
-
-        def done(name: str) -> None:
-            bar.update()
-            bar.set_description(f"sensitivity of {name}")
-
-        found = survey(graph, names, evidence, recipe, work, done)
-    if mixed:
-        bands = choose_bands(found, plans, recipe, channels)
-        plans = plan(graph, recipe, bands, channels)
-    return plans, weights if recipe.guided else {}, found
-
-
-def _gradients(
-    graph: CausalLM,
-    names: Sequence[str],
-    recipe: QuantRecipe,
-    work: WorkFolder,
-    data: Data,
-    features: Features,
-    device: torch.device,
-) -> dict[str, Gradients]:
-    """Compute the gradients of the dense model, or take them from the work folder."""
-    kept = work.load_tensors("gradients")
-    if kept is not None:
-        return unpack(kept[0], names, data.train, device)
-    batches = _backward_batches(data.train, recipe, device)
-    labels = seeded(recipe.seed, "labels")
-    found = squared_gradients(graph, names, batches, features, labels)
-    work.save_tensors("gradients", pack(found, data.train))
-    return found
-
-
-def _few(samples: Sequence[Sample]) -> list[Sample]:
-    """Return the first samples, at least one, with `_ALONE_ANSWERS` answer tokens between them."""
-    before = accumulate((int(sample.is_answer.sum()) for sample in samples), initial=0)
-    return [s for s, count in zip(samples, before, strict=False) if count < _ALONE_ANSWERS]
-
-
-def _backward_batches(
-    samples: Sequence[Sample], recipe: QuantRecipe, device: torch.device
-) -> list[TokenBatch]:
-    """Samples in their order, as many at once as a step of tuning takes."""
-    parts = split_batches(samples, recipe.tuning_batch_tokens)
-    return [make_batch(part, device) for part in parts]
+def _tune(
+    graph: CausalLM, recipe: QuantRecipe, data: Data, done: _Rounded, bar: Any
+) -> tuning.Tuned:
+    """Tune end to end; without steps, only say how far the rounded model is from the original."""
+    if not recipe.tuning_steps:
+        device = done.reference.head.device
+        held = length_batches(data.heldout, device)
+        kl = heldout_kl(Student(graph), {}, held, done.features, done.reference)
+        return tuning.Tuned({}, {}, kl, kl, 0)
+    with torch.enable_grad():
+        return tuning.tune(
+            graph,
+            done.plans,
+            {name: solution.weight for name, solution in done.solutions.items()},
+            done.reference,
+            ([*data.train, *data.swapped], data.heldout),
+            done.features,
+            recipe,
+            bar.set_description,
+        )
 
 
 def _facts(data: Data) -> dict[str, Any]:
@@ -337,7 +264,7 @@ def _facts(data: Data) -> dict[str, Any]:
 def _write(
     output: Path,
     source: Checkpoint,
-    graph: CausalLM,
+    residence: Residence,
     done: _Rounded,
     tuned: tuning.Tuned,
     recipe: QuantRecipe,
@@ -352,11 +279,9 @@ def _write(
         tool_version=__version__,
         source_fingerprint=fingerprint_folder(source.path),
     )
-    matrices = {f"{name}.weight" for name in plans}
     dense = (
-        (name, tuned.parameters.get(name, parameter.detach()).half().cpu())
-        for name, parameter in graph.named_parameters()
-        if name not in matrices
+        (name, tuned.parameters.get(name, parameter).half().cpu())
+        for name, parameter in residence.parameters()
     )
     weights = ((n, tuned.weights.get(n, solutions[n].weight).to("cpu")) for n in plans)
     extra_files = {

@@ -11,7 +11,7 @@ Not here: data, files, end-to-end tuning.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 
@@ -37,9 +37,9 @@ from mgvq_quantizer.statistics import (
     input_mean,
     input_moment,
     input_moments,
-    next_call,
     record_calls,
 )
+from mgvq_quantizer.walk import walk_blocks
 from mgvq_quantizer.witness import Testimony, Witness
 from mgvq_quantizer.work_folder import WorkFolder
 from mgvq_runtime.errors import CheckpointError
@@ -73,7 +73,7 @@ class Stream:
             CheckpointError: if a weight is not finite, naming it.
         """
         for name, parameter in model.named_parameters():
-            if not bool(torch.isfinite(parameter).all()):
+            if not parameter.is_meta and not bool(torch.isfinite(parameter).all()):
                 raise CheckpointError(f"{name} holds values that are not finite")
         self.model, self.plans, self.recipe = model, plans, recipe
         self.work, self.progress = work, progress
@@ -110,7 +110,7 @@ class Stream:
             weights = {name: w for name in modules if (w := self._weights(name, batches))}
             runs = looking if group[0].name.startswith("visual.") else reading
             moments = input_moments(modules, runs, weights)
-            problems = [self._problem(matrix, moments[matrix.name]) for matrix in group]
+            problems = list(self._problems(group, moments))
             solved = solve(problems, self.recipe, seeded(self.recipe.seed, label))
             for problem, solution in zip(problems, solved, strict=True):
                 self.books |= books_of(problem, solution)
@@ -275,6 +275,20 @@ class Stream:
         assert isinstance(module, nn.Linear | nn.Embedding)
         return module
 
+    def _problems(
+        self, group: Sequence[MatrixPlan], moments: Mapping[str, Tensor]
+    ) -> Iterator[Problem]:
+        """Yield the problems of matrices of several blocks, in the order of the blocks."""
+        tower = self.model.visual
+        lists = {"model.layers": self.model.model.layers}
+        if tower is not None:
+            lists["visual.blocks"] = tower.blocks
+        for prefix, blocks in lists.items():
+            for i, _ in enumerate(blocks):
+                for matrix in group:
+                    if matrix.name.startswith(f"{prefix}.{i}."):
+                        yield self._problem(matrix, moments[matrix.name])
+
     def _problem(self, plan: MatrixPlan, moment: Tensor) -> Problem:
         weight = without_dead_inputs(self._module(plan.name).weight, moment)
         order = None
@@ -284,25 +298,6 @@ class Stream:
                 weight, moment, plan.layout, self.recipe, generator, plan.channels
             )
         return Problem(weight, moment, order, plan.layout, plan.tables)
-
-
-def walk_blocks(
-    blocks: nn.ModuleList, calls: Calls, visit: Callable[[int, Sequence[Run]], None]
-) -> Calls:
-    """Go through blocks; each is called with what the changed ones before it produce.
-
-    Args:
-        blocks: called one after another.
-        calls: arguments of the first block, one tuple a run.
-        visit: given a block's number and its runs; may change its weights.
-
-    Returns:
-        The calls that would enter one more block.
-    """
-    for i, block in enumerate(blocks):
-        visit(i, [partial(block, *call) for call in calls])
-        calls = [next_call(call, block(*call)) for call in calls]
-    return calls
 
 
 def seeded(seed: int, label: str) -> torch.Generator:

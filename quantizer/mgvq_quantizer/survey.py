@@ -19,9 +19,9 @@ from mgvq_quantizer.calibration import Sample
 from mgvq_quantizer.gradients import Gradients, TokenWeights, shows_picture, weights_of
 from mgvq_quantizer.recipe import QuantRecipe
 from mgvq_quantizer.sensitivity import Inputs, Sensitivity, measure
-from mgvq_quantizer.statistics import Run, input_moments, next_call, record_calls
-from mgvq_quantizer.stream import seeded, walk_blocks
-from mgvq_quantizer.teacher import Reference, state_divergences
+from mgvq_quantizer.statistics import Calls, Run, input_moments, next_call, record_calls
+from mgvq_quantizer.stream import seeded
+from mgvq_quantizer.teacher import Reference, divergence_behind
 from mgvq_quantizer.work_folder import WorkFolder
 from mgvq_runtime.models.causal_lm import CausalLM
 
@@ -35,7 +35,7 @@ class Evidence:
     gradients: Mapping[str, Gradients]
     weights: TokenWeights
     asked: Sequence[TokenBatch]
-    """Samples on which the divergence of the model is measured when one matrix is rounded."""
+    """Samples on which the divergence is measured that a matrix alone makes."""
     reference: Reference
 
 
@@ -73,12 +73,15 @@ def survey(
             found[name] = _from_json(facts)
             progress(name)
 
-    layers, count = model.model.layers, len(evidence.batches)
-
-    def visit(i: int, runs: Sequence[Run]) -> None:
+    layers, batches = model.model.layers, [*evidence.batches, *evidence.asked]
+    if len(found) == len(names):
+        return [found[name] for name in names]
+    calls = record_calls(layers[0], decoder_runs(model, batches, evidence.features))
+    for i, block in enumerate(layers):
         mine = [name for name in names if name.startswith(f"model.layers.{i}.")]
         missing = [name for name in mine if name not in found]
-        inputs = _inputs(model, missing, runs[:count], evidence) if missing else {}
+        runs = [partial(block, *call) for call in calls[: len(evidence.batches)]]
+        inputs = _inputs(model, missing, runs, evidence) if missing else {}
         for name in missing:
             module = model.get_submodule(name)
             assert isinstance(module, nn.Linear)
@@ -88,43 +91,32 @@ def survey(
                 inputs[name],
                 evidence.gradients[name],
                 recipe,
-                partial(_alone, model, i, runs[count:], evidence, module),
+                partial(_alone, model, i, block, module, calls[len(runs) :], evidence),
                 seeded(recipe.seed, f"sensitivity of {name}"),
             )
             work.save_facts(f"sensitivity.{name}", asdict(found[name]))
             progress(name)
-
-    if len(found) < len(names):
-        batches = [*evidence.batches, *evidence.asked]
-        runs = decoder_runs(model, batches, evidence.features)
-        walk_blocks(layers, record_calls(layers[0], runs), visit)
+        calls = [next_call(call, block(*call)) for call in calls]
     return [found[name] for name in names]
 
 
 def _alone(
     model: CausalLM,
-    block: int,
-    runs: Sequence[Run],
-    evidence: Evidence,
+    i: int,
+    block: nn.Module,
     module: nn.Linear,
+    calls: Calls,
+    evidence: Evidence,
     weight: Tensor,
 ) -> float:
-    """Mean divergence over the answers when one matrix of a block has other values `[O, I]`.
-
-    Only what comes behind the block is run: `runs` are the block's own on the samples asked about.
-    """
-    own = module.weight.clone()
-    module.weight.copy_(weight)
-    rows = []
-    for run, batch in zip(runs, evidence.asked, strict=True):
-        assert isinstance(run, partial), "walk_blocks hands out a block and its arguments"
-        call = next_call(run.args, run())
-        for layer in model.model.layers[block + 1 :]:
-            call = next_call(call, layer(*call))
-        hidden = model.model.norm.add(call[0], call[1])[0][batch.answer_rows]  # [A, D]
-        rows.append(state_divergences(model, hidden, batch.samples, evidence.reference))
-    module.weight.copy_(own)
-    return float(torch.cat(rows).double().mean())
+    """The model's divergence when one matrix of block `i` has other values `[O, I]`."""
+    kept = module.weight
+    module.weight = nn.Parameter(weight, requires_grad=False)
+    try:
+        changed = [next_call(call, block(*call)) for call in calls]
+    finally:
+        module.weight = kept
+    return divergence_behind(model, i + 1, changed, evidence.asked, evidence.reference)
 
 
 def _inputs(

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from mgvq_quantizer.batches import Features, TokenBatch, embed
 from mgvq_quantizer.calibration import CalibrationError, Sample
+from mgvq_quantizer.statistics import Calls
+from mgvq_quantizer.walk import walk_blocks
 from mgvq_runtime.models.causal_lm import CausalLM
 
 Values = dict[str, Tensor]
@@ -134,6 +136,31 @@ def state_divergences(
         for ours, theirs in zip(*parts, strict=True)
     ]
     return torch.cat(found)
+
+
+@torch.no_grad()
+def divergence_behind(
+    model: CausalLM,
+    start: int,
+    calls: Calls,
+    batches: Sequence[TokenBatch],
+    reference: Reference,
+) -> float:
+    """Return the mean divergence over the answer tokens, from a block on.
+
+    Args:
+        model: in dense arithmetic.
+        start: the block that the calls enter; their number for those that left the last one.
+        calls: what enters it, one tuple a batch, whatever made it.
+        batches: samples.
+        reference: what the unquantized model says about the samples.
+    """
+    ends = walk_blocks(model.model.layers[start:], calls)
+    rows = []
+    for call, batch in zip(ends, batches, strict=True):
+        hidden = model.model.norm.add(call[0], call[1])[0][batch.answer_rows]  # [A, D]
+        rows.append(state_divergences(model, hidden, batch.samples, reference))
+    return float(torch.cat(rows).double().mean())
 
 
 @torch.no_grad()
