@@ -150,6 +150,27 @@ def test_cuts_are_legal_and_keep_opposites_apart(seed: int) -> None:
         assert c.channel_class != TEXTUAL or max(leanings, default=0.0) <= 1.0
 
 
+def test_above_six_bands_the_smallest_classes_become_shared() -> None:
+    sizes = {VISUAL: (64, 96, 128), TEXTUAL: (96, 64, 32)}  # of 256 channels at 4, 3 and 2 bits
+    leanings: list[float] = []
+    for visual, textual in zip(*sizes.values(), strict=True):
+        leanings += [3.0] * visual + [-3.0] * textual + [0.0] * (256 - visual - textual)
+    mine = Channels(tuple(range(768)), tuple(leanings))
+    found = cut_bands([(4, 256), (3, 256), (2, 256)], mine, 1.0)
+    assert len(found) == MAX_BANDS
+    assert sorted((c.rate, c.channel_class, c.width) for c in found) == [
+        (2, SHARED, 128),
+        (2, VISUAL, 128),
+        (3, SHARED, 160),
+        (3, VISUAL, 96),
+        (4, SHARED, 160),
+        (4, TEXTUAL, 96),
+    ]
+    for start, rate in ((0, 4), (256, 3), (512, 2)):
+        joined = sorted(channel for c in found if c.rate == rate for channel in c.channels)
+        assert joined == [*range(start, start + 256)]
+
+
 def two_sources() -> tuple[torch.Tensor, torch.Tensor, Channels]:
     """64 channels that pictures feed, with weights of two values, and 64 of text, Gaussian."""
     signs = torch.randn(192, 64, generator=seeded(0)).sign()
