@@ -130,12 +130,7 @@ def quantize(
     graph = fill_model(source, device)
     plan(graph, recipe)  # a pattern of `keep` that fits nothing is refused before the long work
     data = read_data(model, graph, recipe, calibration_data)
-    facts = {
-        **recipe.to_json(),
-        "source": fingerprint_folder(model),
-        "calibration": data.fingerprint,
-        "tool_version": __version__,
-    }
+    facts = _deciding_facts(recipe, model, data)
     unfinished = WorkFolder(output.with_name(output.name + ".partial"), facts)
     work = Work(unfinished, unfinished) if shared is None else _shared_work(shared, facts, recipe)
     with tqdm(unit="matrix", disable=not show_progress) as bar, torch.no_grad():
@@ -158,6 +153,16 @@ def quantize(
     _write(output, source, graph, done, tuned, recipe, report)
     unfinished.remove()
     return report
+
+
+def _deciding_facts(recipe: QuantRecipe, model: Path, data: Data) -> dict[str, Any]:
+    """Return everything that decides the tensors."""
+    return {
+        **recipe.to_json(),
+        "source": fingerprint_folder(model),
+        "calibration": data.fingerprint,
+        "tool_version": __version__,
+    }
 
 
 def _shared_work(folder: Path, facts: Mapping[str, Any], recipe: QuantRecipe) -> Work:
