@@ -139,12 +139,7 @@ def quantize(
     unfinished = output.with_name(output.name + ".partial")
     check(graph, recipe, output, unfinished)
     data = read_data(model, graph, recipe, calibration_data)
-    facts = {
-        **recipe.to_json(),
-        "source": fingerprint_folder(model),
-        "calibration": data.fingerprint,
-        "tool_version": __version__,
-    }
+    facts = _deciding_facts(recipe, model, data)
     own = WorkFolder(unfinished, facts)
     work = Work(own, own) if shared is None else _shared_work(shared, facts, recipe)
     with own, tqdm(unit="matrix", disable=not show_progress) as bar, torch.no_grad():
@@ -158,6 +153,16 @@ def quantize(
         _write(output, source, residence, done, tuned, recipe, report)
         own.remove()
     return report
+
+
+def _deciding_facts(recipe: QuantRecipe, model: Path, data: Data) -> dict[str, Any]:
+    """Return everything that decides the tensors."""
+    return {
+        **recipe.to_json(),
+        "source": fingerprint_folder(model),
+        "calibration": data.fingerprint,
+        "tool_version": __version__,
+    }
 
 
 def _shared_work(folder: Path, facts: Mapping[str, Any], recipe: QuantRecipe) -> Work:

@@ -155,6 +155,14 @@ def test_the_plot_has_a_panel_for_tuning_and_one_for_ablations(tmp_path: Path) -
     best = tables.best_baseline(tables.lines_of(rows[:4]), 3.0, 0)
     assert best is not None
     assert best.target == 2.0, "nothing at 3 bits untuned: a lower rate counts"
+    plot.plot([row for row in rows if row.label != "MGVQ"], tmp_path / "some.png")
+    with Image.open(tmp_path / "some.png") as picture:
+        assert picture.size == (2100, 1440), "tuned, the whole is there to compare with"
+    plot.plot(
+        [row for row in rows if "MGVQ," in row.label and not row.tuning_steps], tmp_path / "1.png"
+    )
+    with Image.open(tmp_path / "1.png") as picture:
+        assert picture.size == (1200, 720), "nothing to compare an ablation with"
     plot.plot([], tmp_path / "none.png")
     headings = [s for s in tables.markdown(rows).splitlines() if s.startswith("###")]
     assert headings[:2] == ["### 2 bits, untuned", "### 2 bits, tuned 9 steps"]

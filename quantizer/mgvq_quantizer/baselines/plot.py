@@ -1,7 +1,8 @@
 """A comparison as a picture (called by `cli`).
 
 A column for each amount of tuning. Above, KL against bits, both as measured, one curve a quantizer;
-below, what each change to MGVQ does to its KL. A quantizer looks the same in every panel.
+below, what each change to MGVQ does to its KL, where the whole was measured as well; an ablation
+without it is a curve. A quantizer looks the same in every panel.
 """
 
 from __future__ import annotations
@@ -45,18 +46,20 @@ def plot(rows: Sequence[Row], file: Path) -> None:
 
     lines = [line for line in lines_of(rows) if line.is_defined]
     steps = sorted({line.tuning_steps for line in lines}) or [0]
-    changed = any(_is_ablation(line) for line in lines)
+    whole = {(line.target, line.tuning_steps) for line in lines if _name(line) == _WHOLE}
+    ablations = [x for x in lines if _is_ablation(x) and (x.target, x.tuning_steps) in whole]
+    curves = [line for line in lines if line not in ablations]
+    changed = bool(ablations)
     figure = Figure(figsize=(6.0 * len(steps) + 2.0, 9.6 if changed else 4.8), dpi=150)
     figure.set_layout_engine("constrained")
     panels = figure.subplots(1 + changed, len(steps), squeeze=False, sharey="row")
-    names = list(dict.fromkeys(_name(line) for line in lines if not _is_ablation(line)))
+    names = list(dict.fromkeys(_name(line) for line in curves))
     for column, number in enumerate(steps):
-        mine = [line for line in lines if line.tuning_steps == number]
         title = f"tuned {number} steps" if number else "untuned"
-        _curves(panels[0, column], [line for line in mine if not _is_ablation(line)], names)
+        _curves(panels[0, column], [x for x in curves if x.tuning_steps == number], names)
         panels[0, column].set_title(title)
         if changed:
-            _ablations(panels[1, column], mine)
+            _ablations(panels[1, column], [x for x in lines if x.tuning_steps == number])
             panels[1, column].set_title(f"{_WHOLE} with one change, {title}")
     panels[0, 0].set_ylabel("KL from the unquantized model, nats an answer token")
     handles = {
