@@ -8,17 +8,15 @@ depend on their number.
 
 from __future__ import annotations
 
-import functools
 import itertools
-import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
 
 from mgvq_kernels import cpu_attention, cpu_decode, cpu_lookup, cpu_lookup_rows, reference
 from mgvq_kernels.cpu_order import STRIP_ROWS
+from mgvq_kernels.cpu_threads import over_threads
 from mgvq_kernels.layout import Band, PackedVQ, Stage, VQLayout, VQWeight, pack
 
 THREAD_CODES = 1 << 20
@@ -134,7 +132,7 @@ def paged_attention(  # noqa: PLR0913
     shapes = (*q.shape, *table.shape, *key_cache.shape[:3])
     plan = torch.tensor([*pointers, *shapes, *cu_seqlens_q, *context_lens])
     address = plan.data_ptr()
-    _over_threads(
+    over_threads(
         lambda first, last: cpu_attention.paged_attention_decode(address, scale, first, last),
         0,
         table.shape[0] * key_cache.shape[2],
@@ -201,28 +199,4 @@ def _over_strips(run: Callable[[int, int], None], first: int, last: int, codes: 
     Little work (by the number of codes) stays on the calling thread. Runs are multiples of the
     strips one kernel pass serves, so that no thread works in half passes.
     """
-    _over_threads(run, first, last, cpu_lookup.WIDE_STRIPS, codes >= THREAD_CODES)
-
-
-def _over_threads(
-    run: Callable[[int, int], None], first: int, last: int, unit: int, is_much: bool
-) -> None:
-    """Cut first..last into equal runs of whole units, one a thread, if there is much to do."""
-    units = -(-(last - first) // unit)
-    threads = min(torch.get_num_threads(), units) if is_much else 1
-    if threads == 1:
-        run(first, last)
-        return
-    cuts = [first + units * i // threads * unit for i in range(threads)]
-    cuts.append(last)
-    pool = _pool(os.getpid(), threads)
-    waiting = [pool.submit(run, cuts[i], cuts[i + 1]) for i in range(1, threads)]
-    run(cuts[0], cuts[1])
-    for future in waiting:
-        future.result()
-
-
-@functools.lru_cache(maxsize=1)
-def _pool(process: int, threads: int) -> ThreadPoolExecutor:
-    """Make the worker threads, once a process (threads do not survive a fork) and thread count."""
-    return ThreadPoolExecutor(threads - 1, thread_name_prefix="mgvq-cpu")
+    over_threads(run, first, last, cpu_lookup.WIDE_STRIPS, codes >= THREAD_CODES)

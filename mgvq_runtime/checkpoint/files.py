@@ -6,8 +6,11 @@ Knows nothing of tensors. Every function here turns what a damaged or hostile fo
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import re
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -128,6 +131,29 @@ def unreadable(path: Path, error: OSError) -> CheckpointError:
     if isinstance(error, FileNotFoundError):
         return CheckpointError(f"{path} is missing: copy it again from where the folder came from")
     return CheckpointError(f"{path} cannot be read: {error.strerror or error}")
+
+
+def unwritable(
+    path: Path, error: OSError, size: int | None = None, kept: str | None = None
+) -> CheckpointError:
+    """Return the error for a file that the system will not take, telling how much room it needs.
+
+    Args:
+        path: what was being written.
+        error: what the system said.
+        size: bytes that were to be written; None if unknown.
+        kept: what has not been lost.
+    """
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    needs = "" if size is None else f" of {size:,} bytes"
+    message = f"the disk is full: {path}{needs} cannot be written"
+    if not full:
+        message = f"{path}{needs} cannot be written: {error.strerror or error}"
+    with contextlib.suppress(OSError):
+        home = next(parent for parent in path.absolute().parents if parent.exists())
+        message += f", {shutil.disk_usage(home).free:,} bytes are free"
+    advice = "free some space and run it again" if full else "put that right and run it again"
+    return CheckpointError(f"{message}; {advice}" + (f" ({kept})" if kept else ""))
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

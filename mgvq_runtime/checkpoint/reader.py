@@ -77,12 +77,24 @@ class Checkpoint:
         Raises:
             CheckpointError: if a tensor is damaged; the message lists every damaged one.
         """
-        for name, dense in self.dense.items():
-            parts = [self._read(part) for _, part in dense.parts]
-            whole = torch.cat(parts) if len(parts) > 1 else parts[0]
-            if dense.row_groups is not None:
-                whole = sort_heads(whole, *dense.row_groups)
-            yield name, whole.reshape(dense.shape)
+        for name in self.dense:
+            yield name, self.tensor(name)
+
+    def tensor(self, name: str) -> Tensor:
+        """Read one unquantized parameter, as `tensors` yields it.
+
+        Args:
+            name: one of `dense`.
+
+        Raises:
+            CheckpointError: if a tensor is damaged; the message lists every damaged one.
+        """
+        dense = self.dense[name]
+        parts = [self._read(part) for _, part in dense.parts]
+        whole = torch.cat(parts) if len(parts) > 1 else parts[0]
+        if dense.row_groups is not None:
+            whole = sort_heads(whole, *dense.row_groups)
+        return whole.reshape(dense.shape)
 
     def vq_weights(self) -> Iterator[tuple[str, VQWeight]]:
         """Read the quantized matrices, one at a time.

@@ -7,13 +7,13 @@ always give the same bytes. Every file is flushed to the disk before it counts a
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from mgvq_runtime.checkpoint.files import digest
+from mgvq_runtime.checkpoint.files import digest, unwritable
 from mgvq_runtime.checkpoint.manifest import ShardEntry
 from mgvq_runtime.checkpoint.spec import TensorSpec
 from mgvq_runtime.checkpoint.tensor_file import (
@@ -50,8 +50,8 @@ class ShardWriter:
         """Take one tensor; it may be written now or later, so it must not change any more.
 
         Raises:
-            CheckpointError: if a tensor of that name was added before.
-            OSError: if the disk does not take it.
+            CheckpointError: if a tensor of that name was added before, or the disk does not take a
+                file.
         """
         if name in self._names:
             raise CheckpointError(f"tensor {name} was given twice")
@@ -68,7 +68,7 @@ class ShardWriter:
             Size and digests of every file by name.
 
         Raises:
-            OSError: if the disk does not take it.
+            CheckpointError: if the disk does not take a file.
         """
         self._write_shard()
         count = len(self._written)
@@ -86,19 +86,25 @@ class ShardWriter:
             }
         return entries
 
-    def write_file(self, name: str, pieces: Iterable[bytes | memoryview]) -> int:
+    def write_file(self, name: str, pieces: Sequence[bytes | memoryview]) -> int:
         """Write one file of the folder and flush it to the disk.
 
         Returns:
             Its size in bytes.
 
         Raises:
-            OSError: if the disk does not take it.
+            CheckpointError: if the disk does not take it.
         """
-        with (self.folder / name).open("xb") as file:
-            size = sum(file.write(piece) for piece in pieces)
-            file.flush()
-            os.fsync(file.fileno())
+        size = sum(len(piece) for piece in pieces)
+        path = self.folder / name
+        try:
+            with path.open("xb") as file:
+                for piece in pieces:
+                    file.write(piece)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise unwritable(path, error, size) from error
         return size
 
     def _write_shard(self) -> None:

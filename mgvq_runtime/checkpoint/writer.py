@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
+import glob
 import os
 import secrets
 import shutil
@@ -22,7 +22,13 @@ from torch import Tensor
 
 from mgvq_kernels.layout import VQWeight
 from mgvq_runtime.checkpoint.bits import counted_bits_per_weight
-from mgvq_runtime.checkpoint.files import MAX_JSON_BYTES, digest, is_file_name, to_json_bytes
+from mgvq_runtime.checkpoint.files import (
+    MAX_JSON_BYTES,
+    digest,
+    is_file_name,
+    to_json_bytes,
+    unwritable,
+)
 from mgvq_runtime.checkpoint.manifest import (
     CONFIG_NAME,
     MANIFEST_NAME,
@@ -89,7 +95,7 @@ def write_checkpoint(
         partial = target.with_name(f".{target.name}.partial-{secrets.token_hex(4)}")
         partial.mkdir()
     except OSError as error:
-        raise CheckpointError(f"{target} cannot be written: {error.strerror or error}") from error
+        raise unwritable(target, error) from error
     try:
         shards = ShardWriter(partial, SHARD_BYTES)
         _write_tensors(shards, quantization, dense, weights)
@@ -103,10 +109,21 @@ def write_checkpoint(
         open_checkpoint(partial)
         _publish(partial, target)
     except OSError as error:
-        raise CheckpointError(_explain(target, error)) from error
+        raise unwritable(target, error) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)  # gone already where all went well
     return target
+
+
+def remove_leftovers(out_dir: str | Path) -> None:
+    """Delete the folders that a killed `write_checkpoint` left beside its target.
+
+    Args:
+        out_dir: the target; nobody else may be writing it now.
+    """
+    target = Path(out_dir).expanduser().resolve()
+    for folder in target.parent.glob(f".{glob.escape(target.name)}.partial-*"):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _write_tensors(
@@ -243,9 +260,3 @@ def _publish(partial: Path, target: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
-
-
-def _explain(target: Path, error: OSError) -> str:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"the disk is full: {target} was not written; free some space and run it again"
-    return f"{target} cannot be written: {error.strerror or error}"

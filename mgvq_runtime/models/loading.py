@@ -57,6 +57,7 @@ def fill_model(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     table_on_host: bool = False,
+    left_out: tuple[str, ...] = (),
 ) -> CausalLM:
     """Make the graph of an open checkpoint and fill it.
 
@@ -66,6 +67,8 @@ def fill_model(
         dtype: As in `load_model`.
         table_on_host: Whether a dense token table, which must not be the head too, stays in main
             memory.
+        left_out: What names of parameters begin with that are not read: they stay on the meta
+            device, for a caller that fills them when they are needed.
 
     Raises:
         CheckpointError: if names or shapes do not agree; every problem is listed.
@@ -81,7 +84,10 @@ def fill_model(
         rows_device = torch.device(device) if table_on_host else None
         model = family.model(config, LayerFactory(layouts, rows_device))
     tied_head: Tensor | None = None
-    for name, tensor in checkpoint.tensors():
+    for name in checkpoint.dense:
+        if name.startswith(left_out):
+            continue
+        tensor = checkpoint.tensor(name)
         if name == _TIED_HEAD and config.tie_word_embeddings:
             tied_head = tensor
         else:

@@ -7,16 +7,19 @@ best (`budget`), what a rate costs in quality (`sensitivity`).
 from __future__ import annotations
 
 import re
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 from torch import nn
 
 from mgvq_kernels.layout import RATE_STAGES, Band, Stage, VQLayout
+from mgvq_quantizer.channel_classes import SHARED, Channels, class_names, cut_bands
 from mgvq_quantizer.recipe import QuantRecipe
 from mgvq_runtime.checkpoint.bits import group_of
 from mgvq_runtime.checkpoint.spec import MatrixSpec
+from mgvq_runtime.errors import ConfigError
 
 Bands = Sequence[tuple[int, int]]
 """Rate and width in channels of each band of a matrix, from left to right."""
@@ -31,6 +34,10 @@ class MatrixPlan:
     layout: VQLayout
     label: str
     """What its tables are named after: the matrix itself, or all that share them."""
+    classes: tuple[str, ...]
+    """[band]: of `channel_classes`; bands of one rate and class read the same tables."""
+    channels: tuple[tuple[int, ...], ...] = ()
+    """[band]: which ones it takes; empty where bands are cut from the order of all channels."""
 
     @property
     def shared(self) -> bool:
@@ -40,9 +47,10 @@ class MatrixPlan:
     @property
     def tables(self) -> tuple[tuple[str, ...], ...]:
         """[band][stage]: the name of the table its codes point into."""
+        suffixes = ["" if name == SHARED else f"-{name}" for name in self.classes]
         return tuple(
-            tuple(f"{self.label}-{band.rate}bit-{s}" for s in range(len(band.stages)))
-            for band in self.layout.bands
+            tuple(f"{self.label}-{band.rate}bit{suffix}-{s}" for s in range(len(band.stages)))
+            for band, suffix in zip(self.layout.bands, suffixes, strict=True)
         )
 
     @property
@@ -52,28 +60,40 @@ class MatrixPlan:
 
 
 def plan(
-    model: nn.Module, recipe: QuantRecipe, bands: Mapping[str, Bands] | None = None
+    model: nn.Module,
+    recipe: QuantRecipe,
+    bands: Mapping[str, Bands] | None = None,
+    channels: Mapping[str, Channels] | None = None,
 ) -> dict[str, MatrixPlan]:
     """Lay out every matrix of a dense model.
 
-    A matrix whose width is no multiple of 8 stays dense. A matrix shares its tables with the same
-    matrix of other layers when tables of its own would cost more than the recipe allows.
+    A matrix whose width is no multiple of 8, or that the recipe keeps, stays dense. One shares its
+    tables with the same matrix of other layers when tables of its own would cost more than the
+    recipe allows.
 
     Args:
         model: a model of `mgvq_runtime.models`, dense.
         recipe: rates and limits.
         bands: of the matrices that have several rates, by module name.
+        channels: of the matrices whose bands are cut into classes, by module name.
 
     Returns:
         The plans by module name, in the model's order.
+
+    Raises:
+        ConfigError: if a pattern of `recipe.keep` fits no matrix, or they leave none.
     """
-    shapes = matrix_shapes(model)
-    siblings = Counter((kind_of(name), shape) for name, shape in shapes.items())
+    shapes = _unless_kept(matrix_shapes(model), recipe)
+    bands, channels = bands or {}, channels or {}
+    siblings: dict[object, list[set[str]]] = defaultdict(list)
+    for name, shape in shapes.items():
+        classes = class_names(channels.get(name), recipe.class_threshold)
+        siblings[kind_of(name), shape].append(classes)
     plans = {}
     for name, (rows, columns) in shapes.items():
-        mine = (bands or {}).get(name) or [(recipe.rates_of(group_of(name))[0], columns)]
-        has_siblings = siblings[kind_of(name), (rows, columns)] > 1
-        plans[name] = plan_matrix(name, rows, mine, recipe, has_siblings)
+        mine = bands.get(name) or [(recipe.rates_of(group_of(name))[0], columns)]
+        alike = siblings[kind_of(name), (rows, columns)]
+        plans[name] = plan_matrix(name, rows, mine, recipe, alike, channels.get(name))
     return plans
 
 
@@ -86,22 +106,49 @@ def matrix_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
     }
 
 
+def dense_weights(model: nn.Module, plans: Mapping[str, MatrixPlan]) -> int:
+    """Return how many weights the matrices hold that are not planned."""
+    return sum(
+        module.weight.numel()
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | nn.Embedding) and name not in plans
+    )
+
+
 def plan_matrix(
-    name: str, rows: int, bands: Bands, recipe: QuantRecipe, has_siblings: bool
+    name: str,
+    rows: int,
+    bands: Bands,
+    recipe: QuantRecipe,
+    alike: Sequence[set[str]],
+    channels: Channels | None = None,
 ) -> MatrixPlan:
     """Lay out one matrix.
 
-    Whether it shares its tables depends on all rates its group may have, not on those it got.
+    Whether it shares its tables depends on all rates its group may have, not on those it got, and
+    on all classes that it or its siblings have.
+
+    Args:
+        name: of the matrix.
+        rows: `O`.
+        bands: rate and width of each.
+        recipe: rates and limits.
+        alike: the classes of each matrix of its kind and shape, its own among them.
+        channels: what its bands are cut by; None leaves them whole.
     """
+    cuts = cut_bands(bands, channels, recipe.class_threshold)
     cut, start = [], 0
-    for rate, width in bands:
-        cut.append(Band(start, width, tuple(map(Stage, RATE_STAGES[rate]))))
-        start += width
+    for part in cuts:
+        cut.append(Band(start, part.width, tuple(map(Stage, RATE_STAGES[part.rate]))))
+        start += part.width
     layout = VQLayout(rows, start, tuple(cut), has_permutation=recipe.permute)
     tables_bits = sum(table_bits(rate) for rate in recipe.rates_of(group_of(name)))
-    shared = has_siblings and tables_bits > recipe.max_codebook_overhead * layout.num_weights
+    tables_bits *= len(set().union(*alike))
+    shared = len(alike) > 1 and tables_bits > recipe.max_codebook_overhead * layout.num_weights
     label = f"{kind_of(name)}-{rows}x{start}" if shared else name
-    return MatrixPlan(name, layout, label)
+    members = tuple(part.channels for part in cuts)
+    classes = tuple(part.channel_class for part in cuts)
+    return MatrixPlan(name, layout, label, classes, members if all(members) else ())
 
 
 def table_bits(rate: int) -> int:
@@ -116,6 +163,26 @@ def sharing_groups(plans: Mapping[str, MatrixPlan]) -> dict[str, Sequence[Matrix
         if matrix.shared:
             groups.setdefault(matrix.label, []).append(matrix)
     return dict(groups)
+
+
+def _unless_kept(
+    shapes: Mapping[str, tuple[int, int]], recipe: QuantRecipe
+) -> dict[str, tuple[int, int]]:
+    """Leave out what `recipe.keep` names."""
+    left = dict(shapes)
+    for pattern in recipe.kept_patterns:
+        found = [name for name in shapes if fnmatchcase(name, pattern)]
+        if not found:
+            there = dict.fromkeys(re.sub(r"\.\d+(?=\.)", ".*", name) for name in shapes)
+            raise ConfigError(
+                f"keep holds {pattern!r}, which is no matrix of this model; there are "
+                f"{', '.join(there)}"
+            )
+        for name in found:
+            left.pop(name, None)
+    if not left:
+        raise ConfigError(f"keep = {recipe.keep!r} leaves no matrix to quantize")
+    return left
 
 
 def kind_of(name: str) -> str:

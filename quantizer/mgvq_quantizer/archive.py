@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -54,7 +55,7 @@ class Archive:
             DataError: if it is missing, too large, damaged or outside the archive.
         """
         parts = PurePosixPath(name)
-        if parts.is_absolute() or ".." in parts.parts or "\\" in name:
+        if parts.is_absolute() or ".." in parts.parts or {"\\", "\0"} & set(name):
             raise DataError(f"{self.path}: the path {name!r} leads out of it")
         try:
             if self._zip is not None:
@@ -66,18 +67,20 @@ class Archive:
             return file.read_bytes()
         except KeyError as error:
             raise DataError(f"{self.path} holds no file {name!r}") from error
-        except (OSError, zipfile.BadZipFile, RuntimeError, NotImplementedError) as error:
+        except (OSError, EOFError, zipfile.BadZipFile, zlib.error, RuntimeError) as error:
             raise DataError(f"{self.path}: {name!r} cannot be read: {error}") from error
 
     def read_picture(self, name: str) -> bytes:
         """Return a picture's bytes; it may lie in `images/` without the data file saying so."""
-        limit = MediaLimits().max_image_bytes
-        try:
-            return self.read(name, limit)
-        except DataError:
-            if name.startswith("images/"):
-                raise
-            return self.read(f"images/{name}", limit)
+        inner = f"images/{name}"
+        if not self._holds(name) and self._holds(inner):
+            name = inner
+        return self.read(name, MediaLimits().max_image_bytes)
+
+    def _holds(self, name: str) -> bool:
+        if self._zip is not None:
+            return name in self._zip.NameToInfo
+        return (self.path / name).is_file()
 
     def _check_size(self, name: str, size: int, limit: int) -> None:
         if size > limit:
@@ -104,7 +107,7 @@ def read_rows(archive: Archive, name: str) -> Iterator[tuple[str, dict[str, Any]
             raise DataError(f"{place} must hold a list of conversations")
         numbered = [(f"{place}, entry {i}", row) for i, row in enumerate(rows)]
     else:
-        lines = enumerate(text.splitlines(), start=1)
+        lines = enumerate(text.split("\n"), start=1)  # JSON strings may hold other line breaks
         numbered = [
             (f"{place}, line {i}", _parse(f"{place}, line {i}", line))
             for i, line in lines

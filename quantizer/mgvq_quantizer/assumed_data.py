@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from mgvq_quantizer.calibration import Sample, load_conversations
+from mgvq_quantizer import plain_text
+from mgvq_quantizer.calibration import CalibrationError, Sample, load_conversations
 from mgvq_quantizer.dataset import Data, check_pictures, read_data, split_data
 from mgvq_quantizer.recipe import QuantRecipe
 from mgvq_runtime.checkpoint.reader import Checkpoint
@@ -55,8 +56,12 @@ def expected_data(
     except (TokenizerError, ConfigError):
         if source.dense:
             raise
+        if not plain_text.holds_conversations(path):
+            return _assumed_text(graph, recipe, path)
         _, conversations = load_conversations(path, source.path, graph.visual is not None)
-        return _assumed(source, graph, recipe, min(count, len(conversations)))
+        if not plain_text.holds_text(path):
+            count = min(count, len(conversations))
+        return _assumed(source, graph, recipe, count)
     check_pictures(data, graph)
     return data, ""
 
@@ -80,6 +85,18 @@ def _assumed(
     if picture:
         said += f", and one picture of {picture.num_tokens} tokens, {picture.num_patches} patches"
     return split_data("assumed", samples, recipe, ""), said
+
+
+def _assumed_text(graph: CausalLM, recipe: QuantRecipe, path: Path | None) -> tuple[Data, str]:
+    """Make as many whole passages as a run takes at most; how many a text has only tokens tell."""
+    if path is None or not path.exists():
+        raise CalibrationError(f"{path} does not exist: give a file, a folder or a zip file")
+    ids = np.zeros(plain_text.PASSAGE_TOKENS, np.int64)
+    count = max(2, recipe.max_samples)
+    samples = [plain_text.text_sample(plain_text.Passage(path.name, ids)) for _ in range(count)]
+    data = split_data(path.name, samples, recipe, "")
+    check_pictures(data, graph)
+    return data, f"{count} passages of {plain_text.PASSAGE_TOKENS} tokens"
 
 
 def _picture(source: Checkpoint, graph: CausalLM, recipe: QuantRecipe) -> ImageInput | None:

@@ -94,7 +94,7 @@ def load_conversations(
         if not own.is_file() and not takes_pictures:
             raise CalibrationError(
                 "a model that reads text alone has no data to be calibrated on here: give "
-                "--calibration a .jsonl file of conversations"
+                "--calibration a .txt file of text, or a .jsonl file of conversations"
             )
         if not own.is_file():
             return "bundled pictures", _generic(list(demo_picture_paths()))
@@ -249,7 +249,7 @@ def _from_llava(archive: Archive, where: str, row: dict[str, Any]) -> Conversati
         raise CalibrationError(f'{where}: expected "conversations", a list of turns (LLaVA format)')
     messages: list[Message] = []
     for turn in turns:
-        role = _ROLES.get(turn.get("from", "")) if isinstance(turn, dict) else None
+        role = _ROLES.get(str(turn.get("from"))) if isinstance(turn, dict) else None
         text = turn.get("value") if role else None
         if role is None or not isinstance(text, str):
             raise CalibrationError(
@@ -257,7 +257,9 @@ def _from_llava(archive: Archive, where: str, row: dict[str, Any]) -> Conversati
             )
         messages.append({"role": role, "content": _parts(text) if role == "user" else text})
     named = row.get("image", row.get("images")) or []
-    names = [named] if isinstance(named, str) else list(named)
+    names = [named] if isinstance(named, str) else named
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise CalibrationError(f'{where}: "image" must be a file name or a list of them: {named!r}')
     if names and not _count_pictures(messages):
         first = next((m for m in messages if m["role"] == "user"), messages[0])
         first["content"] = [{"type": "image"}] * len(names) + list(first["content"])
@@ -281,7 +283,7 @@ def _generic(files: Sequence[Path]) -> list[Conversation]:
     if not pictures:
         raise CalibrationError(
             "there is nothing to calibrate on: give --calibration a .jsonl or .zip file of LLaVA "
-            "conversations, or a folder of pictures"
+            "conversations, a .txt file of text, or a folder of pictures"
         )
     return [
         Conversation(
@@ -293,11 +295,16 @@ def _generic(files: Sequence[Path]) -> list[Conversation]:
                 },
                 {"role": "assistant", "content": ""},
             ],
-            pictures=(file.read_bytes(),),
+            pictures=(_archived(file),),
         )
         for file in pictures
         for i, question in enumerate(_GENERIC_QUESTIONS)
     ]
+
+
+def _archived(file: Path) -> bytes:
+    """Read one picture of a folder."""
+    return Archive(file.parent).read_picture(file.name)
 
 
 def _parts(text: str) -> list[dict[str, str]]:

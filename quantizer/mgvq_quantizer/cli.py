@@ -36,10 +36,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if parsed.num_threads is not None:
             torch.set_num_threads(parsed.num_threads)
         if parsed.plan:
-            planned = forecast(parsed.model, recipe, parsed.calibration, device)
+            planned = forecast(parsed.model, recipe, parsed.calibration, device, parsed.stream)
             print(planned.to_json() if parsed.json else "\n".join(planned.lines()))
             return 0
-        report = quantize(parsed.model, parsed.output, recipe, parsed.calibration, device)
+        report = quantize(
+            parsed.model,
+            parsed.output,
+            recipe,
+            parsed.calibration,
+            device,
+            by_block=parsed.stream,
+        )
     except MgvqError as error:
         if debug_tracebacks():
             raise
@@ -79,11 +86,18 @@ def build_parser() -> argparse.ArgumentParser:
         "--calibration",
         type=Path,
         metavar="FILE",
-        help="LLaVA conversations (.jsonl, .json or .zip with the pictures), or a folder of them "
-        "or of pictures (default: the model's own calibration.zip, else the bundled pictures)",
+        help="LLaVA conversations (.jsonl, .json or .zip with the pictures), plain text (.txt), or "
+        "a folder of them or of pictures (default: the model's own calibration.zip, else the "
+        "bundled pictures)",
     )
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
     parser.add_argument("--num-threads", type=int, metavar="N", help="CPU threads of torch")
+    parser.add_argument(
+        "--stream",
+        action="store_true",
+        help="read blocks from the shards as they are needed, for a model larger than memory: the "
+        "same checkpoint, one block in memory at a time; without end-to-end tuning",
+    )
     group = parser.add_argument_group("recipe", "flags change the file, the file the preset")
     group.add_argument(
         "--preset", choices=sorted(PRESETS), default="default", help="a set of settings"
@@ -92,7 +106,7 @@ def build_parser() -> argparse.ArgumentParser:
     docs = field_docs(QuantRecipe)
     for field in dataclasses.fields(QuantRecipe):
         flag = "--" + field.name.replace("_", "-")
-        shown = "" if field.default is None else f" (default: {field.default})"
+        shown = "" if field.default in (None, "") else f" (default: {field.default})"
         text = (docs[field.name].rstrip(".") + shown).replace("%", "%%")
         if isinstance(field.default, bool):
             group.add_argument(

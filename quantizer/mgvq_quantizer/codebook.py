@@ -28,15 +28,13 @@ Tables = Sequence[Sequence[Tensor]]
 Names = Sequence[Sequence[str]]
 """[band][stage]: the name of a table."""
 T = TypeVar("T")
+DESCENT_SWEEPS = 2
+"""Rounds of coordinate descent over the vectors of a block that has several."""
 _INT8_MAX = 127
 _SEARCH_ELEMENTS = 1 << 22
 """Distances held at once while searching: 16 MiB of float32."""
 SEED_VECTORS = 8192
 """Vectors among which the first codewords are drawn."""
-ASSIGN_SWEEPS = 2
-"""Rounds of coordinate descent over the vectors of a block."""
-REFIT_ITERATIONS = 25
-"""Conjugate gradient steps of a refit."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,7 +86,7 @@ def nearest(vectors: Tensor, table: Tensor, metrics: Tensor) -> Tensor:
     projected = table @ metrics  # [B, K, d]
     norms = (projected * table).sum(-1)  # [B, K]
     if vectors.is_cpu and ops.has_numba():
-        return _compiled().nearest(vectors, projected, norms)
+        return compiled_search().nearest(vectors, projected, norms)
     B, N, _ = vectors.shape
     K = table.shape[0]
     codes = torch.empty(B, N, dtype=torch.int64, device=vectors.device)
@@ -103,7 +101,7 @@ def nearest(vectors: Tensor, table: Tensor, metrics: Tensor) -> Tensor:
 
 
 def assign(
-    targets: Tensor, metric: Tensor, tables: Sequence[Tensor], sweeps: int = ASSIGN_SWEEPS
+    targets: Tensor, metric: Tensor, tables: Sequence[Tensor], sweeps: int = DESCENT_SWEEPS
 ) -> tuple[list[Tensor], Tensor]:
     """Choose the codes of one block of columns for all rows.
 
@@ -158,15 +156,13 @@ def decode(codes: Sequence[Sequence[Tensor]], tables: Tables) -> Tensor:
         `[O, I]` float32, without row scales.
     """
     O = codes[0][0].shape[0]  # noqa: E741
-    bands = [
-        torch.stack(
-            [
-                table.index_select(0, code.reshape(-1).long()).view(O, -1)
-                for code, table in zip(band_codes, band_tables, strict=True)
-            ]
-        ).sum(0)
-        for band_codes, band_tables in zip(codes, tables, strict=True)
-    ]
+    bands = []
+    for band_codes, band_tables in zip(codes, tables, strict=True):
+        stages = [
+            table.index_select(0, code.reshape(-1).long()).view(O, -1)
+            for code, table in zip(band_codes, band_tables, strict=True)
+        ]
+        bands.append(stages[0] if len(stages) == 1 else torch.stack(stages).sum(0))
     return bands[0] if len(bands) == 1 else torch.cat(bands, dim=1)
 
 
@@ -200,8 +196,9 @@ def refit_codebooks(
     codes: Sequence[Sequence[Sequence[Tensor]]],
     names: Sequence[Names],
     tables: Mapping[str, Tensor],
-    iterations: int = REFIT_ITERATIONS,
+    iterations: int = 25,
     outputs: Sequence[Tensor | None] | None = None,
+    settled: float = 1e-6,
 ) -> dict[str, Tensor]:
     """Minimise `sum tr(B (W - Dec(C)) A (W - Dec(C))^T)` over the tables, codes fixed.
 
@@ -216,6 +213,8 @@ def refit_codebooks(
         tables: `[256, d]` float32 by name: the starting point.
         iterations: conjugate gradient steps.
         outputs: one `B` `[O, O]` float32 a matrix; None stands for the identity.
+        settled: where to stop, as a share of the first residual's energy: tables go back on the
+            int8 grid, which is coarser.
 
     Returns:
         The refitted tables, float32, not yet on the int8 grid.
@@ -237,7 +236,7 @@ def refit_codebooks(
     direction = {name: s.clone() for name, s in scaled.items()}
     energy = start = _dot(residual, scaled)
     for _ in range(iterations):
-        if energy <= 1e-12 * start or energy == 0.0:
+        if energy <= settled * start or energy == 0.0:
             break
         image = scatter(images(decoded(direction)))
         curvature = _dot(direction, image)
@@ -328,22 +327,25 @@ def _spread(vectors: Tensor, metrics: Tensor, generator: torch.Generator) -> Ten
     sample = vectors.reshape(-1, d)[drawn]  # [n, d]
     metric = metrics[drawn // N]  # [n, d, d]
     uniform = torch.rand(CODEBOOK_SIZE, generator=generator, dtype=torch.float64)
-    distance = ((sample[:, None] @ metric)[:, 0] * sample).sum(-1)  # [n], from the origin
+    image = (metric @ sample[..., None])[..., 0]  # [n, d]
+    own = (image * sample).sum(-1)  # [n]
+    # (s - c) M (s - c) is linear in c and c c^T: one product for all vectors.
+    terms = torch.cat([-2 * image, metric.reshape(count, d * d)], dim=1)  # [n, d + d d]
+    distance = own  # from the origin
     chosen = torch.empty(CODEBOOK_SIZE, d, device=vectors.device)
     for i in range(CODEBOOK_SIZE):
         cumulative = distance.double().cumsum(0)
         point = uniform[i].to(cumulative.device) * cumulative[-1]
-        index = torch.searchsorted(cumulative, point).clamp_max(count - 1)
-        chosen[i] = sample[index]
-        error = sample - chosen[i]
-        now = ((error[:, None] @ metric)[:, 0] * error).sum(-1).clamp_min(0.0)
+        c = sample[torch.searchsorted(cumulative, point).clamp_max(count - 1)]
+        chosen[i] = c
+        now = (own + terms @ torch.cat([c, torch.outer(c, c).reshape(-1)])).clamp_min(0.0)
         distance = now if i == 0 else torch.minimum(distance, now)
     return chosen
 
 
 @functools.cache
-def _compiled() -> Any:
-    """Import the compiled search on first use."""
+def compiled_search() -> Any:
+    """Import the compiled search on first use: there may be no numba."""
     return importlib.import_module("mgvq_quantizer.cpu_search")
 
 

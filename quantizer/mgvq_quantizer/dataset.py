@@ -1,4 +1,5 @@
-"""The model and the calibration conversations of one run, opened (for `pipeline`, `forecast`)."""
+"""The model and the calibration data of one run, opened (for `pipeline`, `forecast`,
+`baselines`)."""
 
 from __future__ import annotations
 
@@ -6,9 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mgvq_quantizer import calibration
+from mgvq_quantizer import calibration, plain_text
 from mgvq_quantizer.batches import unique_pictures
-from mgvq_quantizer.calibration import CalibrationError, Sample
+from mgvq_quantizer.calibration import CalibrationError, Conversation, Sample
+from mgvq_quantizer.plain_text import Passage
 from mgvq_quantizer.recipe import QuantRecipe
 from mgvq_runtime.checkpoint.reader import Checkpoint, open_checkpoint
 from mgvq_runtime.errors import CheckpointError
@@ -52,30 +54,45 @@ def read_data(
     path: Path | None,
     source: Checkpoint | None = None,
 ) -> Data:
-    """Load, thin out, tokenize and split the calibration conversations.
+    """Load, thin out, tokenize and split the calibration conversations and texts.
 
     Args:
         folder: of the dense checkpoint.
         graph: its model.
         recipe: how many, and what share is held out.
-        path: see `calibration.load_conversations`.
+        path: see `calibration.load_conversations`; or a `.txt` file, or a folder or zip file that
+            holds some, alone or beside conversations.
         source: the folder, where it is open already.
 
     Raises:
         CalibrationError: if the data cannot be used.
     """
-    name, conversations = calibration.load_conversations(path, folder, graph.visual is not None)
-    step = max(1.0, len(conversations) / recipe.max_samples)
-    chosen = [
-        conversations[int(i * step)] for i in range(min(len(conversations), recipe.max_samples))
-    ]
     processor = ChatProcessor.from_checkpoint(
         source or open_checkpoint(folder), graph.config, recipe.max_image_tokens
     )
-    samples = calibration.prepare(chosen, processor, processor.tokenizer)
+    name, items = "", list[Conversation | Passage]()
+    if plain_text.holds_conversations(path):
+        name, conversations = calibration.load_conversations(path, folder, graph.visual is not None)
+        items += conversations
+    if path is not None and plain_text.holds_text(path):
+        name = path.name
+        items += plain_text.read_passages(path, processor.tokenizer)
+    step = max(1.0, len(items) / recipe.max_samples)
+    chosen = [items[int(i * step)] for i in range(min(len(items), recipe.max_samples))]
+    spoken = [item for item in chosen if isinstance(item, Conversation)]
+    written = [item for item in chosen if isinstance(item, Passage)]
+    samples = calibration.prepare(spoken, processor, processor.tokenizer) if spoken else []
+    samples += map(plain_text.text_sample, written)
+    _check_lengths(samples, graph.config.text_config.max_position_embeddings)
     if len(samples) < 2:
-        raise CalibrationError(f"{name} holds {len(samples)} conversation; at least 2 are needed")
-    return split_data(name, samples, recipe, calibration.fingerprint(chosen))
+        raise CalibrationError(
+            f"{name} holds {len(samples)} conversation or passage of {plain_text.PASSAGE_TOKENS} "
+            "tokens; at least 2 are needed"
+        )
+    digest = calibration.fingerprint(spoken)
+    if written:
+        digest = f"{digest}-{plain_text.fingerprint(written)}"
+    return split_data(name, samples, recipe, digest)
 
 
 def split_data(name: str, samples: Sequence[Sample], recipe: QuantRecipe, digest: str) -> Data:
@@ -85,7 +102,7 @@ def split_data(name: str, samples: Sequence[Sample], recipe: QuantRecipe, digest
         name: of the data.
         samples: at least 2.
         recipe: what share is held out, how often pictures are swapped.
-        digest: of the conversations.
+        digest: of the conversations and texts.
     """
     held = max(1, round(len(samples) * recipe.heldout_share))
     every = len(samples) / held
@@ -109,5 +126,17 @@ def check_pictures(data: Data, graph: CausalLM) -> None:
     """
     if graph.visual is not None and not unique_pictures(data.train):
         raise CalibrationError(
-            f"{data.name} holds no picture: the vision tower cannot be calibrated on text alone"
+            f"{data.name} holds no picture to calibrate on: the vision tower cannot be calibrated "
+            'on text alone; name pictures in the rows ("image": FILE, and <image> in the text), or '
+            "give a folder that holds conversations with pictures (.jsonl) beside the text"
         )
+
+
+def _check_lengths(samples: Sequence[Sample], limit: int) -> None:
+    """Refuse what the model was never trained to read, before it is run."""
+    for sample in samples:
+        if len(sample.token_ids) > limit:
+            raise CalibrationError(
+                f"{sample.where}: {len(sample.token_ids)} tokens, pictures included, but the model "
+                f"reads at most {limit}: shorten the conversation, or set --max-image-tokens"
+            )

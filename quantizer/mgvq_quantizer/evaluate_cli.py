@@ -16,6 +16,7 @@ import torch
 
 from mgvq_quantizer.baselines import cli
 from mgvq_quantizer.evaluate import Evaluation, evaluate
+from mgvq_quantizer.evaluate_text import DEFAULT_TOKENS, TextEvaluation, evaluate_text
 from mgvq_runtime.config import resolve_device
 from mgvq_runtime.env import debug_tracebacks
 from mgvq_runtime.errors import MgvqError
@@ -34,14 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if parsed.num_threads is not None:
             torch.set_num_threads(parsed.num_threads)
-        result = evaluate(
-            parsed.checkpoint,
-            parsed.reference,
-            parsed.questions,
-            parsed.limit,
-            parsed.seed,
-            resolve_device(parsed.device, torch.cuda.device_count()),
-        )
+        result = _examine(parsed)
     except MgvqError as error:
         if debug_tracebacks():
             raise
@@ -53,28 +47,51 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if isinstance(parsed.json, Path):
         parsed.json.write_text(line + "\n")
     if parsed.json is not True:
-        print(_table(result))
+        print(_table(result) if isinstance(result, Evaluation) else _text_table(result))
     print(line)
     return 0
+
+
+def _examine(parsed: argparse.Namespace) -> Evaluation | TextEvaluation:
+    device = resolve_device(parsed.device, torch.cuda.device_count())
+    folders = parsed.checkpoint, parsed.reference
+    if parsed.text is not None:
+        return evaluate_text(*folders, parsed.text, parsed.text_tokens, device)
+    return evaluate(*folders, parsed.questions, parsed.limit, parsed.seed, device)
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser."""
     parser = argparse.ArgumentParser(
         prog="mgvq-eval",
-        description="Compare a checkpoint with its reference on questions about pictures. "
+        description="Compare a checkpoint with its reference, on questions on pictures or on text. "
         "mgvq-eval compare --help: published quantizers side by side.",
         allow_abbrev=False,
     )
     add = parser.add_argument
     add("--checkpoint", type=Path, required=True, metavar="DIR", help="folder to examine")
     add("--reference", type=Path, required=True, metavar="DIR", help="folder it was made from")
-    add(
+    data = parser.add_mutually_exclusive_group()
+    data.add_argument(
         "--questions",
         type=Path,
         metavar="FILE",
         help="zip file or folder with questions.jsonl and pictures (default: the checkpoint's "
         "questions.zip, else the reference's)",
+    )
+    data.add_argument(
+        "--text",
+        type=Path,
+        metavar="FILE",
+        help="a .txt file, or a folder or zip file of them: KL and perplexity on text instead",
+    )
+    add(
+        "--text-tokens",
+        type=int,
+        default=DEFAULT_TOKENS,
+        metavar="N",
+        help="most tokens of the text, in windows drawn evenly from it (default: "
+        f"{DEFAULT_TOKENS})",
     )
     add("--limit", type=int, metavar="N", help="most questions, drawn at random (default: all)")
     add("--seed", type=int, default=0, metavar="N", help="seed of the draw (default: 0)")
@@ -104,6 +121,19 @@ def _table(result: Evaluation) -> str:
         f"{result.bits_per_weight:.3f} bits a decoder weight in full, "
         f"{result.file_bytes / 2**20:.1f} MiB of weights",
         f"{result.n} questions, {result.n_tokens} answer tokens, {result.seconds:.0f} s",
+    ]
+    return "\n".join(lines)
+
+
+def _text_table(result: TextEvaluation) -> str:
+    lines = [
+        f"{'':<12}{'checkpoint':>12}{'reference':>12}",
+        f"{'perplexity':<12}{result.perplexity:>12.3f}{result.reference_perplexity:>12.3f}",
+        f"KL {result.kl:.4f} +- {result.kl_se:.4f} nats a token, "
+        f"same first choice {result.top1_agreement:.1%}",
+        f"{result.bits_per_weight:.3f} bits a decoder weight in full, "
+        f"{result.file_bytes / 1e6:.1f} MB of weights",
+        f"{result.n} windows, {result.n_tokens} predicted tokens, {result.seconds:.0f} s",
     ]
     return "\n".join(lines)
 

@@ -1,9 +1,10 @@
 """What a quantization run will take, from shapes alone (called by `cli` for `--plan`).
 
 The model's graph is made on the meta device and no tensor is read. Work is counted by `stage_work`,
-bytes by `stage_memory`, the machine's speed is measured by `machine_speed`. Bands of several rates
-cannot be known before the survey: they are chosen as a run would, on losses that differ as much as
-those that were measured. Reading the model and the data is left out.
+bytes by `stage_memory` and `preflight`, the machine's speed is measured by `machine_speed`. Bands
+of several rates cannot be known before the survey: they are chosen as a run would, on losses that
+differ as much as those that were measured; classes of channels are not told apart. Reading the
+model and the data is left out.
 """
 
 from __future__ import annotations
@@ -25,13 +26,14 @@ from mgvq_quantizer.dataset import Data, open_dense
 from mgvq_quantizer.machine_speed import Speed, measure_speed
 from mgvq_quantizer.pipeline import companions
 from mgvq_quantizer.precision import choose_bands
+from mgvq_quantizer.preflight import check_by_block, stored_bytes
 from mgvq_quantizer.recipe import QuantRecipe
 from mgvq_quantizer.report import peak_memory_bytes
 from mgvq_quantizer.sensitivity import Sensitivity, run_widths
 from mgvq_quantizer.solver_work import STORE, Work
 from mgvq_quantizer.stage_memory import StageMemory
 from mgvq_quantizer.stage_work import Reading, Stages
-from mgvq_runtime.checkpoint.bits import TOTAL, count_bits, group_of
+from mgvq_runtime.checkpoint.bits import count_bits, group_of
 from mgvq_runtime.checkpoint.files import read_json
 from mgvq_runtime.checkpoint.manifest import CONFIG_NAME, MANIFEST_NAME
 from mgvq_runtime.checkpoint.reader import Checkpoint
@@ -75,6 +77,8 @@ class Forecast:
     """Tensors, and the files that travel along."""
     work_folder_bytes: int
     """`OUTPUT.partial` before the checkpoint is written beside it."""
+    by_block: bool
+    """Whether blocks are in memory one by one."""
 
     @property
     def seconds(self) -> float:
@@ -107,6 +111,8 @@ class Forecast:
             f"machine       {machine['device']}, CPU threads: {machine['threads']}, "
             f"{machine['gmacs_per_second']:,.0f} GMAC/s in a forward"
         )
+        if self.by_block:
+            yield "              blocks one by one; reading them again and again is not counted"
         yield ""
         yield f"{'stage':<24}{'work, GMAC':>16}{'time':>12}{'peak memory':>14}"
         for stage in self.stages:
@@ -128,7 +134,11 @@ class Forecast:
 
 
 def forecast(
-    model: Path, recipe: QuantRecipe, calibration: Path | None = None, device: str = "cpu"
+    model: Path,
+    recipe: QuantRecipe,
+    calibration: Path | None = None,
+    device: str = "cpu",
+    by_block: bool = False,
 ) -> Forecast:
     """Plan a run; nothing is loaded but headers, JSON and calibration data.
 
@@ -137,18 +147,21 @@ def forecast(
         recipe: settings.
         calibration: see `calibration.load_conversations`.
         device: where the run would compute; its speed is measured.
+        by_block: as `pipeline.quantize` takes it.
 
     Raises:
         CheckpointError: if the folder is damaged, has no config.json or is already quantized.
-        ConfigError: if the architecture is not supported, or the bits cannot be met.
+        ConfigError: if the architecture is not supported, the bits cannot be met, or the recipe
+            asks for what cannot be done by block.
         CalibrationError: if data that were named cannot be used.
     """
+    check_by_block(recipe, by_block)
     source = _open(model)
     graph = _graph(source)
     plans = expected_plans(graph, recipe)
     data, assumed = expected_data(source, graph, recipe, calibration)
     files = sum(file.stat().st_size for file in companions(source.path))
-    tensors = tensor_bytes(graph, plans)
+    tensors = sum(stored_bytes(graph, plans))
     stages = Stages(graph, plans, recipe, data)
     dims = {s.vector_dim for p in plans.values() for band in p.layout.bands for s in band.stages}
     dims |= {s.vector_dim for r in recipe.rates for s in VQLayout.uniform(8, 8, r).bands[0].stages}
@@ -161,10 +174,13 @@ def forecast(
         recipe=recipe.to_json(),
         calibration=_facts(data, assumed),
         machine=_machine(speed),
-        stages=tuple(_forecast_stages(stages, tensors, speed, process)),
+        stages=tuple(
+            _forecast_stages(stages, StageMemory(stages, tensors, by_block), speed, process)
+        ),
         bits_per_weight=_bits(plans),
         checkpoint_bytes=tensors + files,
-        work_folder_bytes=_work_folder_bytes(plans),
+        work_folder_bytes=_work_folder_bytes(stages),
+        by_block=by_block,
     )
 
 
@@ -179,13 +195,6 @@ def expected_plans(graph: CausalLM, recipe: QuantRecipe) -> dict[str, MatrixPlan
         return plans
     supposed = [_supposed(p, recipe) for name, p in plans.items() if group_of(name) == "decoder"]
     return plan(graph, recipe, choose_bands(supposed, plans, recipe))
-
-
-def tensor_bytes(graph: CausalLM, plans: Mapping[str, MatrixPlan]) -> int:
-    """Count the bytes of a checkpoint's tensors: bits in full, float16 for the rest."""
-    bits = count_bits({name: matrix.spec for name, matrix in plans.items()})[TOTAL]
-    parameters = sum(parameter.numel() for parameter in graph.parameters())
-    return bits.bits // 8 + 2 * (parameters - bits.weights)
 
 
 def _supposed(matrix: MatrixPlan, recipe: QuantRecipe) -> Sensitivity:
@@ -219,10 +228,9 @@ def _graph(source: Checkpoint) -> CausalLM:
 
 
 def _forecast_stages(
-    stages: Stages, tensors: int, speed: Speed, process: int
+    stages: Stages, memory: StageMemory, speed: Speed, process: int
 ) -> Iterator[StageForecast]:
-    memory = StageMemory(stages, tensors)
-    write = Work({STORE: 3 * tensors})  # digested when written, and when read back
+    write = Work({STORE: 3 * memory.checkpoint_bytes})  # digested when written, and when read back
     for name, amount, peak in (
         ("ask the dense model", stages.ask_teacher(), memory.ask_teacher),
         ("gradients", stages.squared_gradients(), memory.squared_gradients),
@@ -231,7 +239,7 @@ def _forecast_stages(
         ("vision rounding", stages.vision(), memory.vision),
         ("embedding", stages.embedding(), memory.embedding),
         ("decoder rounding", stages.decoder(), memory.decoder),
-        ("tuning", stages.tune(), memory.tune),
+        ("tuning" if stages.recipe.tuning_steps else "held-out KL", stages.tune(), memory.tune),
         ("write", write, memory.write),
     ):
         if amount:
@@ -263,11 +271,13 @@ def _bits(plans: Mapping[str, MatrixPlan]) -> dict[str, float]:
     return {group: count.bits_per_weight for group, count in counts.items()}
 
 
-def _work_folder_bytes(plans: Mapping[str, MatrixPlan]) -> int:
-    """Every matrix with tables of its own, shared or not."""
-    layouts = [matrix.layout for matrix in plans.values()]
-    bits = (x.code_bits() + x.codebook_bits() + x.side_bits() for x in layouts)
-    return sum(bits) // 8
+def _work_folder_bytes(stages: Stages) -> int:
+    """Every matrix with tables of its own, shared or not, and what gradients say of every token."""
+    layouts = {name: matrix.layout for name, matrix in stages.plans.items()}
+    bits = (x.code_bits() + x.codebook_bits() + x.side_bits() for x in layouts.values())
+    rows = [x.out_features for name, x in layouts.items() if group_of(name) == "decoder"]
+    energies = sum(8 * O + 4 * stages.train.tokens for O in rows) if stages.weighed else 0  # noqa: E741
+    return sum(bits) // 8 + energies
 
 
 def _duration(seconds: float) -> str:

@@ -11,14 +11,14 @@ Source: method memo B.1, B.2 `guided`, C.6; GuidedQuant (arXiv 2505.07004), MBQ 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from mgvq_quantizer.batches import Features, TokenBatch, embed
+from mgvq_quantizer.backward import sides_of
+from mgvq_quantizer.batches import Features, TokenBatch
 from mgvq_quantizer.calibration import CalibrationError, Sample
 from mgvq_quantizer.curvature import SampleGradients
 from mgvq_quantizer.teacher import Reference, divergence
@@ -38,7 +38,7 @@ class Gradients:
 
     energies: dict[int, Tensor] = field(default_factory=dict)
     """`[T]` float32 of each sample, by its `id`: the squared norm of each token's gradient."""
-    rows: Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.float64))
+    rows: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
     """`[O]` float64: the sum over all tokens of each output's squared gradient."""
 
 
@@ -76,16 +76,37 @@ def squared_gradients(
     """
     found = {name: Gradients() for name in names}
     for batch in batches:
-        outputs: dict[str, Tensor] = {}
-        with ExitStack() as stack, torch.enable_grad():
-            for name in names:
-                module = model.get_submodule(name)
-                stack.callback(module.register_forward_hook(_keeper(outputs, name)).remove)
-            log_probs = _answers(model, batch, features)
-            loss = _drawn_loss(log_probs, generator)
-            gradients = torch.autograd.grad(loss, [outputs[name] for name in names])
-        for name, gradient in zip(names, gradients, strict=True):
-            _collect(found[name], name, batch, _flat(gradient))
+
+        def losses(log_probs: Tensor) -> list[Tensor]:
+            return [_drawn_loss(log_probs, generator)]
+
+        for name, sides in sides_of(model, names, batch, features, losses).items():
+            _collect(found[name], name, batch, _flat(sides.gradients[0]))
+    return found
+
+
+def pack(found: Mapping[str, Gradients], samples: Sequence[Sample]) -> dict[str, Tensor]:
+    """Return gradients as tensors by name, to be kept; the samples' order stands for their `id`."""
+    tensors = {}
+    for name, gradients in found.items():
+        tensors[f"{name}.rows"] = gradients.rows
+        tensors[f"{name}.energies"] = torch.cat([gradients.energies[id(s)] for s in samples])
+    return tensors
+
+
+def unpack(
+    tensors: Mapping[str, Tensor],
+    names: Sequence[str],
+    samples: Sequence[Sample],
+    device: torch.device,
+) -> dict[str, Gradients]:
+    """Undo `pack`, bit for bit."""
+    lengths = [len(sample.token_ids) for sample in samples]
+    found = {}
+    for name in names:
+        parts = torch.split(tensors[f"{name}.energies"].to(device), lengths)
+        energies = {id(sample): part for sample, part in zip(samples, parts, strict=True)}
+        found[name] = Gradients(energies, tensors[f"{name}.rows"].to(device))
     return found
 
 
@@ -120,23 +141,17 @@ def sample_gradients(
     inputs: dict[str, list[Tensor]] = {name: [] for name in names}
     sides: dict[str, list[list[Tensor]]] = {name: [[] for _ in range(1 + draws)] for name in names}
     for batch in batches:
-        entered: dict[str, Tensor] = {}
-        left: dict[str, Tensor] = {}
-        with ExitStack() as stack, torch.enable_grad():
-            for name in names:
-                module = model.get_submodule(name)
-                hook = _keeper(left, name, entered)
-                stack.callback(module.register_forward_hook(hook).remove)
-            log_probs = _answers(model, batch, features)
-            losses = [divergence(reference.log_probs(batch.samples), log_probs).sum()]
-            losses += [_drawn_loss(log_probs, generator) for _ in range(draws)]
-            outputs = [left[name] for name in names]
-            gradients = [torch.autograd.grad(x, outputs, retain_graph=True) for x in losses]
+        original = reference.log_probs(batch.samples)
+
+        def losses(log_probs: Tensor, original: Tensor = original) -> list[Tensor]:
+            drawn = [_drawn_loss(log_probs, generator) for _ in range(draws)]
+            return [divergence(original, log_probs).sum(), *drawn]
+
         lengths = [len(sample.token_ids) for sample in batch.samples]
-        for i, name in enumerate(names):
-            inputs[name] += torch.split(_flat(entered[name]), lengths)
-            for side, gradient in zip(sides[name], gradients, strict=True):
-                flat = _flat(gradient[i])
+        for name, reached in sides_of(model, names, batch, features, losses).items():
+            inputs[name] += torch.split(_flat(reached.inputs), lengths)
+            for side, gradient in zip(sides[name], reached.gradients, strict=True):
+                flat = _flat(gradient)
                 _check_finite(flat, name, batch)
                 side += torch.split(flat, lengths)
     return {
@@ -190,29 +205,11 @@ def weights_of(batches: Sequence[TokenBatch], weights: Mapping[int, Tensor]) -> 
     return [torch.cat([weights[id(sample)] for sample in batch.samples]) for batch in batches]
 
 
-def _answers(model: CausalLM, batch: TokenBatch, features: Features) -> Tensor:
-    """Log-probabilities `[A, V]` of the answer rows, with a graph down to the embedding."""
-    rows = embed(model, batch, features).detach().requires_grad_()
-    hidden = model(rows, batch.forward)[batch.answer_rows]
-    return model.logits(hidden).log_softmax(-1)
-
-
 def _drawn_loss(log_probs: Tensor, generator: torch.Generator) -> Tensor:
     """The summed negative log-likelihood of labels that are drawn from the model."""
     chances = log_probs.detach().exp().cpu()
     labels = torch.multinomial(chances, 1, generator=generator).to(log_probs.device)
     return -log_probs.gather(1, labels).sum()
-
-
-def _keeper(
-    outputs: dict[str, Tensor], name: str, inputs: dict[str, Tensor] | None = None
-) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-    def keep(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        outputs[name] = output
-        if inputs is not None:
-            inputs[name] = args[0].detach()
-
-    return keep
 
 
 def _flat(rows: Tensor) -> Tensor:

@@ -46,9 +46,8 @@ class BlockLDL:
 def damp(hessian: Tensor, damping: float) -> Tensor:
     """Add `damping` times the mean diagonal to the diagonal.
 
-    An input that was zero on every token keeps exactly that much weight, so its column is still
-    rounded to its own values and never steers the others. A moment that is zero everywhere
-    becomes the identity.
+    An input that was zero on every token keeps exactly that much weight and never steers the
+    others. A moment that is zero everywhere becomes the identity.
 
     Args:
         hessian: `[I, I]` symmetric, any float dtype.
@@ -64,6 +63,24 @@ def damp(hessian: Tensor, damping: float) -> Tensor:
         return torch.eye(moment.shape[0], dtype=torch.float64, device=moment.device)
     moment.diagonal().add_(damping * mean)
     return moment
+
+
+def without_dead_inputs(weight: Tensor, moment: Tensor) -> Tensor:
+    """Return a weight with zeros in the columns of inputs that are zero on every token.
+
+    Whatever stands there does nothing, but could make rows and tables coarse. A moment that is
+    zero everywhere says nothing about its inputs: the weight stays as it is.
+
+    Args:
+        weight: `[O, I]`.
+        moment: `[I, I]` of the inputs.
+
+    Source: method memo C.8.
+    """
+    alive = moment.diagonal() > 0.0
+    if bool(alive.all()) or not bool(alive.any()):
+        return weight
+    return torch.where(alive, weight, torch.zeros_like(weight))
 
 
 def block_ldl(matrix: Tensor, runs: Sequence[Run]) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -109,7 +126,7 @@ def factorize(hessian: Tensor, runs: Sequence[Run], damping: float) -> BlockLDL:
         The factors, float64.
 
     Raises:
-        ValueError: if it fails even with `damping * 2**9`.
+        ArithmeticError: if it fails even with `damping * 2**9`.
     """
     attempt = damping
     for _ in range(_MAX_ATTEMPTS):
@@ -120,7 +137,7 @@ def factorize(hessian: Tensor, runs: Sequence[Run], damping: float) -> BlockLDL:
             attempt *= 2
             continue
         return BlockLDL(matrix, lower, blocks, attempt)
-    raise ValueError(
+    raise ArithmeticError(
         f"the second moment of {hessian.shape[0]} inputs cannot be factored even with damping "
         f"{attempt / 2:g}: are the calibration activations finite?"
     )

@@ -124,11 +124,12 @@ class _Clock:
         return torch.randn(*shape, generator=self.generator).to(self.device)
 
     def moment(self, width: int) -> Tensor:
-        """A second moment `[I, I]` float64 as uneven as activations: refits take all their steps
-        on it, as they do on a model's."""
-        decay = torch.arange(1, width + 1, device=self.device) ** -1.0
-        rows = (self.randn(2 * width, width) * decay) @ self.randn(width, width)
-        return (rows.T @ rows).double()
+        """A second moment `[I, I]` float64 of uneven channels with a decaying spectrum, like those
+        that the steps of a refit were counted on (`solver_work.REFIT_STEPS`)."""
+        basis = torch.linalg.qr(self.randn(width, width).double())[0]
+        numbers = torch.arange(1, width + 1, dtype=torch.float64, device=self.device)
+        spread = torch.exp(0.7 * self.randn(width)).double()  # [I]
+        return spread[:, None] * (basis * numbers**-0.8 @ basis.T) * spread
 
 
 def _matmul(clock: _Clock, forward: tuple[int, int]) -> float:
@@ -213,7 +214,7 @@ def _refit(clock: _Clock, seconds: Mapping[str, float]) -> dict[str, float]:
     tables = {"0": clock.randn(256, d)}
     spent = clock(
         lambda: codebook.refit_codebooks(
-            [weight], [moment], [[[codes]]], [[["0"]]], tables, _REFITS
+            [weight], [moment], [[[codes]]], [[["0"]]], tables, _REFITS, settled=0.0
         )
     )
     known = passes * _ROWS * _COLUMNS**2 * seconds[MATMUL]

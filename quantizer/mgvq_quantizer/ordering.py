@@ -9,7 +9,7 @@ they matter.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -41,6 +41,7 @@ def channel_order(
     layout: VQLayout,
     recipe: QuantRecipe,
     generator: torch.Generator,
+    members: Sequence[Sequence[int]] = (),
 ) -> Tensor:
     """Choose between the sorted and the dealt order by rounding some rows in both.
 
@@ -54,11 +55,12 @@ def channel_order(
         layout: the matrix's layout.
         recipe: damping.
         generator: seeds the trial tables.
+        members: the channels of each band; empty cuts the bands from the order of all channels.
 
     Returns:
         `[I]` int64: the original channel at each place.
     """
-    candidates = list(_candidates(hessian, layout))
+    candidates = list(_candidates(hessian, layout, members))
     if len(candidates) == 1:
         return candidates[0]
     state = generator.get_state()
@@ -76,8 +78,13 @@ def ascending(hessian: Tensor) -> Tensor:
     return hessian.diagonal().argsort(stable=True)
 
 
-def _candidates(hessian: Tensor, layout: VQLayout) -> Iterator[Tensor]:
+def _candidates(
+    hessian: Tensor, layout: VQLayout, members: Sequence[Sequence[int]]
+) -> Iterator[Tensor]:
     order, runs = ascending(hessian), blocks_of(layout)
+    if members:
+        place = order.argsort()
+        order = torch.cat([order[place[list(ids)].sort().values] for ids in members])
     yield order
     if max(run.block for run in runs) > 1:
         bands = torch.split(order, [run.width for run in runs])

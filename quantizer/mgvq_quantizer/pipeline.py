@@ -2,17 +2,16 @@
 
 The order: read data, ask the dense model, measure what each matrix is sensitive to (`survey`) and
 spend the bits (`precision`), quantize vision tower, embedding and decoder in the order in which
-data flows (`stream`), tune end to end (`tuning`), write. Finished matrices are kept in
-`OUTPUT.partial/`, so an interrupted run goes on where it was; the same recipe, source and data give
-the same tensors, interrupted or not.
+data flows (`stream`), its blocks tuned one by one (`block_tuning`), tune end to end (`tuning`),
+write. Finished matrices and blocks are kept in `OUTPUT.partial/`, so an interrupted run goes on
+where it was; the same recipe, source and data give the same tensors, interrupted or not.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,43 +19,38 @@ import torch
 from tqdm import tqdm
 
 from mgvq_quantizer import questions, tuning
-from mgvq_quantizer.allocation import MatrixPlan, plan
+from mgvq_quantizer.allocation import MatrixPlan, dense_weights
 from mgvq_quantizer.batches import (
     Features,
-    TokenBatch,
     decoder_runs,
     encode_pictures,
     length_batches,
-    make_batch,
     picture_batches,
-    split_batches,
     unique_pictures,
 )
-from mgvq_quantizer.calibration import Sample
+from mgvq_quantizer.block_tuning import BlockData, BlockTuned, BlockTuner, decoder_states
 from mgvq_quantizer.dataset import Data, check_pictures, open_dense, read_data
 from mgvq_quantizer.gate import Verdict
-from mgvq_quantizer.gradients import TokenWeights, squared_gradients, token_weights
-from mgvq_quantizer.precision import choose_bands
-from mgvq_quantizer.recipe import QuantRecipe
+from mgvq_quantizer.planning import backward_batches, make_plans
+from mgvq_quantizer.preflight import check, check_by_block
+from mgvq_quantizer.recipe import ROUNDING_ONLY, TUNING_ONLY, QuantRecipe
 from mgvq_quantizer.report import Report, make_report
 from mgvq_quantizer.report_page import report_page
+from mgvq_quantizer.residence import Residence
 from mgvq_quantizer.sensitivity import Sensitivity
 from mgvq_quantizer.solver import Solution
 from mgvq_quantizer.statistics import record_calls
-from mgvq_quantizer.stream import Stream, seeded
-from mgvq_quantizer.survey import Evidence, survey
-from mgvq_quantizer.teacher import Reference, ask_teacher, divergence_with
+from mgvq_quantizer.stream import Stream
+from mgvq_quantizer.teacher import Reference, Student, ask_teacher, heldout_kl
 from mgvq_quantizer.witness import Testimony
-from mgvq_quantizer.work_folder import WorkFolder
+from mgvq_quantizer.work_folder import Work, WorkFolder, shared_folder
 from mgvq_runtime import __version__
-from mgvq_runtime.checkpoint.bits import group_of
 from mgvq_runtime.checkpoint.files import fingerprint_folder
 from mgvq_runtime.checkpoint.reader import Checkpoint
 from mgvq_runtime.checkpoint.spec import QuantizationSpec
-from mgvq_runtime.checkpoint.writer import write_checkpoint
+from mgvq_runtime.checkpoint.writer import remove_leftovers, write_checkpoint
 from mgvq_runtime.errors import CheckpointError
 from mgvq_runtime.models.causal_lm import CausalLM
-from mgvq_runtime.models.loading import fill_model
 from mgvq_runtime.tokenizer.folder import missing_tokenizer_json
 
 _COMPANIONS = (
@@ -76,6 +70,9 @@ _COMPANIONS = (
 )
 """Files of the source that a checkpoint needs to be self-contained, as patterns."""
 
+SURVEYS, ROUNDED = "surveys", "rounded"
+"""What runs share, by folder."""
+
 
 @dataclass(frozen=True, eq=False)
 class _Rounded:
@@ -90,6 +87,8 @@ class _Rounded:
     """Empty where the allocation is uniform."""
     verdicts: dict[str, Verdict]
     """Empty where every matrix is rounded in one way."""
+    blocks: dict[str, BlockTuned]
+    """Empty where blocks are left as rounded."""
 
 
 def quantize(
@@ -99,6 +98,8 @@ def quantize(
     calibration_data: Path | None = None,
     device: str = "cpu",
     show_progress: bool = True,
+    shared: Path | None = None,
+    by_block: bool = False,
 ) -> Report:
     """Quantize a checkpoint folder.
 
@@ -109,46 +110,64 @@ def quantize(
         calibration_data: see `calibration.load_conversations`.
         device: where to compute.
         show_progress: draw a progress bar on stderr.
+        shared: a folder where the survey (in `SURVEYS`) and the rounded matrices (in `ROUNDED`)
+            are kept for other runs whose settings leave them as they are; None keeps nothing.
+        by_block: keep one block of the model in memory at a time (two where candidates are tried in
+            front of the blocks behind them); the result has the same bytes.
 
     Returns:
         What was done; also written into the checkpoint as `quantization_report.json` and
         `.html`.
 
     Raises:
-        CheckpointError: if the source is damaged or already quantized, or the output exists.
+        CheckpointError: if the source cannot be used, the output exists or has no room.
         CalibrationError: if the data cannot be used.
-        ResumeError: if `output.partial` belongs to a run with other settings.
+        ConfigError: if the recipe asks for what cannot be done by block.
+        ResumeError: if `output.partial` belongs to a run with other settings, or another process
+            is at work in it.
     """
     started = time.monotonic()
     source = _open_source(model, output)
-    graph = fill_model(source, device)
+    check_by_block(recipe, by_block)
+    residence = Residence(source, device, by_block)
+    graph = residence.model
+    unfinished = output.with_name(output.name + ".partial")
+    check(graph, recipe, output, unfinished)
     data = read_data(model, graph, recipe, calibration_data)
-    facts = {
+    facts = _deciding_facts(recipe, model, data)
+    own = WorkFolder(unfinished, facts)
+    work = Work(own, own) if shared is None else _shared_work(shared, facts, recipe)
+    with own, tqdm(unit="matrix", disable=not show_progress) as bar, torch.no_grad():
+        remove_leftovers(output)
+        done = _round(residence, recipe, work, data, bar)
+        tuned = _tune(graph, recipe, data, done, bar)
+        said = _facts(data), time.monotonic() - started, done.sensitivities, done.verdicts
+        report = make_report(done.plans, done.solutions, tuned, recipe, *said)
+        kept = dense_weights(graph, done.plans)
+        report = replace(report.with_kept(kept), blocks=done.blocks)
+        _write(output, source, residence, done, tuned, recipe, report)
+        own.remove()
+    return report
+
+
+def _deciding_facts(recipe: QuantRecipe, model: Path, data: Data) -> dict[str, Any]:
+    """Return everything that decides the tensors."""
+    return {
         **recipe.to_json(),
         "source": fingerprint_folder(model),
         "calibration": data.fingerprint,
         "tool_version": __version__,
     }
-    work = WorkFolder(output.with_name(output.name + ".partial"), facts)
-    with tqdm(unit="matrix", disable=not show_progress) as bar, torch.no_grad():
-        done = _round(graph, recipe, work, data, bar)
-        with torch.enable_grad():
-            tuned = tuning.tune(
-                graph,
-                done.plans,
-                {name: solution.weight for name, solution in done.solutions.items()},
-                done.reference,
-                ([*data.train, *data.swapped], data.heldout),
-                done.features,
-                recipe,
-                bar.set_description,
-            )
-    seconds = time.monotonic() - started
-    said = done.sensitivities, done.verdicts
-    report = make_report(done.plans, done.solutions, tuned, recipe, _facts(data), seconds, *said)
-    _write(output, source, graph, done, tuned, recipe, report)
-    work.remove()
-    return report
+
+
+def _shared_work(folder: Path, facts: Mapping[str, Any], recipe: QuantRecipe) -> Work:
+    """Open the folders of each stage, by the facts that decide it."""
+    rounding = {name: value for name, value in facts.items() if name not in TUNING_ONLY}
+    measured = {name: value for name, value in rounding.items() if name not in ROUNDING_ONLY}
+    measured |= {"rates": list(recipe.rates), "reference_rate": recipe.reference_rate}
+    return Work(
+        shared_folder(folder / SURVEYS, measured), shared_folder(folder / ROUNDED, rounding)
+    )
 
 
 def companions(folder: Path) -> list[Path]:
@@ -159,98 +178,76 @@ def companions(folder: Path) -> list[Path]:
 
 def _open_source(model: Path, output: Path) -> Checkpoint:
     if output.exists():
-        raise CheckpointError(f"{output} exists: choose another --output, or delete it")
+        left = output.with_name(output.name + ".partial")
+        rest = f"; it is whole, and {left} may be deleted" if left.exists() else ""
+        raise CheckpointError(f"{output} exists: choose another --output, or delete it{rest}")
     return open_dense(model)
 
 
-def _round(
-    graph: CausalLM, recipe: QuantRecipe, work: WorkFolder, data: Data, bar: Any
-) -> _Rounded:
+def _round(residence: Residence, recipe: QuantRecipe, work: Work, data: Data, bar: Any) -> _Rounded:
     """Ask the dense model, plan, then round every matrix; return what tuning needs."""
+    graph = residence.model
 
     def done(name: str, solution: Solution) -> None:
         bar.update()
         bar.set_description(f"{name}, error {solution.error:.4f}")
 
-    device = next(graph.parameters()).device
+    device = graph.device
     bar.set_description("asking the unquantized model")
     pictures = unique_pictures(data.train)
     check_pictures(data, graph)
     features = encode_pictures(graph, unique_pictures(data.all), device)
     reference, head_moment = ask_teacher(graph, length_batches(data.all, device), features)
-    plans, weights, found = _plan(graph, recipe, work, data, features, reference, bar)
+    plans, weights, found = make_plans(graph, recipe, work.survey, data, features, reference, bar)
     train = length_batches(data.train, device)
-    stream = Stream(graph, plans, recipe, work, done, weights)
+    stream = Stream(graph, plans, recipe, work.rounding, done, weights)
     step = max(1.0, len(pictures) / recipe.max_pictures)
     shown = [pictures[int(i * step)] for i in range(min(len(pictures), recipe.max_pictures))]
     stream.share_books(list(picture_batches(shown)), train, features, device)
     entered = None
     if recipe.mismatch:
         entered = record_calls(graph.model.layers[0], decoder_runs(graph, train, features))
-    for name, parameter in graph.named_parameters():
-        if name.rpartition(".")[0] not in plans or not name.endswith(".weight"):
-            parameter.copy_(parameter.half())
-    if graph.visual is not None:
+    originals = None
+    if recipe.block_steps:
+        originals = decoder_states(graph, [*data.train, *data.heldout], features)
+    residence.settle(plans, stream.solutions)
+    if any(name.startswith("visual.") for name in plans):
         stream.vision(list(picture_batches(shown)), device)
     features = encode_pictures(graph, unique_pictures(data.all), device)
     stream.embedding(head_moment)
     testimony = None
     if recipe.gated:
-        asked = [_backward_batches(part, recipe, device) for part in (data.train, data.heldout)]
+        asked = [backward_batches(part, recipe, device) for part in (data.train, data.heldout)]
         testimony = Testimony(asked[0], asked[1], features, reference, entered)
-    stream.decoder(train, features, testimony)
-    return _Rounded(plans, stream.solutions, features, reference, found, stream.verdicts)
+    tuner = None
+    if originals is not None:
+        blocks = BlockData(data.train, data.heldout, features, originals)
+        tuner = BlockTuner(graph, plans, blocks, recipe, work.rounding, bar.set_description)
+    stream.decoder(train, features, testimony, tuner)
+    did = stream.verdicts, stream.tuned_blocks
+    return _Rounded(plans, stream.solutions, features, reference, found, *did)
 
 
-def _plan(
-    graph: CausalLM,
-    recipe: QuantRecipe,
-    work: WorkFolder,
-    data: Data,
-    features: Features,
-    reference: Reference,
-    bar: Any,
-) -> tuple[dict[str, MatrixPlan], TokenWeights, list[Sensitivity]]:
-    """Lay out every matrix, by sensitivity where the recipe says so; weigh the tokens."""
-    plans = plan(graph, recipe)
-    names = [name for name in plans if group_of(name) == "decoder"]
-    mixed = recipe.allocation != "uniform"
-    bar.reset(total=len(plans) + len(names) * mixed)
-    if not mixed and not recipe.guided:
-        return plans, {}, []
-    bar.set_description("gradients")
-    device = reference.head.device
-    gradients = squared_gradients(
-        graph,
-        names,
-        _backward_batches(data.train, recipe, device),
-        features,
-        seeded(recipe.seed, "labels"),
-    )
-    token = graph.config.image_token_id
-    weights = {name: token_weights(gradients[name], data.train, token) for name in names}
-    found: list[Sensitivity] = []
-    if mixed:
-        train = length_batches(data.train, device)
-        asked = length_batches([*data.heldout, *data.train[: 2 * len(data.heldout)]], device)
-        alone = partial(divergence_with, graph, asked, features, reference)
-        evidence = Evidence(train, features, gradients, weights, alone)
-
-        def done(name: str) -> None:
-            bar.update()
-            bar.set_description(f"sensitivity of {name}")
-
-        found = survey(graph, names, evidence, recipe, work, done)
-        plans = plan(graph, recipe, choose_bands(found, plans, recipe))
-    return plans, weights if recipe.guided else {}, found
-
-
-def _backward_batches(
-    samples: Sequence[Sample], recipe: QuantRecipe, device: torch.device
-) -> list[TokenBatch]:
-    """Samples in their order, as many at once as a step of tuning takes."""
-    parts = split_batches(samples, recipe.tuning_batch_tokens)
-    return [make_batch(part, device) for part in parts]
+def _tune(
+    graph: CausalLM, recipe: QuantRecipe, data: Data, done: _Rounded, bar: Any
+) -> tuning.Tuned:
+    """Tune end to end; without steps, only say how far the rounded model is from the original."""
+    if not recipe.tuning_steps:
+        device = done.reference.head.device
+        held = length_batches(data.heldout, device)
+        kl = heldout_kl(Student(graph), {}, held, done.features, done.reference)
+        return tuning.Tuned({}, {}, kl, kl, 0)
+    with torch.enable_grad():
+        return tuning.tune(
+            graph,
+            done.plans,
+            {name: solution.weight for name, solution in done.solutions.items()},
+            done.reference,
+            ([*data.train, *data.swapped], data.heldout),
+            done.features,
+            recipe,
+            bar.set_description,
+        )
 
 
 def _facts(data: Data) -> dict[str, Any]:
@@ -265,7 +262,7 @@ def _facts(data: Data) -> dict[str, Any]:
 def _write(
     output: Path,
     source: Checkpoint,
-    graph: CausalLM,
+    residence: Residence,
     done: _Rounded,
     tuned: tuning.Tuned,
     recipe: QuantRecipe,
@@ -280,11 +277,9 @@ def _write(
         tool_version=__version__,
         source_fingerprint=fingerprint_folder(source.path),
     )
-    matrices = {f"{name}.weight" for name in plans}
     dense = (
-        (name, tuned.parameters.get(name, parameter.detach()).half().cpu())
-        for name, parameter in graph.named_parameters()
-        if name not in matrices
+        (name, tuned.parameters.get(name, parameter).half().cpu())
+        for name, parameter in residence.parameters()
     )
     weights = ((n, tuned.weights.get(n, solutions[n].weight).to("cpu")) for n in plans)
     extra_files = {

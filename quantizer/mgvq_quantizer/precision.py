@@ -15,6 +15,7 @@ from itertools import groupby
 
 from mgvq_quantizer.allocation import Bands, MatrixPlan, table_bits
 from mgvq_quantizer.budget import Item, allocate
+from mgvq_quantizer.channel_classes import SHARED, Channels, cut_bands
 from mgvq_quantizer.recipe import QuantRecipe
 from mgvq_quantizer.sensitivity import Sensitivity
 from mgvq_runtime.errors import ConfigError
@@ -22,21 +23,27 @@ from mgvq_runtime.errors import ConfigError
 _SCALE_BITS = 16
 _ORDER_BITS = 32
 
+Tables = set[tuple[int, str]]
+"""Rate and class of the tables that matrices of one label read."""
+
 
 def choose_bands(
     sensitivities: Sequence[Sensitivity],
     plans: Mapping[str, MatrixPlan],
     recipe: QuantRecipe,
+    channels: Mapping[str, Channels] | None = None,
 ) -> dict[str, Bands]:
     """Give every run of channels a rate, so that the sum of losses is least within the budget.
 
-    Tables cost bits too: the first choice decides which rates a matrix (or the matrices that share
-    tables) uses at all, the second spends what the others would have cost.
+    Tables cost bits too: the first choice decides which rates and classes a matrix (or the matrices
+    that share tables) uses at all, the second spends what the others would have cost. If its bands
+    are cut into classes that are not counted yet, they are, and it is chosen again.
 
     Args:
         sensitivities: of the decoder's matrices.
         plans: the same matrices in any layout; says which share tables.
         recipe: `bits` and `allocation`.
+        channels: by which the bands will be cut into classes, by name.
 
     Returns:
         Rate and width of each band, by name of the matrix.
@@ -44,33 +51,45 @@ def choose_bands(
     Raises:
         ConfigError: if the budget cannot be met.
     """
-    allowed = {plans[s.name].label: set(s.rates) for s in sensitivities}
-    bands: dict[str, Bands] = {}
-    for _ in range(2):
+    channels, threshold = channels or {}, recipe.class_threshold
+
+    def choose(counted: Mapping[str, Tables]) -> tuple[dict[str, Bands], dict[str, Tables]]:
+        bands: dict[str, Bands] = {}
         for part in _parts(sensitivities, recipe):
-            bands |= _choose(part, plans, allowed, recipe)
-        allowed = defaultdict(set)
+            bands |= _choose(part, plans, counted, recipe)
+        used: dict[str, Tables] = defaultdict(set)
         for name, chosen in bands.items():
-            allowed[plans[name].label] |= {rate for rate, _ in chosen}
-    return bands
+            cuts = cut_bands(chosen, channels.get(name), threshold)
+            used[plans[name].label] |= {(c.rate, c.channel_class) for c in cuts}
+        return bands, used
+
+    _, counted = choose(
+        {plans[s.name].label: {(r, SHARED) for r in s.rates} for s in sensitivities}
+    )
+    while True:
+        bands, used = choose(counted)
+        if all(used[label] <= counted[label] for label in used):
+            return bands
+        counted = {label: counted[label] | used[label] for label in used}
 
 
 def _choose(
     part: Sequence[Sensitivity],
     plans: Mapping[str, MatrixPlan],
-    allowed: Mapping[str, set[int]],
+    counted: Mapping[str, Tables],
     recipe: QuantRecipe,
 ) -> dict[str, Bands]:
-    """Spend the budget of the matrices of `part`, given the rates that have tables."""
+    """Spend the budget of the matrices of `part`, given the tables that there are."""
     readers = Counter(plan.label for plan in plans.values())
     room, items, keys = 0.0, [], []
     for sensitivity in part:
         plan = plans[sensitivity.name]
         label, layout = plan.label, plan.layout
-        tables = sum(map(table_bits, allowed[label])) / readers[label]
+        tables = sum(table_bits(rate) for rate, _ in counted[label]) / readers[label]
         fixed = _SCALE_BITS * layout.out_features + _ORDER_BITS * layout.in_features
         room += recipe.bits * layout.num_weights - fixed - tables
-        options = [i for i, rate in enumerate(sensitivity.rates) if rate in allowed[label]]
+        allowed = {rate for rate, _ in counted[label]}
+        options = [i for i, rate in enumerate(sensitivity.rates) if rate in allowed]
         rates = tuple(sensitivity.rates[i] for i in options)
         for width, losses in zip(sensitivity.widths, sensitivity.losses, strict=True):
             bits = tuple(rate * width * layout.out_features for rate in rates)

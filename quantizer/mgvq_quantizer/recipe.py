@@ -29,8 +29,10 @@ _LEAST = {
     "descent_sweeps": 0,
     "picture_swaps": 0,
     "tuning_steps": 0,
+    "block_steps": 0,
     "shift_threshold": 0,
     "shift_radius": 0,
+    "class_threshold": 0,
 }
 
 
@@ -40,6 +42,36 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     "best": {"refit_rounds": 6, "codebook_iterations": 30, "tuning_steps": 800},
 }
 """Settings of the presets that differ from the defaults."""
+
+
+TUNING_ONLY = ("tuning_steps", "picture_swaps")
+"""Settings that leave the rounded matrices as they are."""
+ROUNDING_ONLY = (
+    "bits",  # it decides `rates` and `reference_rate`
+    "allocation",
+    "guided",
+    "two_sided",
+    "gradient_shift",
+    "mismatch",
+    "output_shrink",
+    "shift_threshold",
+    "shift_radius",
+    "channel_classes",
+    "class_threshold",
+    "vision_bits",
+    "embedding_bits",
+    "keep",
+    "max_pictures",
+    "refit_rounds",
+    "descent_sweeps",
+    "max_codebook_overhead",
+    "permute",
+    "bias_correction",
+    "block_steps",
+    "codebook_lr",
+    "scale_lr",
+)
+"""Settings that leave the survey as it is."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +111,9 @@ class QuantRecipe:
     """Bits a weight of the vision tower and the merger."""
     embedding_bits: int = 4
     """Bits a weight of the token embedding and the output head."""
+    keep: str = ""
+    """Matrices to leave unquantized, in float16: patterns of module names such as visual.* with
+    commas between; bits is about those that are quantized."""
     seed: int = 0
     """Seed of codebooks, permutations and tuning batches."""
     max_samples: int = 512
@@ -100,8 +135,19 @@ class QuantRecipe:
     """Coordinate descent passes over the codes after each assignment."""
     max_codebook_overhead: float = 0.05
     """Bits a weight a matrix may spend on tables of its own; above it they are shared by kind."""
+    channel_classes: bool = False
+    """Give decoder channels that pictures feed, text feeds or both their own bands and tables; no
+    gain on the demonstration model."""
+    class_threshold: float = 1.0
+    """Least log ratio of the pictures' energy to the text's, or the reverse, that makes a channel
+    visual or textual."""
     permute: bool = True
     """Order input channels by sensitivity, sorted or interleaved, and store the order."""
+    bias_correction: bool = True
+    """Put the mean output error of a rounded layer into the bias, where the layer has one."""
+    block_steps: int = 0
+    """Steps of tuning for each decoder block against the unquantized one, right after it is
+    rounded; 0 switches it off."""
     tuning_steps: int = 200
     """Steps of end-to-end tuning against the unquantized model; 0 switches it off."""
     picture_swaps: int = 4
@@ -126,8 +172,11 @@ class QuantRecipe:
                 raise ConfigError(
                     f"{name} must be one of {', '.join(map(str, RATES))}, got {getattr(self, name)}"
                 )
-        if self.allocation != "uniform" and not self.permute:
-            raise ConfigError("bands of several rates need permute; or choose allocation uniform")
+        if not self.permute and (self.allocation != "uniform" or self.channel_classes):
+            raise ConfigError(
+                "bands of several rates need permute, and so do channel_classes: choose allocation "
+                "uniform without them, or permute"
+            )
         for name in ("global_share", "mismatch"):
             value = getattr(self, name)
             if not 0.0 <= value <= 1.0:
@@ -144,6 +193,11 @@ class QuantRecipe:
     def to_json(self) -> dict[str, Any]:
         """Return the settings by name."""
         return dataclasses.asdict(self)
+
+    @property
+    def kept_patterns(self) -> tuple[str, ...]:
+        """The patterns of `keep`."""
+        return tuple(part for text in self.keep.split(",") if (part := text.strip()))
 
     @property
     def gated(self) -> bool:

@@ -12,16 +12,21 @@ import json
 import resource
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from mgvq_quantizer.allocation import MatrixPlan
+from mgvq_quantizer.block_tuning import BlockTuned
 from mgvq_quantizer.gate import Verdict
 from mgvq_quantizer.recipe import QuantRecipe
 from mgvq_quantizer.sensitivity import Sensitivity
 from mgvq_quantizer.solver import Solution
 from mgvq_quantizer.tuning import Tuned
 from mgvq_runtime.checkpoint.bits import TOTAL, count_bits, group_of
+
+KEPT, WITH_KEPT = "kept dense", "with kept"
+"""Groups of a report with matrices that stay unquantized: those alone, and all matrices."""
+_DENSE_BITS = 16
 
 
 @dataclass(frozen=True)
@@ -31,8 +36,8 @@ class GroupReport:
     weights: int
     bits_per_weight: float
     """In full."""
-    error: float
-    """Mean over the matrices, before tuning."""
+    error: float | None
+    """Mean over the matrices, before tuning; None where some are not quantized."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,8 @@ class MatrixReport:
     """`Sensitivity.picture_share`, by run of channels."""
     gate: Verdict | None = None
     """Which rounding was kept; None where there was only one."""
+    classes: tuple[str, ...] = ()
+    """Of each band: visual, textual or shared; empty where none were told apart."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +81,24 @@ class Report:
     seconds: float
     """Of the last part of the run, where it was resumed."""
     peak_memory_bytes: int
+    blocks: Mapping[str, BlockTuned] = field(default_factory=dict)
+    """What tuning did to each block, by name; empty where they are left as rounded."""
+
+    def with_kept(self, weights: int) -> Report:
+        """Return the report with so many weights of matrices counted that stay float16."""
+        if not weights:
+            return self
+        total = self.groups[TOTAL]
+        bits = total.bits_per_weight * total.weights + _DENSE_BITS * weights
+        everything = total.weights + weights
+        return replace(
+            self,
+            groups={
+                **self.groups,
+                KEPT: GroupReport(weights, _DENSE_BITS, None),
+                WITH_KEPT: GroupReport(everything, bits / everything, None),
+            },
+        )
 
     def to_bytes(self) -> bytes:
         """Return the report as JSON."""
@@ -83,7 +108,7 @@ class Report:
         """Return the report as lines to read."""
         lines = [f"{'group':<12}{'weights':>12}{'bits/weight':>13}{'output error':>14}"]
         for name, group in self.groups.items():
-            error = f"{group.error:14.5f}" if name != TOTAL else ""
+            error = "" if name == TOTAL or group.error is None else f"{group.error:14.5f}"
             lines.append(f"{name:<12}{group.weights:>12,}{group.bits_per_weight:>13.3f}{error}")
         lines.append(
             f"KL to the original on held-out conversations: {self.kl:.4f} nats an answer token "
@@ -150,6 +175,7 @@ def _matrix_report(
         plan.shared,
         solution.error_nearest,
         solution.error,
+        classes=plan.classes if recipe.channel_classes and group_of(plan.name) == "decoder" else (),
     )
     if measured is None:
         return matrix

@@ -101,11 +101,11 @@ def _bits_picture(matrices: Mapping[str, MatrixReport]) -> str:
         y, x = _ROW * row + 6, float(_LEFT)
         body.append(f'<text x="0" y="{y + 12}">{escape(name)}</text>')
         channels = sum(width for _, width in matrix.bands)
-        for rate, width in matrix.bands:
+        for (rate, width), text in zip(matrix.bands, _band_texts(matrix, " channels"), strict=True):
             length = 400 * width / channels
             body.append(
                 f'<rect class="r{rate}" x="{x:.1f}" y="{y}" width="{length:.1f}" height="14">'
-                f"<title>{escape(name)}: {width} channels at {rate} bit</title></rect>"
+                f"<title>{escape(f'{name}: {text}')}</title></rect>"
             )
             x += length
     height = _ROW * (len(matrices) + 1) + 10
@@ -173,7 +173,7 @@ def _matrix_table(matrices: Mapping[str, MatrixReport]) -> str:
         [
             name,
             f"{m.bits_per_weight:.3f}",
-            ", ".join(f"{width} at {rate} bit" for rate, width in m.bands),
+            ", ".join(_band_texts(m)),
             f"{m.error_nearest:.5f}",
             f"{m.error:.5f}",
             "" if m.alone is None else f"{m.alone:.3g}",
@@ -185,6 +185,15 @@ def _matrix_table(matrices: Mapping[str, MatrixReport]) -> str:
         for row, m in zip(rows, matrices.values(), strict=True):
             row += ["", ""] if m.gate is None else [m.gate.rounding, _scores(m.gate)]
     return _table(head, rows)
+
+
+def _band_texts(matrix: MatrixReport, noun: str = "") -> list[str]:
+    """Say how wide each band is, of which class where classes were told apart, and its rate."""
+    classes = [f" {name}" for name in matrix.classes] or [""] * len(matrix.bands)
+    return [
+        f"{width}{name}{noun} at {rate} bit"
+        for (rate, width), name in zip(matrix.bands, classes, strict=True)
+    ]
 
 
 def _scores(gate: Verdict) -> str:

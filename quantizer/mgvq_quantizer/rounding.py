@@ -15,11 +15,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from mgvq_quantizer.codebook import Tables, assign
+from mgvq_kernels import ops
+from mgvq_quantizer.codebook import DESCENT_SWEEPS, Tables, assign, compiled_search
 from mgvq_quantizer.ldl import BlockLDL
 
 BUFFER = 64
@@ -125,33 +127,95 @@ def sweep(
     error = weight - rounded.value  # [O, I]
     loss = 0.0
     end = weight.shape[1]
+    compiled = weight.is_cpu and ops.has_numba()
     for codes, books, metrics in zip(
         reversed(rounded.codes), reversed(tables), reversed(feedback.metrics), strict=True
     ):
         nb, b, _ = metrics.shape
         first = end - nb * b
+        stages = compiled_search().Stages.of_band(books, metrics) if compiled else None
         per_buffer = max(1, BUFFER // b)
         for stop in range(nb, 0, -per_buffer):
-            start = max(0, stop - per_buffer)
-            columns = slice(first + start * b, first + stop * b)
-            pull = error @ feedback.coupling[:, columns]  # [O, width]
+            blocks = range(max(0, stop - per_buffer), stop)
+            columns = slice(first + blocks.start * b, first + stop * b)
             inner = feedback.coupling[columns, columns]
-            for j in range(stop - 1, start - 1, -1):
-                here = slice(first + j * b, first + (j + 1) * b)
-                local = slice((j - start) * b, (j - start + 1) * b)
-                goal = weight[:, here] + pull[:, local]
-                value = rounded.value[:, here]  # a view: changed in place
-                loss += _round_block(j, goal, codes, value, books, metrics[j], keep_better)
-                left = weight[:, here] - value
-                ahead = slice(0, local.start)
-                pull[:, ahead].addmm_(left - error[:, here], inner[local, ahead])
-                error[:, here] = left
+            buffer = _Buffer(
+                weight[:, columns],
+                weight[:, columns] + error @ feedback.coupling[:, columns],
+                rounded.value[:, columns],
+                error[:, columns],
+                [_vectors_of(code, blocks, nb) for code in codes],
+            )
+            if stages is None:
+                loss += _choose(buffer, blocks, inner, books, metrics, keep_better)
+            else:
+                loss += _choose_compiled(buffer, blocks, inner, stages, keep_better)
         end = first
     return loss
 
 
+@dataclass(frozen=True, eq=False)
+class _Buffer:
+    """Some blocks of one band: views of the matrix's own, changed in place."""
+
+    weight: Tensor
+    """`[O, w]`."""
+    goal: Tensor
+    """`[O, w]`: weights and what the blocks that are done pass on to them; not a view."""
+    value: Tensor
+    """`[O, w]`."""
+    error: Tensor
+    """`[O, w]`: weights less values."""
+    codes: list[Tensor]
+    """One `[O, w/d]` int64 a stage."""
+
+
+def _vectors_of(code: Tensor, blocks: range, all_blocks: int) -> Tensor:
+    """The part of a stage's codes that lies in some blocks: a view."""
+    each = code.shape[1] // all_blocks
+    return code[:, blocks.start * each : blocks.stop * each]
+
+
+def _choose_compiled(
+    buffer: _Buffer, blocks: range, inner: Tensor, stages: Any, keep_better: bool
+) -> float:
+    """Choose the codes of a buffer, last block first, in compiled code."""
+    O = len(buffer.weight)  # noqa: E741
+    by_block = [code.reshape(O, len(blocks), -1) for code in buffer.codes]
+    codes = torch.cat(by_block, dim=2).contiguous()  # [O, blocks, vectors]
+    forms = stages.choose(
+        blocks.start, buffer, inner, codes, DESCENT_SWEEPS, keep_better=keep_better
+    )
+    chosen = torch.split(codes, [part.shape[2] for part in by_block], dim=2)
+    for code, new in zip(buffer.codes, chosen, strict=True):
+        code.copy_(new.reshape(O, -1))
+    return float(forms.sum())
+
+
+def _choose(
+    buffer: _Buffer,
+    blocks: range,
+    inner: Tensor,
+    tables: Sequence[Tensor],
+    metrics: Tensor,
+    keep_better: bool,
+) -> float:
+    """Choose the codes of a buffer, last block first; return the sum of the forms."""
+    b = metrics.shape[1]
+    loss = 0.0
+    for j in reversed(range(len(blocks))):
+        here, ahead = slice(j * b, (j + 1) * b), slice(0, j * b)
+        value = buffer.value[:, here]
+        codes = [_vectors_of(code, range(j, j + 1), len(blocks)) for code in buffer.codes]
+        metric = metrics[blocks[j]]
+        loss += _round_block(buffer.goal[:, here], codes, value, tables, metric, keep_better)
+        left = buffer.weight[:, here] - value
+        buffer.goal[:, ahead].addmm_(left - buffer.error[:, here], inner[here, ahead])
+        buffer.error[:, here] = left
+    return loss
+
+
 def _round_block(
-    j: int,
     goal: Tensor,
     codes: Sequence[Tensor],
     value: Tensor,
@@ -159,7 +223,7 @@ def _round_block(
     metric: Tensor,
     keep_better: bool,
 ) -> float:
-    """Choose codes and value of a band's block `j` for the goal `[O, b]`; return its form."""
+    """Choose codes and value of a block for the goal `[O, b]`; return its form."""
     chosen, new = assign(goal, metric, tables)
     form = _form(goal - new, metric)  # [O]
     better = torch.ones_like(form, dtype=torch.bool)
@@ -169,9 +233,7 @@ def _round_block(
         form = torch.minimum(form, old)
     value.copy_(torch.where(better[:, None], new, value))
     for code, picked in zip(codes, chosen, strict=True):
-        width = picked.shape[1]
-        part = code[:, j * width : (j + 1) * width]
-        part.copy_(torch.where(better[:, None], picked, part))
+        code.copy_(torch.where(better[:, None], picked, code))
     return float(form.double().sum())
 
 

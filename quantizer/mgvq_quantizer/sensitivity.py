@@ -23,10 +23,10 @@ from torch import Tensor
 from mgvq_kernels import ops
 from mgvq_kernels.layout import VQLayout
 from mgvq_quantizer.gradients import Gradients
-from mgvq_quantizer.ldl import Run, block_ldl, damp
+from mgvq_quantizer.ldl import Run, block_ldl, damp, without_dead_inputs
 from mgvq_quantizer.ordering import ascending, quick, some_rows
 from mgvq_quantizer.recipe import QuantRecipe
-from mgvq_quantizer.solver import Problem, solve
+from mgvq_quantizer.solver import SMALLEST_SCALE, Problem, solve
 
 _BLOCK = 8
 """Columns whose residual is measured together: the longest vector of any rate."""
@@ -81,7 +81,7 @@ def measure(
         alone: returns the model's divergence when this matrix has the given values.
         generator: seeds the trial tables.
     """
-    I = weight.shape[1]  # noqa: E741
+    weight, I = without_dead_inputs(weight, inputs.plain), weight.shape[1]  # noqa: E741
     order, rates = ascending(inputs.weighted), recipe.rates
     state = generator.get_state()
 
@@ -92,7 +92,7 @@ def measure(
         return ops.vq_dequantize(solution.weight)
 
     some = some_rows(weight)
-    energies = some.square().mean(1).clamp_min(1e-30).double()  # [rows]
+    energies = some.square().mean(1).clamp_min(SMALLEST_SCALE**2).double()  # [rows]
     curvatures = (
         partial(_losses, moment=inputs.plain, rows=1 / energies),
         partial(_losses, moment=inputs.weighted, rows=some_rows(gradients.rows).to(energies)),

@@ -46,7 +46,7 @@ from mgvq_quantizer.rounding import (
 from mgvq_quantizer.two_sided import RowFeedback, descend_rows, form, round_rows, row_feedback
 
 MAX_TRAINING_VECTORS = 1 << 17
-_SMALLEST_SCALE = 2.0**-14
+SMALLEST_SCALE = 2.0**-14
 """The smallest normal float16: rows below it are stored as codes of (almost) zero."""
 _IDENTITY_TOLERANCE = 1e-3
 
@@ -88,6 +88,8 @@ class Solution:
     """`tr(E A E^T) / tr(W A W^T)` of plain nearest codewords with the starting codebook."""
     error: float
     """The same of what is stored."""
+    bias: Tensor | None = None
+    """`[O]` float32, every value a float16: the bias that goes with it, where that changed."""
 
 
 @dataclass(eq=False)
@@ -135,7 +137,7 @@ def solve(
         One solution a problem, in order.
 
     Raises:
-        ValueError: if a second moment cannot be factored.
+        ArithmeticError: if a second moment cannot be factored.
     """
     members = [_member(problem, recipe) for problem in problems]
     fixed = books is not None
@@ -160,6 +162,8 @@ def solve(
     for problem, member, scales, rounded, first in zip(
         problems, members, best[1], best[2], nearest_errors, strict=True
     ):
+        # A row of zeros is stored as one: the smallest scale times a codeword is not zero.
+        scales = scales * member.weight.any(1)
         member.scales, member.rounded = scales, rounded
         weight = _to_weight(problem, rounded, best[0], scales)
         solutions.append(Solution(weight, first, _error(member, rounded.value)))
@@ -191,7 +195,7 @@ def _member(problem: Problem, recipe: QuantRecipe) -> _Member:
         weight = weight[:, problem.permutation]
         hessian = hessian[problem.permutation][:, problem.permutation]
     factors = factorize(hessian, blocks_of(problem.layout), recipe.damping)
-    scales = weight.square().mean(1).sqrt().clamp_min(_SMALLEST_SCALE).half().float()  # [O]
+    scales = weight.square().mean(1).sqrt().clamp_min(SMALLEST_SCALE).half().float()  # [O]
     normal = weight / scales[:, None]
     rows = None
     if problem.output_factor is not None:
@@ -318,7 +322,7 @@ def _refit_scales(member: _Member) -> None:
         normal.diagonal().clamp_min_(1e-30)
         factor = torch.linalg.solve(normal, (member.outputs @ target * image).sum(1))
     factor = torch.where(factor > 0, factor, torch.ones_like(factor))
-    member.scales = (member.scales * factor).clamp_min(_SMALLEST_SCALE).half().float()
+    member.scales = (member.scales * factor).clamp_min(SMALLEST_SCALE).half().float()
 
 
 def _loss(member: _Member) -> float:

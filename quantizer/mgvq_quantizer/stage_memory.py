@@ -1,19 +1,25 @@
 """How many bytes each stage of a run holds at its peak, counted from shapes (for `forecast`).
 
-The model is held in float32 throughout; so are samples, the pictures' rows and what the unquantized
-model said. On top comes the largest of what a stage makes and drops. Bytes are those of the device
+The model is held in float32 throughout, or its blocks one by one (`residence`); so are samples, the
+pictures' rows and what the unquantized model said. On top comes the largest of what a stage makes
+and drops. Bytes are those of the device
 that computes; on a CPU the process itself is added by `forecast`. Not here: work (`stage_work`).
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
-from mgvq_quantizer.allocation import MatrixPlan
+from mgvq_quantizer.allocation import MatrixPlan, sharing_groups
 from mgvq_quantizer.batches import MAX_TOKENS, picture_batches, split_batches, unique_pictures
 from mgvq_quantizer.calibration import Sample
+from mgvq_quantizer.planning import first_answers
+from mgvq_quantizer.residence import BLOCKS
 from mgvq_quantizer.solver import MAX_TRAINING_VECTORS
 from mgvq_quantizer.stage_work import Looking, Reading, Stages
+from mgvq_quantizer.teacher import LOGIT_ROWS
+from mgvq_quantizer.witness import DRAWS
 from mgvq_runtime.checkpoint.writer import SHARD_BYTES
 from mgvq_runtime.request import ImageInput
 
@@ -26,19 +32,23 @@ difference and product."""
 class StageMemory:
     """Peak bytes of each stage; methods are named as those of `Stages`."""
 
-    def __init__(self, stages: Stages, checkpoint_bytes: int) -> None:
+    def __init__(self, stages: Stages, checkpoint_bytes: int, by_block: bool = False) -> None:
         """Take the run.
 
         Args:
             stages: what it does.
             checkpoint_bytes: of what it writes.
+            by_block: whether a block's matrices are in memory only while it is used.
         """
-        self.stages, self.checkpoint_bytes = stages, checkpoint_bytes
+        self.stages, self.checkpoint_bytes, self.by_block = stages, checkpoint_bytes, by_block
         self.config, data = stages.graph.config, stages.data
         text = self.config.text_config
         self.D, self.V = text.hidden_size, text.vocab_size
         pictures = unique_pictures(data.all)
-        self.model = _FLOAT * sum(parameter.numel() for parameter in stages.graph.parameters())
+        everything = sum(parameter.numel() for parameter in stages.graph.parameters())
+        blocks = self._blocks()
+        self.block = _FLOAT * max(blocks) if by_block else 0
+        self.model = _FLOAT * (everything - (sum(blocks) if by_block else 0)) + self.block
         patches = sum(picture.patches.size for picture in pictures)
         self.features = _FLOAT * self.D * sum(picture.num_tokens for picture in pictures)
         said = Reading.of(data.all).answers
@@ -59,29 +69,30 @@ class StageMemory:
         return self.held + max(self._look(), self._read(self.stages.data.all))
 
     def squared_gradients(self) -> int:
-        """A graph of one step's tokens down to the first block, and two numbers a token."""
-        batch, tokens = self._step()
-        outputs = sum(o for name, (o, _) in self.stages.linears.items() if _in_decoder(name))
-        graph = self._graph(tokens) + 2 * _FLOAT * tokens * outputs
-        return self.held + self._weights() + graph + self._logits(batch)
+        """A graph of one step's tokens in one block, and two numbers a token."""
+        return self.held + self._weights() + self._backward(1)
 
     def survey(self) -> int:
-        """What enters a block, the moments of its matrices three times over, one rounding."""
+        """What enters a block, the moments of its matrices three times over, one rounding; two
+        blocks, as matrices are tried in front of those behind them."""
         inputs = [plan.layout.in_features for plan in self._decoder() if ".0." in plan.name]
         moments = 3 * _DOUBLE * sum(i * i for i in inputs)
-        asked = [*self.stages.data.heldout, *self.stages.data.train]
-        least = max(self._read(asked) + self._logits(asked), self._solve(self._decoder()))
-        return self.held + self._weights() + 2 * self.entered + moments + least
+        data = self.stages.data
+        asked = first_answers([*data.heldout, *data.train[: 2 * len(data.heldout)]])
+        least = max(
+            self._read([*data.train, *asked]) + self._logits(asked), self._solve(self._decoder())
+        )
+        return self.held + self.block + self._weights() + 2 * self.entered + moments + least
 
     def share_books(self) -> int:
         """All matrices of a group at once."""
-        groups: dict[str, int] = {}
-        for plan in self.stages.plans.values():
-            if plan.shared:
-                moment = _DOUBLE * plan.layout.in_features**2
-                groups[plan.label] = groups.get(plan.label, moment) + self._kept(plan) + moment
+        groups = []
+        for group in sharing_groups(self.stages.plans).values():
+            moment = _DOUBLE * group[0].layout.in_features ** 2
+            dense = _FLOAT * group[0].layout.num_weights if self.by_block else 0
+            groups.append(moment + sum(self._kept(plan) + moment + dense for plan in group))
         read = max(self._look(), self._read(self.stages.data.train))
-        return self.held + self._weights() + max(read, max(groups.values(), default=0))
+        return self.held + self._weights() + max(read, max(groups, default=0))
 
     def vision(self) -> int:
         """What enters a block of the tower, and one rounding."""
@@ -103,20 +114,24 @@ class StageMemory:
         """What enters a block and leaves it, and the larger of a forward and a rounding."""
         plans = [*self._decoder(), *(p for n, p in self.stages.plans.items() if n == "lm_head")]
         least = max(self._read(self.stages.data.train), self._solve(plans))
-        gated = self._gate() if self.stages.recipe.gated else 0
-        return self.held + self._weights() + self.solutions + 2 * self.entered + least + gated
+        recipe = self.stages.recipe
+        more = self._gate() if recipe.gated else 0
+        more += self._block_tuning() if recipe.block_steps else 0
+        return self.held + self._weights() + self.solutions + 2 * self.entered + least + more
 
     def tune(self) -> int:
-        """Every weight decoded with a graph behind it, and a graph of one step's tokens."""
+        """Every weight decoded with a graph behind it, and a graph of one step's tokens; without
+        steps one look."""
+        look = self._read(self.stages.data.heldout) + self._logits(self.stages.data.heldout)
+        if not self.stages.recipe.tuning_steps:
+            return self.held + self.solutions + look
         plans = [p for n, p in self.stages.plans.items() if not n.startswith("visual.")]
         weights = sum(plan.layout.num_weights for plan in plans)
         codes = sum(plan.layout.out_features * plan.layout.codes_per_row for plan in plans)
-        decoded = _FLOAT * weights * (4 if self.stages.recipe.tuning_steps else 1)
         batch, tokens = self._step()
-        graph = self._graph(tokens) + self._logits(batch)
-        look = self._read(self.stages.data.heldout) + self._logits(self.stages.data.heldout)
-        step = graph if self.stages.recipe.tuning_steps else 0
-        return self.held + self.solutions + _LONG * codes + decoded + max(step, look)
+        graph = self._graph(tokens, self.stages.layers) + self._all_logits(batch)
+        decoded = _FLOAT * 4 * weights + _LONG * codes
+        return self.held + self.solutions + decoded + max(graph, look)
 
     def write(self) -> int:
         """What a file holds until it is closed."""
@@ -124,18 +139,35 @@ class StageMemory:
 
     def _weights(self) -> int:
         """How much each token counts, by matrix, where gradients were asked for."""
-        if self.stages.recipe.allocation == "uniform" and not self.stages.recipe.guided:
+        if not self.stages.weighed:
             return 0
         return 2 * _FLOAT * self.stages.train.tokens * len(self._decoder())
 
     def _gate(self) -> int:
-        """Inputs and output gradients of a block's matrices, on both sets of samples."""
+        """Inputs and output gradients of a block's matrices, on both sets of samples; the block
+        once more, or another that is looked at meanwhile."""
         sides = sum(
             sum(s) for n, s in self.stages.linears.items() if n.startswith("model.layers.0.")
         )
         tokens = 3 * self.stages.train.tokens + 6 * self.stages.heldout.tokens
-        batch, step = self._step()
-        return _FLOAT * tokens * sides + self._graph(step) + self._logits(batch)
+        return _FLOAT * tokens * sides + self._backward(1 + DRAWS) + self.block
+
+    def _backward(self, losses: int) -> int:
+        """`backward.sides_of` of a step's samples: what enters every block, and one's graph."""
+        batch, tokens = self._step()
+        block = [s for n, s in self.stages.linears.items() if n.startswith("model.layers.0.")]
+        sides = sum(i + losses * o for o, i in block)
+        entered = 2 * self.D * (self.stages.layers + 1 + losses)
+        graph = self._graph(tokens, 1) + _FLOAT * tokens * (entered + sides)
+        return max(graph, _FLOAT * tokens * entered + self._all_logits(batch))
+
+    def _block_tuning(self) -> int:
+        """States of both models, and a block decoded with a graph behind it."""
+        samples = Reading.of([*self.stages.data.train, *self.stages.data.heldout])
+        states = 3 * _FLOAT * samples.tokens * self.D
+        block = [plan for plan in self._decoder() if plan.name.startswith("model.layers.0.")]
+        weights = sum(plan.layout.num_weights for plan in block)
+        return states + 4 * _FLOAT * weights + self._graph(self._step()[1], 1)
 
     def _solve(self, plans: Sequence[MatrixPlan]) -> int:
         """The largest rounding, with the moment that it is made from."""
@@ -172,18 +204,31 @@ class StageMemory:
         heads = (text.num_attention_heads + 2 * text.num_key_value_heads) * text.head_dim
         return 3 * self.D + max(3 * text.intermediate_size, 3 * heads)
 
-    def _graph(self, tokens: int) -> int:
-        """Everything a backward pass needs of so many tokens."""
+    def _graph(self, tokens: int, blocks: int) -> int:
+        """Everything a backward pass through some blocks needs of so many tokens."""
         text = self.config.text_config
         heads = (text.num_attention_heads + 2 * text.num_key_value_heads) * text.head_dim
         a_block = 6 * self.D + 4 * text.intermediate_size + 3 * heads
-        return _FLOAT * tokens * self.stages.layers * a_block
+        return _FLOAT * tokens * blocks * a_block
 
     def _logits(self, samples: Sequence[Sample]) -> int:
-        """Two sets of logits of the largest batch of samples, compared."""
+        """Two sets of logits of the largest batch of samples, compared some rows at a time."""
         parts = split_batches(samples, MAX_TOKENS)
         answers = max(Reading.of(part).answers for part in parts)
-        return _LOGIT_COPIES * _FLOAT * answers * self.V
+        return _LOGIT_COPIES * _FLOAT * min(answers, LOGIT_ROWS) * self.V
+
+    def _all_logits(self, samples: Sequence[Sample]) -> int:
+        """The same of one batch, with a graph behind all rows."""
+        return _LOGIT_COPIES * _FLOAT * Reading.of(samples).answers * self.V
+
+    def _blocks(self) -> list[int]:
+        """Weights of the matrices of each block of decoder and tower."""
+        found: Counter[str] = Counter()
+        for name, parameter in self.stages.graph.named_parameters():
+            for prefix in BLOCKS:
+                if name.startswith(f"{prefix}.") and parameter.dim() > 1:
+                    found[name[: name.index(".", len(prefix) + 1)]] += parameter.numel()
+        return list(found.values())
 
     def _step(self) -> tuple[list[Sample], int]:
         """The samples of the longest step of tuning, and their tokens."""

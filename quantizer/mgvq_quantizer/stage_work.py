@@ -19,10 +19,11 @@ from mgvq_quantizer.batches import split_batches, unique_pictures
 from mgvq_quantizer.calibration import Sample
 from mgvq_quantizer.dataset import Data
 from mgvq_quantizer.gate_work import Asked, choose
+from mgvq_quantizer.knobs import CHECKS
 from mgvq_quantizer.ordering import quick
+from mgvq_quantizer.planning import first_answers
 from mgvq_quantizer.recipe import QuantRecipe
 from mgvq_quantizer.solver_work import FACTOR, FLOW, FORWARD, REFIT, Work, times, total
-from mgvq_quantizer.tuning import CHECKS
 from mgvq_quantizer.witness import DRAWS
 from mgvq_runtime.checkpoint.bits import group_of
 from mgvq_runtime.models.causal_lm import CausalLM
@@ -88,6 +89,10 @@ class Stages:
         text = graph.config.text_config
         self.head = text.vocab_size * text.hidden_size
         self.layers = text.num_hidden_layers
+        named = [name for name in plans if group_of(name) == "decoder"]
+        self.surveyed = bool(named) and recipe.allocation != "uniform"
+        wanted = recipe.guided or recipe.channel_classes
+        self.weighed = self.surveyed or (bool(named) and wanted)
         self.pictures = unique_pictures(data.train)
         step = max(1.0, len(self.pictures) / recipe.max_pictures)
         count = min(len(self.pictures), recipe.max_pictures)
@@ -101,23 +106,31 @@ class Stages:
         return total([self.encode_pictures(), self.decoder_forward(asked), answers])
 
     def squared_gradients(self) -> Work:
-        """Count `gradients.squared_gradients`: no weight has a gradient of its own."""
-        if self.recipe.allocation == "uniform" and not self.recipe.guided:
+        """Count `gradients.squared_gradients`: every block runs forward twice, and no weight has a
+        gradient of its own."""
+        if not self.weighed:
             return Work()
+        forwards = 3 if self.recipe.channel_classes else 2  # one more: `channel_classes`
         head = Work({FORWARD: 2 * self.train.answers * self.head})
-        return total([self.decoder_forward(self.train), self.decoder_backward(self.train), head])
+        forward = times(self.decoder_forward(self.train), forwards)
+        return total([forward, self.decoder_backward(self.train), head])
 
     def survey(self) -> Work:
-        """Count `survey.survey`: a block three times and once more, each matrix on trial."""
-        if self.recipe.allocation == "uniform":
+        """Count `survey.survey`: a block three times and once more, each matrix on trial, from its
+        block on."""
+        if not self.surveyed:
             return Work()
-        few = self.data.train[: 2 * len(self.data.heldout)]
-        alone = self._divergence(Reading.of([*self.data.heldout, *few]))
-        parts = []
-        for i in range(self.layers):
-            parts.append(times(self.decoder_block(i, self.train), 4))
-            for name in self._planned(f"model.layers.{i}."):
-                parts += [self._moment(name, self.train.tokens, 3), alone, self._measure(name)]
+        data = self.data
+        asked = first_answers([*data.heldout, *data.train[: 2 * len(data.heldout)]])
+        reading = Reading.of(asked)
+        parts, behind = [], self._head(reading)
+        for i in reversed(range(self.layers)):
+            block = self.decoder_block(i, reading)
+            behind = total([block, behind])
+            names = self._planned(f"model.layers.{i}.")
+            parts += [times(self.decoder_block(i, self.train), 4 if names else 1), block]
+            for name in names:
+                parts += [self._moment(name, self.train.tokens, 3), behind, self._measure(name)]
         return total(parts)
 
     def share_books(self) -> Work:
@@ -136,6 +149,8 @@ class Stages:
         """Count `Stream.vision` and the second `encode_pictures`."""
         if self.graph.visual is None:
             return Work()
+        if not self._planned("visual."):
+            return self.encode_pictures()
         shown, patch = self.shown, "visual.patch_embed.proj"
         parts = [self._products([patch], shown.patches), self._matrix(patch)]
         for i in range(len(self.graph.visual.blocks)):
@@ -151,33 +166,32 @@ class Stages:
         return self._round(name) if name in self.plans else Work()
 
     def decoder(self) -> Work:
-        """Count `Stream.decoder`, `Witness.enter` and `gate.choose` where the recipe asks."""
+        """Count `Stream.decoder`; `Witness.enter`, `gate.choose` and `BlockTuner` where the recipe
+        asks."""
         parts = []
         for i in range(self.layers):
             attention = self._attention(self.train)
             parts += self._block(f"model.layers.{i}.", self.train.tokens, attention)
             if self.recipe.gated:
                 parts += [self._witness(i), self._gate(i)]
+            if self.recipe.block_steps:
+                parts.append(self._tune_block(i))
         if "lm_head" in self.plans:
             parts += [self.decoder_forward(self.train), self._matrix("lm_head")]
         return total(parts)
 
     def tune(self) -> Work:
-        """Count `tuning.tune`: weights have gradients, and are decoded for every step."""
-        samples = [*self.data.train, *self.data.swapped]
-        batches = split_batches(samples, self.recipe.tuning_batch_tokens)
-        step, steps = Reading.of(samples), self.recipe.tuning_steps
+        """Count `tuning.tune`: weights have gradients, and are decoded for every step; without
+        steps one look at the held-out samples."""
+        samples, steps = [*self.data.train, *self.data.swapped], self.recipe.tuning_steps
+        look = total([self.decoder_forward(self.heldout), self._head(self.heldout)])
+        if not steps:
+            return look
+        step = Reading.of(samples)
         head = Work({FORWARD: 4 * step.answers * self.head})
-        forward, backward = self.decoder_forward(step), self.decoder_backward(step, True)
-        all_batches = total([forward, backward, head])
-        read = Work({kind: n * steps // len(batches) for kind, n in all_batches.items()})
+        read = total([self.decoder_forward(step), self.decoder_backward(step, True), head])
         tuned = [p for name, p in self.plans.items() if not name.startswith("visual.")]
-        weights = sum(plan.layout.num_weights for plan in tuned)
-        codes = sum(plan.layout.out_features * plan.layout.codes_per_row for plan in tuned)
-        every = max(1, steps // CHECKS)
-        looks = 1 + steps // every + (steps % every > 0) if steps else 1
-        decoded = Work({REFIT: steps * codes + looks * codes // 2, FLOW: steps * 8 * weights})
-        return total([read, decoded, times(self._divergence(self.heldout), looks)])
+        return self._find_best(samples, steps, read, look, tuned)
 
     def encode_pictures(self) -> Work:
         """Count one look of the tower at every picture."""
@@ -205,19 +219,60 @@ class Stages:
 
     def decoder_backward(self, reading: Reading, has_weights: bool = False) -> Work:
         """Count the gradients of all blocks; of weights too where they have some."""
-        names = [name for name in self.linears if name.startswith("model.layers.")]
-        products = times(self._products(names, reading.tokens), 2 if has_weights else 1)
-        return total([products, self._attention_backward(reading, self.layers)])
+        blocks = [self._block_backward(i, reading, has_weights) for i in range(self.layers)]
+        return total(blocks)
 
     def decoder_block(self, i: int, reading: Reading) -> Work:
         """Count one block of the decoder."""
         names = self._all(f"model.layers.{i}.")
         return total([self._products(names, reading.tokens), self._attention(reading)])
 
-    def _divergence(self, reading: Reading) -> Work:
-        """`teacher.heldout_kl`: the model's logits and the reference's."""
-        head = Work({FORWARD: 2 * reading.answers * self.head})
-        return total([self.decoder_forward(reading), head])
+    def _block_backward(self, i: int, reading: Reading, has_weights: bool = False) -> Work:
+        prefix = f"model.layers.{i}."
+        parts = [self._products(self._all(prefix), reading.tokens)]
+        if has_weights:
+            parts.append(self._products(self._planned(prefix), reading.tokens))
+        return total([*parts, self._attention_backward(reading)])
+
+    def _head(self, reading: Reading) -> Work:
+        """`teacher.state_divergences`: the model's logits and the reference's."""
+        return Work({FORWARD: 2 * reading.answers * self.head})
+
+    def _find_best(
+        self,
+        samples: Sequence[Sample],
+        steps: int,
+        read: Work,
+        look: Work,
+        tuned: Sequence[MatrixPlan],
+    ) -> Work:
+        """`knobs.find_best` and `MatrixKnobs`.
+
+        Args:
+            samples: dealt out in batches.
+            steps: at least 1.
+            read: forward and backward over all samples.
+            look: at the held-out samples.
+            tuned: plans of the matrices that are decoded.
+        """
+        batches = split_batches(samples, self.recipe.tuning_batch_tokens)
+        stepped = Work({kind: n * steps // len(batches) for kind, n in read.items()})
+        every = max(1, steps // CHECKS)
+        looks = 1 + steps // every + (steps % every > 0)
+        weights = sum(plan.layout.num_weights for plan in tuned)
+        codes = sum(plan.layout.out_features * plan.layout.codes_per_row for plan in tuned)
+        decoded = Work({REFIT: steps * codes + looks * codes // 2, FLOW: steps * 8 * weights})
+        return total([stepped, decoded, times(look, looks)])
+
+    def _tune_block(self, i: int) -> Work:
+        """`BlockTuner.enter` and `leave`: all samples through the block before and after."""
+        steps, train = self.recipe.block_steps, self.train
+        both = total([self.decoder_block(i, train), self.decoder_block(i, self.heldout)])
+        read = total([self.decoder_block(i, train), self._block_backward(i, train, True)])
+        names = self._planned(f"model.layers.{i}.")
+        tuned = [self.plans[name] for name in names]
+        look = self.decoder_block(i, self.heldout)
+        return total([times(both, 2), self._find_best(self.data.train, steps, read, look, tuned)])
 
     def _measure(self, name: str) -> Work:
         """`sensitivity.measure`: the whole matrix once, some rows at the other rates."""
@@ -238,14 +293,19 @@ class Stages:
         for j, name in enumerate(names):
             if name in self.plans:
                 before = [self._products(names[:j], rows)] + [attention] * (j > 0)
-                parts += [*before, self._matrix(name)]
+                parts += [times(total(before), self._looks(name)), self._matrix(name)]
         return parts if is_last else [*parts, self._products(names, rows), attention]
 
     def _matrix(self, name: str) -> Work:
-        """`Stream._matrix`."""
+        """`Stream._matrix`, without what runs before the matrix."""
         if name not in self.plans:
             return Work()
         return total([self._moment(name, self._rows(name), 1), self._round(name)])
+
+    def _looks(self, name: str) -> int:
+        """How often `Stream._matrix` runs up to a matrix: for its moment, and for its bias."""
+        bias = self.graph.get_submodule(name).bias
+        return 2 if self.recipe.bias_correction and bias is not None else 1
 
     def _round(self, name: str) -> Work:
         """`Stream._problem` and `Stream._solve`, in the plain way."""
@@ -255,13 +315,14 @@ class Stages:
 
     def _witness(self, i: int) -> Work:
         """`Witness.enter`: gradients of half the model on both sets, a copy of the block."""
-        parts, above = [], self.layers - i
-        names = [n for j in range(i, self.layers) for n in self._all(f"model.layers.{j}.")]
-        for reading, draws in ((self.train, 1), (self.heldout, DRAWS)):
+        parts = []
+        asked = ((self.train, 1), (self.heldout, DRAWS))
+        for reading, draws in asked if self._planned(f"model.layers.{i}.") else ():
             head = Work({FORWARD: (3 + draws) * reading.answers * self.head})
-            back = [self._products(names, reading.tokens)]
-            back.append(self._attention_backward(reading, above))
-            parts += [self.decoder_forward(reading), head, times(total(back), 1 + draws)]
+            parts += [self.decoder_forward(reading), head]
+            for j in range(i, self.layers):
+                back = times(self._block_backward(j, reading), 1 + draws)
+                parts += [self.decoder_block(j, reading), back]
         if self.recipe.mismatch:
             parts.append(self.decoder_block(i, self.train))
         return total(parts)
@@ -294,9 +355,8 @@ class Stages:
         text = self.graph.config.text_config
         return Work({FORWARD: 2 * text.num_attention_heads * text.head_dim * reading.squares})
 
-    def _attention_backward(self, reading: Reading, layers: int) -> Work:
-        forward = self._attention(reading)[FORWARD] * layers
-        return Work({FORWARD: int(_ATTENTION_BACKWARD * forward)})
+    def _attention_backward(self, reading: Reading) -> Work:
+        return Work({FORWARD: int(_ATTENTION_BACKWARD * self._attention(reading)[FORWARD])})
 
     def _vision_attention(self, looking: Looking) -> Work:
         vision = self.graph.config.vision_config

@@ -117,6 +117,32 @@ def input_moment(
     return moment.mean()
 
 
+def input_mean(
+    name: str, module: nn.Module, runs: Iterable[Run], weights: Sequence[Tensor] | None = None
+) -> Tensor:
+    """Return the mean over all rows that enter a module; see `input_moment`.
+
+    Returns:
+        `[I]` float64.
+    """
+    total, count, run = torch.zeros((), dtype=torch.float64), 0.0, 0
+
+    def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+        nonlocal total, count, run
+        x = args[0].reshape(-1, args[0].shape[-1])  # [T, I]
+        weight = torch.ones(len(x)) if weights is None else weights[run]
+        weight = weight.to(x.device).double()
+        total = total.to(x.device) + weight @ x.double()
+        count += float(weight.sum())
+        run += 1
+        raise _Seen
+
+    _run_with_hooks({module: hook}, runs)
+    if not count:
+        raise CalibrationError(f"the calibration data never reaches {name}")
+    return total / count
+
+
 def input_moments(
     modules: Mapping[str, nn.Module],
     runs: Iterable[Run],
@@ -130,6 +156,35 @@ def input_moments(
     moments = {name: _Moment(name, (weights or {}).get(name)) for name in modules}
     _run_with_hooks({module: moments[name].add for name, module in modules.items()}, runs)
     return {name: moment.mean() for name, moment in moments.items()}
+
+
+def input_energies(
+    modules: Mapping[str, nn.Module],
+    runs: Iterable[Run],
+    weights: Mapping[str, Sequence[Tensor]],
+) -> dict[str, Tensor]:
+    """Return the sums of `x^2` of every channel of several modules, weighted in several ways.
+
+    Args:
+        modules: by name; the first positional argument of each is `[..., I]`.
+        runs: whole forwards.
+        weights: `[K, T]` a run: how much each row counts, in `K` ways.
+
+    Returns:
+        `[K, I]` float64 by name.
+    """
+    totals: dict[str, list[Tensor]] = {name: [] for name in modules}
+
+    def adder(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def add(_: nn.Module, args: tuple[Any, ...]) -> None:
+            squares = args[0].reshape(-1, args[0].shape[-1]).float().square()  # [T, I]
+            weight = weights[name][len(totals[name])].to(squares)  # [K, T]
+            totals[name].append((weight @ squares).double())
+
+        return add
+
+    _run_with_hooks({module: adder(name) for name, module in modules.items()}, runs)
+    return {name: torch.stack(parts).sum(0) for name, parts in totals.items()}
 
 
 def cross_moment(

@@ -4,14 +4,15 @@ Called by `pipeline`. Activations are kept in front of one block at a time; ever
 sees its inputs through the already quantized linears of the same block. After a matrix is done its
 dense weight is replaced by the decoded one, so that model, calibration and checkpoint agree.
 Matrices of the decoder may be rounded in several ways, of which `gate` keeps one.
-Not here: data, files, tuning.
+A decoder block may be tuned (`block_tuning`) before the next one sees what it makes.
+Not here: data, files, end-to-end tuning.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from functools import partial
 
 import torch
@@ -20,20 +21,25 @@ from torch import Tensor, nn
 from mgvq_kernels import ops
 from mgvq_quantizer.allocation import MatrixPlan, sharing_groups
 from mgvq_quantizer.batches import Features, TokenBatch, decoder_runs, encode_batch
+from mgvq_quantizer.bias_correction import mean_error
+from mgvq_quantizer.block_tuning import BlockTuned, BlockTuner
+from mgvq_quantizer.calibration import CalibrationError
 from mgvq_quantizer.codebook import Codebook
 from mgvq_quantizer.gate import MatrixEvidence, Verdict, choose
 from mgvq_quantizer.gradients import TokenWeights, weights_of
+from mgvq_quantizer.ldl import without_dead_inputs
 from mgvq_quantizer.ordering import channel_order
 from mgvq_quantizer.recipe import QuantRecipe
 from mgvq_quantizer.solver import Problem, Solution, books_of, solve
 from mgvq_quantizer.statistics import (
     Calls,
     Run,
+    input_mean,
     input_moment,
     input_moments,
-    next_call,
     record_calls,
 )
+from mgvq_quantizer.walk import walk_blocks
 from mgvq_quantizer.witness import Testimony, Witness
 from mgvq_quantizer.work_folder import WorkFolder
 from mgvq_runtime.errors import CheckpointError
@@ -67,7 +73,7 @@ class Stream:
             CheckpointError: if a weight is not finite, naming it.
         """
         for name, parameter in model.named_parameters():
-            if not bool(torch.isfinite(parameter).all()):
+            if not parameter.is_meta and not bool(torch.isfinite(parameter).all()):
                 raise CheckpointError(f"{name} holds values that are not finite")
         self.model, self.plans, self.recipe = model, plans, recipe
         self.work, self.progress = work, progress
@@ -75,6 +81,7 @@ class Stream:
         self.books: dict[str, Codebook] = {}
         self.solutions: dict[str, Solution] = {}
         self.verdicts: dict[str, Verdict] = {}
+        self.tuned_blocks: dict[str, BlockTuned] = {}
 
     def share_books(
         self,
@@ -97,11 +104,13 @@ class Stream:
         looking: list[Run] = [partial(encode_batch, self.model, part, device) for part in pictures]
         reading: list[Run] = [*decoder_runs(self.model, batches, features)]
         for label, group in groups.items():
+            if all(self.work.holds(matrix.name) for matrix in group):
+                continue
             modules = {matrix.name: self._module(matrix.name) for matrix in group}
             weights = {name: w for name in modules if (w := self._weights(name, batches))}
             runs = looking if group[0].name.startswith("visual.") else reading
             moments = input_moments(modules, runs, weights)
-            problems = [self._problem(matrix, moments[matrix.name]) for matrix in group]
+            problems = list(self._problems(group, moments))
             solved = solve(problems, self.recipe, seeded(self.recipe.seed, label))
             for problem, solution in zip(problems, solved, strict=True):
                 self.books |= books_of(problem, solution)
@@ -136,6 +145,7 @@ class Stream:
         batches: Sequence[TokenBatch],
         features: Features,
         testimony: Testimony | None = None,
+        tuner: BlockTuner | None = None,
     ) -> None:
         """Quantize the decoder's blocks, and the head if it is a matrix of its own.
 
@@ -143,12 +153,13 @@ class Stream:
             batches: calibration samples.
             features: rows of every picture.
             testimony: what the gate asks about; None rounds every matrix in the plain way.
+            tuner: tunes each block once it is rounded; None leaves them as rounded.
         """
         decoder = self.model.model
         runs = decoder_runs(self.model, batches, features)
         calls = record_calls(decoder.layers[0], runs)
         witness = None if testimony is None else Witness(self.model, testimony)
-        self._blocks("model.layers", decoder.layers, calls, batches, witness)
+        self._blocks("model.layers", decoder.layers, calls, batches, witness, tuner)
         if "lm_head" in self.plans:
             rows = [run()[batch.answer_rows] for run, batch in zip(runs, batches, strict=True)]
             self._matrix("lm_head", [partial(self.model.logits, hidden) for hidden in rows])
@@ -160,6 +171,7 @@ class Stream:
         calls: Calls,
         batches: Sequence[TokenBatch] = (),
         witness: Witness | None = None,
+        tuner: BlockTuner | None = None,
     ) -> Calls:
         """Quantize block after block; return the calls that would enter one more."""
 
@@ -170,8 +182,15 @@ class Stream:
                 missing = [name for name in names if not self.work.holds(name)]
                 drawn = seeded(self.recipe.seed, f"labels of {block}")
                 witness.enter(block, blocks[i], missing, drawn)
+            if tuner is not None:
+                tuner.enter(blocks[i])
             for name in names:
                 self._matrix(name, runs, weights=self._weights(name, batches), witness=witness)
+            if tuner is not None:
+                rounded = {name: self.solutions[name].weight for name in names}
+                tuned, self.tuned_blocks[block] = tuner.leave(block, blocks[i], rounded)
+                for name, weight in tuned.items():
+                    self.solutions[name] = replace(self.solutions[name], weight=weight)
 
         return walk_blocks(blocks, calls, visit)
 
@@ -193,14 +212,22 @@ class Stream:
             if moment is None:
                 moment = input_moment(name, module, runs, weights)
             evidence = None if witness is None else witness.about(name, module, runs, weights)
-            solution = self._solve(plan, moment, evidence)
+            try:
+                solution = self._solve(plan, moment, evidence)
+            except ArithmeticError as error:
+                raise CalibrationError(f"{name} cannot be rounded: {error}") from error
+            if self.recipe.bias_correction and isinstance(module, nn.Linear):
+                solution = replace(solution, bias=self._bias(name, solution, runs, weights))
             self.work.save(name, solution)
         if witness is not None:
             facts = self.work.load_facts(f"gate.{name}")
             assert facts is not None, "a verdict is written before its solution"
             self.verdicts[name] = Verdict(**facts)
-        module.weight.copy_(ops.vq_dequantize(solution.weight.to(module.weight.device)))
-        self.solutions[name] = solution
+        weight = solution.weight.to(module.weight.device)
+        module.weight.copy_(ops.vq_dequantize(weight))
+        if solution.bias is not None and isinstance(module.bias, Tensor):
+            module.bias.copy_(solution.bias)
+        self.solutions[name] = replace(solution, weight=weight)
         self.progress(name, solution)
 
     def _solve(self, plan: MatrixPlan, moment: Tensor, evidence: MatrixEvidence | None) -> Solution:
@@ -219,6 +246,21 @@ class Stream:
         self.work.save_facts(f"gate.{plan.name}", asdict(verdict))
         return solution
 
+    def _bias(
+        self,
+        name: str,
+        solution: Solution,
+        runs: Sequence[Run],
+        weights: Sequence[Tensor] | None,
+    ) -> Tensor | None:
+        """A layer's bias with the mean error of its rounded matrix in it; None if it has none."""
+        module = self._module(name)
+        if not isinstance(module.bias, Tensor):
+            return None
+        decoded = ops.vq_dequantize(solution.weight.to(module.weight.device))
+        error = mean_error(module.weight, decoded, input_mean(name, module, runs, weights))
+        return (module.bias + error).half().float()
+
     def _weights(self, name: str, batches: Sequence[TokenBatch]) -> list[Tensor] | None:
         """How much each row of each batch counts for a matrix; None if all count alike."""
         weights = self.token_weights.get(name)
@@ -233,32 +275,29 @@ class Stream:
         assert isinstance(module, nn.Linear | nn.Embedding)
         return module
 
+    def _problems(
+        self, group: Sequence[MatrixPlan], moments: Mapping[str, Tensor]
+    ) -> Iterator[Problem]:
+        """Yield the problems of matrices of several blocks, in the order of the blocks."""
+        tower = self.model.visual
+        lists = {"model.layers": self.model.model.layers}
+        if tower is not None:
+            lists["visual.blocks"] = tower.blocks
+        for prefix, blocks in lists.items():
+            for i, _ in enumerate(blocks):
+                for matrix in group:
+                    if matrix.name.startswith(f"{prefix}.{i}."):
+                        yield self._problem(matrix, moments[matrix.name])
+
     def _problem(self, plan: MatrixPlan, moment: Tensor) -> Problem:
-        weight = self._module(plan.name).weight
+        weight = without_dead_inputs(self._module(plan.name).weight, moment)
         order = None
         if plan.layout.has_permutation:
             generator = seeded(self.recipe.seed, f"order of {plan.name}")
-            order = channel_order(weight, moment, plan.layout, self.recipe, generator)
+            order = channel_order(
+                weight, moment, plan.layout, self.recipe, generator, plan.channels
+            )
         return Problem(weight, moment, order, plan.layout, plan.tables)
-
-
-def walk_blocks(
-    blocks: nn.ModuleList, calls: Calls, visit: Callable[[int, Sequence[Run]], None]
-) -> Calls:
-    """Go through blocks; each is called with what the changed ones before it produce.
-
-    Args:
-        blocks: called one after another.
-        calls: arguments of the first block, one tuple a run.
-        visit: given a block's number and its runs; may change its weights.
-
-    Returns:
-        The calls that would enter one more block.
-    """
-    for i, block in enumerate(blocks):
-        visit(i, [partial(block, *call) for call in calls])
-        calls = [next_call(call, block(*call)) for call in calls]
-    return calls
 
 
 def seeded(seed: int, label: str) -> torch.Generator:

@@ -19,8 +19,9 @@ from mgvq_quantizer.calibration import Sample
 from mgvq_quantizer.gradients import Gradients, TokenWeights, shows_picture, weights_of
 from mgvq_quantizer.recipe import QuantRecipe
 from mgvq_quantizer.sensitivity import Inputs, Sensitivity, measure
-from mgvq_quantizer.statistics import Run, input_moments, record_calls
-from mgvq_quantizer.stream import seeded, walk_blocks
+from mgvq_quantizer.statistics import Calls, Run, input_moments, next_call, record_calls
+from mgvq_quantizer.stream import seeded
+from mgvq_quantizer.teacher import Reference, divergence_behind
 from mgvq_quantizer.work_folder import WorkFolder
 from mgvq_runtime.models.causal_lm import CausalLM
 
@@ -33,8 +34,15 @@ class Evidence:
     features: Features
     gradients: Mapping[str, Gradients]
     weights: TokenWeights
-    alone: Callable[[str, Tensor], float]
-    """The model's divergence when one matrix has other values."""
+    asked: Sequence[TokenBatch]
+    """Samples on which the divergence is measured that a matrix alone makes."""
+    reference: Reference
+
+
+def kept_survey(names: Sequence[str], work: WorkFolder) -> list[Sensitivity] | None:
+    """Return the finished survey of all matrices, or None if one is missing."""
+    facts = [work.load_facts(f"sensitivity.{name}") for name in names]
+    return None if None in facts else [_from_json(kept) for kept in facts if kept is not None]
 
 
 def survey(
@@ -65,9 +73,14 @@ def survey(
             found[name] = _from_json(facts)
             progress(name)
 
-    def visit(i: int, runs: Sequence[Run]) -> None:
+    layers, batches = model.model.layers, [*evidence.batches, *evidence.asked]
+    if len(found) == len(names):
+        return [found[name] for name in names]
+    calls = record_calls(layers[0], decoder_runs(model, batches, evidence.features))
+    for i, block in enumerate(layers):
         mine = [name for name in names if name.startswith(f"model.layers.{i}.")]
         missing = [name for name in mine if name not in found]
+        runs = [partial(block, *call) for call in calls[: len(evidence.batches)]]
         inputs = _inputs(model, missing, runs, evidence) if missing else {}
         for name in missing:
             module = model.get_submodule(name)
@@ -78,17 +91,32 @@ def survey(
                 inputs[name],
                 evidence.gradients[name],
                 recipe,
-                partial(evidence.alone, name),
+                partial(_alone, model, i, block, module, calls[len(runs) :], evidence),
                 seeded(recipe.seed, f"sensitivity of {name}"),
             )
             work.save_facts(f"sensitivity.{name}", asdict(found[name]))
             progress(name)
-
-    if len(found) < len(names):
-        layers = model.model.layers
-        runs = decoder_runs(model, evidence.batches, evidence.features)
-        walk_blocks(layers, record_calls(layers[0], runs), visit)
+        calls = [next_call(call, block(*call)) for call in calls]
     return [found[name] for name in names]
+
+
+def _alone(
+    model: CausalLM,
+    i: int,
+    block: nn.Module,
+    module: nn.Linear,
+    calls: Calls,
+    evidence: Evidence,
+    weight: Tensor,
+) -> float:
+    """The model's divergence when one matrix of block `i` has other values `[O, I]`."""
+    kept = module.weight
+    module.weight = nn.Parameter(weight, requires_grad=False)
+    try:
+        changed = [next_call(call, block(*call)) for call in calls]
+    finally:
+        module.weight = kept
+    return divergence_behind(model, i + 1, changed, evidence.asked, evidence.reference)
 
 
 def _inputs(

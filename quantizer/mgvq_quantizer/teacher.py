@@ -14,9 +14,13 @@ from torch import Tensor, nn
 
 from mgvq_quantizer.batches import Features, TokenBatch, embed
 from mgvq_quantizer.calibration import CalibrationError, Sample
+from mgvq_quantizer.statistics import Calls
+from mgvq_quantizer.walk import walk_blocks
 from mgvq_runtime.models.causal_lm import CausalLM
 
 Values = dict[str, Tensor]
+LOGIT_ROWS = 256
+"""Rows of `V` logits held at once; those of 8192 rows of text would take gigabytes."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,22 +34,29 @@ class Reference:
 
     def log_probs(self, samples: Sequence[Sample]) -> Tensor:
         """Return `[A, V]` float32 of the samples' answer rows, end to end."""
-        hidden = torch.cat([self.hidden[id(sample)] for sample in samples])
+        return self.log_probs_of(self.states(samples))
+
+    def states(self, samples: Sequence[Sample]) -> Tensor:
+        """Return the final hidden states `[A, D]` of the samples' answer rows, end to end."""
+        return torch.cat([self.hidden[id(sample)] for sample in samples])
+
+    def log_probs_of(self, hidden: Tensor) -> Tensor:
+        """Return `[A, V]` float32 of hidden states `[A, D]`."""
         return (hidden @ self.head.T).log_softmax(-1)
 
 
 class Student(nn.Module):
-    """The model as one call from tokens to the logits of the answer rows."""
+    """The model as one call from tokens to its divergence from the reference."""
 
     def __init__(self, model: CausalLM) -> None:
         """Wrap a model."""
         super().__init__()
         self.model = model
 
-    def forward(self, batch: TokenBatch, features: Features) -> Tensor:
-        """Return `[A, V]`."""
+    def forward(self, batch: TokenBatch, features: Features, reference: Reference) -> Tensor:
+        """Return the divergence of each answer row `[A]`."""
         hidden = self.model(embed(self.model, batch, features), batch.forward)  # [T, D]
-        return self.model.logits(hidden[batch.answer_rows])
+        return state_divergences(self.model, hidden[batch.answer_rows], batch.samples, reference)
 
 
 def ask_teacher(
@@ -69,9 +80,7 @@ def ask_teacher(
     for batch in batches:
         rows = graph(embed(graph, batch, features), batch.forward)[batch.answer_rows]  # [A, D]
         if not bool(torch.isfinite(rows).all()):
-            raise CalibrationError(
-                f"the unquantized model's activations are not finite on {batch.samples[0].where}"
-            )
+            raise CalibrationError(_blame(batch, rows, features))
         counts = [int(sample.is_answer.sum()) for sample in batch.samples]
         for sample, part in zip(batch.samples, torch.split(rows, counts), strict=True):
             hidden[id(sample)] = part
@@ -82,6 +91,19 @@ def ask_teacher(
     head = graph.model.embed_tokens.weight if tied else graph.lm_head.weight
     assert isinstance(head, Tensor)
     return Reference(hidden, head.clone()), moment
+
+
+def _blame(batch: TokenBatch, rows: Tensor, features: Features) -> str:
+    """Say which sample of a batch, or which of its pictures, drives the model beyond float32."""
+    counts = [int(sample.is_answer.sum()) for sample in batch.samples]
+    parts = zip(batch.samples, torch.split(rows, counts), strict=True)
+    sample = next(sample for sample, part in parts if not bool(torch.isfinite(part).all()))
+    seen = [bool(torch.isfinite(features[id(image)]).all()) for image in sample.images]
+    what = "activations" if all(seen) else f"vision tower's rows of picture {seen.index(False) + 1}"
+    return (
+        f"the unquantized model's {what} are not finite on {sample.where}: check the source with "
+        "mgvq-chat, or leave this conversation out"
+    )
 
 
 def divergence(reference: Tensor, student: Tensor) -> Tensor:
@@ -97,26 +119,48 @@ def divergence(reference: Tensor, student: Tensor) -> Tensor:
     return (reference.exp() * (reference - student)).sum(-1)
 
 
-def divergence_with(
-    model: CausalLM,
-    batches: Sequence[TokenBatch],
-    features: Features,
-    reference: Reference,
-    name: str,
-    weight: Tensor,
-) -> float:
-    """Return the mean divergence over the answer tokens when one matrix has other values.
+def state_divergences(
+    model: CausalLM, hidden: Tensor, samples: Sequence[Sample], reference: Reference
+) -> Tensor:
+    """Return the divergence of each answer row `[A]`, given a model's final states.
 
     Args:
-        model: in dense arithmetic; not changed.
-        batches: samples.
-        features: rows of every picture.
+        model: its head is asked.
+        hidden: `[A, D]` states of the samples' answer rows, end to end.
+        samples: what they are of.
         reference: what the unquantized model says about the samples.
-        name: the matrix.
-        weight: `[O, I]`.
     """
-    values = {f"model.{name}.weight": weight}
-    return heldout_kl(Student(model), values, batches, features, reference)
+    parts = (torch.split(rows, LOGIT_ROWS) for rows in (hidden, reference.states(samples)))
+    found = [
+        divergence(reference.log_probs_of(theirs), model.logits(ours).log_softmax(-1))
+        for ours, theirs in zip(*parts, strict=True)
+    ]
+    return torch.cat(found)
+
+
+@torch.no_grad()
+def divergence_behind(
+    model: CausalLM,
+    start: int,
+    calls: Calls,
+    batches: Sequence[TokenBatch],
+    reference: Reference,
+) -> float:
+    """Return the mean divergence over the answer tokens, from a block on.
+
+    Args:
+        model: in dense arithmetic.
+        start: the block that the calls enter; their number for those that left the last one.
+        calls: what enters it, one tuple a batch, whatever made it.
+        batches: samples.
+        reference: what the unquantized model says about the samples.
+    """
+    ends = walk_blocks(model.model.layers[start:], calls)
+    rows = []
+    for call, batch in zip(ends, batches, strict=True):
+        hidden = model.model.norm.add(call[0], call[1])[0][batch.answer_rows]  # [A, D]
+        rows.append(state_divergences(model, hidden, batch.samples, reference))
+    return float(torch.cat(rows).double().mean())
 
 
 @torch.no_grad()
@@ -136,5 +180,5 @@ def divergences(
     student: nn.Module, values: Values, batch: TokenBatch, features: Features, reference: Reference
 ) -> Tensor:
     """Return the divergence of each answer row `[A]`, the model's parameters being `values`."""
-    logits = torch.func.functional_call(student, values, (batch, features))  # [A, V]
-    return divergence(reference.log_probs(batch.samples), logits.log_softmax(-1))
+    found: Tensor = torch.func.functional_call(student, values, (batch, features, reference))
+    return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,7 @@ from PIL import Image
 from mgvq_quantizer.pipeline import quantize
 from mgvq_quantizer.recipe import QuantRecipe
 from mgvq_quantizer.report import Report
-from tests.runtime.conftest import write_hub_folder
+from tests.runtime.conftest import SPECIAL_TOKENS, hub_config, write_hub_folder
 
 QUICK = {
     "bits": 2,
@@ -28,6 +29,18 @@ QUICK = {
     "tuning_steps": 4,
     "tuning_batch_tokens": 64,
 }
+
+
+SMALL = QUICK | {
+    "bits": 2.0,
+    "permute": False,
+    "max_codebook_overhead": 1e3,  # every matrix its own tables
+    "codebook_iterations": 1,
+    "tuning_steps": 1,
+    "picture_swaps": 0,
+    "guided": True,
+}
+"""For runs that are repeated many times."""
 
 
 def picture(seed: int) -> bytes:
@@ -80,6 +93,16 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pictures = {f"{i}.png": picture(i) for i in range(6)}
     write_calibration(folder / "calibration.zip", [llava_row(name) for name in pictures], pictures)
     write_questions(folder / "questions.zip")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dense folder with one block in tower and decoder: copy it before changing it."""
+    folder = tmp_path_factory.mktemp("small")
+    tower = hub_config(dict.fromkeys(SPECIAL_TOKENS, 0))["vision_config"] | {"depth": 1}
+    write_hub_folder(folder, seed=2, num_hidden_layers=1, vision_config=tower)
+    shutil.copy(dense / "calibration.zip", folder)
     return folder
 
 

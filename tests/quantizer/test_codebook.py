@@ -148,7 +148,7 @@ def test_refit_is_the_least_squares_optimum(
         return {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
 
     tables = refit_codebooks(
-        weights, moments, codes, [names] * 2, start, iterations=400, outputs=outputs
+        weights, moments, codes, [names] * 2, start, 400, outputs, settled=1e-12
     )
     before, after = gradients(start), gradients(tables)
     for name, first in start.items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +13,25 @@ import torch
 from PIL import Image
 
 from mgvq_quantizer import evaluate_cli
-from mgvq_quantizer.baselines import comparison, tables
+from mgvq_quantizer.baselines import bench, plot, tables
+from mgvq_quantizer.baselines.bench import Bench, Options
 from mgvq_quantizer.baselines.cli import main, read_checkpoint, read_rates
-from mgvq_quantizer.baselines.comparison import Comparison, Row, compare
+from mgvq_quantizer.baselines.comparison import compare
 from mgvq_quantizer.baselines.interface import Layer, Quantized
 from mgvq_quantizer.baselines.methods import Method, find_methods
+from mgvq_quantizer.baselines.ours import VARIANTS, Variant
+from mgvq_quantizer.baselines.rows import Comparison, Row
 from mgvq_quantizer.baselines.rsavq import channel_scores, rsavq
 from mgvq_quantizer.baselines.through_model import decoder_linears, fishers_of
 from mgvq_quantizer.baselines.tuned import tune_decoder
 from mgvq_quantizer.batches import embed, encode_pictures, make_batch, unique_pictures
 from mgvq_quantizer.calibration import load_conversations, prepare
 from mgvq_quantizer.evaluate import Marks, evaluate
+from mgvq_quantizer.pipeline import quantize
+from mgvq_quantizer.recipe import QuantRecipe
 from mgvq_quantizer.report import Report
-from mgvq_quantizer.work_folder import ResumeError
+from mgvq_quantizer.solver import Solution
+from mgvq_quantizer.work_folder import ResumeError, WorkFolder
 from mgvq_runtime.checkpoint.reader import open_checkpoint
 from mgvq_runtime.errors import CheckpointError, ConfigError
 from mgvq_runtime.models.causal_lm import CausalLM
@@ -57,29 +63,115 @@ def test_the_command_compares_and_adds_to_what_is_there(
     printed = capsys.readouterr().out
     assert (output / "compare.md").read_text() in printed
     with Image.open(output / "compare.png") as picture:
-        assert picture.size == (1350, 720)
+        assert picture.size == (2100, 720), "the checkpoint is tuned, the baselines are not"
 
     asked = []
-    run = comparison._Bench.run
+    run = Bench.run
 
-    def note(bench: comparison._Bench, method: Method, row: Row) -> Row:
-        asked.append((method.name, row.target, row.seed))
-        return run(bench, method, row)
+    def note(self: Bench, method: Method | Variant, rows: Sequence[Row]) -> Iterator[Row]:
+        asked.extend((method.name, row.target, row.seed) for row in rows)
+        return run(self, method, rows)
 
-    monkeypatch.setattr(comparison._Bench, "run", note)
+    monkeypatch.setattr(Bench, "run", note)
     assert evaluate_cli.main([*words, "--methods", "rtn,quip", "--seeds", "0", "1"]) == 0
     assert asked == [("quip", 2.25, 0), ("quip", 2.25, 1), ("quip", 4.25, 0), ("quip", 4.25, 1)]
     rows = json.loads((output / "compare.json").read_text())["rows"]
     assert rows[: len(first)] == first
     assert "E8P has no setting" in rows[-1]["undefined"]
-    assert "| LDLQ + E8P (QuIP#-like) | 4.25 | not defined |" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    section = printed[printed.index("### 4.25 bits, untuned") :]
+    assert "| LDLQ + E8P (QuIP#-like) | not defined |" in section
 
     assert evaluate_cli.main([*words, "--limit", "5"]) == 2
     assert "limit = 6, this run has 5" in capsys.readouterr().err
 
 
-def test_every_matrix_of_the_decoder_is_quantized_on_what_the_others_left(dense: Path) -> None:
-    bench = comparison._Bench(dense, comparison.Options(limit=2), lambda text: None)
+def test_our_own_runs_under_the_baselines_conditions(
+    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved: list[str] = []
+    save = WorkFolder.save
+
+    def note(self: WorkFolder, name: str, solution: Solution) -> None:
+        saved.append(name)
+        save(self, name, solution)
+
+    monkeypatch.setattr(WorkFolder, "save", note)
+    methods = find_methods(["rtn", "mgvq-uniform"])
+    options = Options(limit=4, max_samples=4, tuning_steps=(3, 0))
+    rows = compare(dense, tmp_path / "out", methods, [2.0, 2.25], [1], options=options)
+    assert {name.partition(".layers.")[0] for name in saved} == {"model"}
+    assert len(saved) == len(set(saved)), "the tuned row takes the matrices of the untuned one"
+    ours = {(row.target, row.tuning_steps): row for row in rows if row.is_ours}
+    assert "bits must be one of 1, 2, 3, 4, 8" in (ours[2.25, 0].undefined or "")
+    assert ours[2.0, 3].label == "MGVQ, uniform, tuned 3 steps"
+    untuned, tuned = ours[2.0, 0], ours[2.0, 3]
+    assert untuned.marks is not None
+    assert tuned.marks is not None
+    assert untuned.marks.kl != tuned.marks.kl
+    assert untuned.bits_per_weight == tuned.bits_per_weight
+    assert [path.name for path in (tmp_path / "out" / "mgvq").iterdir()] == ["surveys"]
+
+    recipe = QuantRecipe(
+        bits=2.0,
+        seed=1,
+        allocation="uniform",
+        tuning_steps=0,
+        max_samples=4,
+        keep="visual.*,model.embed_tokens",
+    )
+    quantize(dense, tmp_path / "alone", recipe, show_progress=False)
+    alone = evaluate(tmp_path / "alone", dense, limit=4, show_progress=False)
+    assert untuned.marks.kl == pytest.approx(alone.kl, rel=1e-4)
+    assert untuned.bits_per_weight == pytest.approx(alone.bits_per_weight)
+
+
+def test_every_ablation_is_a_recipe_that_differs() -> None:
+    recipes = {QuantRecipe(**{"bits": 2.0, **variant.settings}) for variant in VARIANTS.values()}
+    assert len(recipes) == len(VARIANTS)
+    found = [method.name for method in find_methods(["rtn", "mgvq*", "mgvq"])]
+    assert found == ["rtn", *VARIANTS]
+
+
+def test_the_plot_has_a_panel_for_tuning_and_one_for_ablations(tmp_path: Path) -> None:
+    rows = [
+        Row(
+            label + (", tuned 9 steps" if steps else ""),
+            target,
+            seed,
+            bits_per_weight=target,
+            tuning_steps=steps,
+            is_ours=label != "A",
+            marks=dataclasses.replace(MARKS, kl=kl / target / (1 + steps) + 0.001 * seed),
+        )
+        for label, kl in (("A", 0.2), ("MGVQ", 0.1), ("MGVQ, uniform", 0.15))
+        for target in (2.0, 3.0)
+        for steps in (0, 9)
+        for seed in (0, 1)
+    ]
+    plot.plot(rows, tmp_path / "both.png")
+    with Image.open(tmp_path / "both.png") as picture:
+        assert picture.size == (2100, 1440)
+    best = tables.best_baseline(tables.lines_of(rows[:4]), 3.0, 0)
+    assert best is not None
+    assert best.target == 2.0, "nothing at 3 bits untuned: a lower rate counts"
+    plot.plot([row for row in rows if row.label != "MGVQ"], tmp_path / "some.png")
+    with Image.open(tmp_path / "some.png") as picture:
+        assert picture.size == (2100, 1440), "tuned, the whole is there to compare with"
+    plot.plot(
+        [row for row in rows if "MGVQ," in row.label and not row.tuning_steps], tmp_path / "1.png"
+    )
+    with Image.open(tmp_path / "1.png") as picture:
+        assert picture.size == (1200, 720), "nothing to compare an ablation with"
+    plot.plot([], tmp_path / "none.png")
+    headings = [s for s in tables.markdown(rows).splitlines() if s.startswith("###")]
+    assert headings[:2] == ["### 2 bits, untuned", "### 2 bits, tuned 9 steps"]
+
+
+def test_every_matrix_of_the_decoder_is_quantized_on_what_the_others_left(
+    dense: Path, tmp_path: Path
+) -> None:
+    bench = Bench(dense, tmp_path, Options(limit=2), lambda text: None)
 
     def run(factor: float) -> tuple[Row, list[torch.Tensor]]:
         """Multiply every matrix instead of quantizing it; return the moments that were seen."""
@@ -89,7 +181,8 @@ def test_every_matrix_of_the_decoder_is_quantized_on_what_the_others_left(dense:
             seen.append(layer.moment)
             return Quantized({"w": factor * layer.weight}, lambda values: values["w"], 3)
 
-        return bench.run(Method("x", "X", multiply), Row("X", 2.0, 0)), seen
+        (row,) = bench.run(Method("x", "X", multiply), [Row("X", 2.0, 0)])
+        return row, seen
 
     same, kept = run(1.0)
     assert same.marks is not None
@@ -106,7 +199,7 @@ def test_every_matrix_of_the_decoder_is_quantized_on_what_the_others_left(dense:
 
 
 def test_tuning_lowers_what_a_baseline_lost_and_keeps_its_codes(
-    dense: Path, monkeypatch: pytest.MonkeyPatch
+    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     outcomes: list[tuple[float, float]] = []
     tuned_results: list[Mapping[str, Quantized]] = []
@@ -118,13 +211,16 @@ def test_tuning_lowers_what_a_baseline_lost_and_keeps_its_codes(
         models.append(model)
         return outcomes[-1]
 
-    monkeypatch.setattr(comparison, "tune_decoder", note)
-    bench = comparison._Bench(dense, comparison.Options(limit=4, tuning_steps=12), lambda _: None)
+    monkeypatch.setattr(bench, "tune_decoder", note)
+    options = Options(limit=4, tuning_steps=(0, 12))
     method = find_methods(["gptvq-2d"])[0]
-    row = bench.run(method, Row(method.label, 2.25, 0))
+    rows = [Row(method.label, 2.25, 0, tuning_steps=steps) for steps in (0, 12)]
+    untuned, row = Bench(dense, tmp_path, options, lambda _: None).run(method, rows)
     ((before, after),) = outcomes
     assert after < 0.95 * before
     assert row.marks is not None
+    assert untuned.marks is not None
+    assert row.marks.kl != untuned.marks.kl
     assert 2.25 * 0.9 <= (row.bits_per_weight or 0) <= 2.25 * 1.05
     for name, result in tuned_results[0].items():
         old, new = result.weight, models[0].get_submodule(name).weight
@@ -182,16 +278,18 @@ def test_rows_of_one_label_are_averaged_and_checkpoints_replaced(tmp_path: Path)
         marks = dataclasses.replace(MARKS, kl=kl)
         folder.add(Row("A", 2.0, seed, bits_per_weight=2.0625, marks=marks))
     folder.add(Row("B", 2.0, 0, undefined="no"))
-    folder.add(Row("ours", 2.0, 0, source="old", bits_per_weight=2.0, marks=MARKS))
+    ours = Row("ours", 2.0, 0, "old", bits_per_weight=2.0, marks=MARKS, is_ours=True)
+    folder.add(ours)
     assert not folder.has(Row("ours", 2.0, 0, source="new"))
-    folder.add(Row("ours", 2.0, 0, "new", bits_per_weight=2.0, marks=MARKS))
+    folder.add(dataclasses.replace(ours, source="new"))
     again = Comparison(tmp_path, {"model": "m"})
     assert again.rows == folder.rows
     assert [row.source for row in again.rows if row.label == "ours"] == ["new"]
     lines = tables.markdown(again.rows).splitlines()
-    assert lines[2] == "| ours | 2 | 2.000 | 0.1000 | 90.00% | 80.00% | 1 |"
-    assert lines[3].startswith("| A | 2 | 2.062 | 0.2000 ± 0.1414 |")
-    assert lines[4] == "| B | 2 | not defined | | | | |"
+    assert lines[0] == "### 2 bits, untuned"
+    assert lines[4] == "| ours | 2.000 | 0.10000 | 0.50 | 90.00% | 80.00% | 1 |"
+    assert lines[5].startswith("| **A** | 2.062 | 0.20000 ± 0.14142 | 1.00 |")
+    assert lines[6] == "| B | not defined | | | | | |"
     assert "85.00%" in lines[-1]
     with pytest.raises(ResumeError, match="model = 'm', this run has 'n'"):
         Comparison(tmp_path, {"model": "n"})
@@ -210,7 +308,7 @@ def test_what_cannot_be_compared_is_refused(
     with pytest.raises(ConfigError, match="numbers with commas"):
         read_rates("two")
     assert read_checkpoint("a=b/c") == ("a", Path("b/c"))
-    assert read_checkpoint("b/c") == ("MGVQ", Path("b/c"))
+    assert read_checkpoint("b/c") == ("MGVQ checkpoint", Path("b/c"))
     with pytest.raises(CheckpointError, match="quantized already"):
         compare(quantized[0], tmp_path / "x", [], [], [])
     with pytest.raises(CheckpointError, match="not quantized"):
@@ -229,7 +327,7 @@ def test_an_interrupted_comparison_says_how_to_go_on(
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(comparison._Bench, "run", interrupt)
+    monkeypatch.setattr(Bench, "run", interrupt)
     words = ["--model", str(dense), "--output", str(tmp_path), "--device", "cpu", "--limit", "2"]
     assert main(words) == 130
     assert "compare.json; the same command goes on" in capsys.readouterr().err

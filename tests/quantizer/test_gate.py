@@ -23,7 +23,7 @@ from mgvq_quantizer.recipe import QuantRecipe
 from mgvq_quantizer.report import Report
 from mgvq_quantizer.solver import Problem, Solution, solve
 from mgvq_quantizer.statistics import cross_moment
-from mgvq_quantizer.teacher import Student, ask_teacher, divergence
+from mgvq_quantizer.teacher import Student, ask_teacher
 from mgvq_quantizer.work_folder import WorkFolder
 from mgvq_runtime.checkpoint.reader import open_checkpoint
 from mgvq_runtime.models.loading import fill_model
@@ -124,8 +124,7 @@ def test_both_sides_of_every_sample_make_its_gradient(dense: Path) -> None:
     assert (len(found.divergence), len(found.likelihood)) == (len(samples), 3 * len(samples))
     weight = graph.get_submodule(name).weight.requires_grad_()
     for sample, (x, g) in zip(batch.samples, found.divergence.pairs(), strict=True):
-        logits = Student(graph)(make_batch([sample], "cpu"), features)
-        loss = divergence(reference.log_probs([sample]), logits.log_softmax(-1)).sum()
+        loss = Student(graph)(make_batch([sample], "cpu"), features, reference).sum()
         (wanted,) = torch.autograd.grad(loss, weight)
         assert float((g.T @ x - wanted).norm() / wanted.norm()) < 1e-3
     ones = torch.cat(found.likelihood.outputs)

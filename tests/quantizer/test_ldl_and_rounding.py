@@ -7,6 +7,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from mgvq_kernels import ops
+from mgvq_quantizer.codebook import decode
 from mgvq_quantizer.ldl import Run, block_ldl, damp, factorize
 from mgvq_quantizer.rounding import descent_feedback, empty, ldl_feedback, sweep
 
@@ -72,7 +74,7 @@ def test_damping_is_raised_until_the_factorisation_holds() -> None:
     singular = direction @ direction.T - 0.02 * torch.eye(8, dtype=torch.float64)
     factors = factorize(singular, [Run(8, 4)], 0.01)
     assert factors.damping == pytest.approx(0.04)
-    with pytest.raises(ValueError, match="cannot be factored"):
+    with pytest.raises(ArithmeticError, match="cannot be factored"):
         factorize(torch.full((8, 8), float("nan"), dtype=torch.float64), [Run(8, 4)], 0.01)
 
 
@@ -132,6 +134,41 @@ def test_residuals_add_up_and_descent_never_raises_the_loss(correlated: Moment) 
     assert losses == sorted(losses, reverse=True)
     assert losses[-1] < 0.97 * losses[0]
     assert torch.equal(rounded.value, table[rounded.codes[0][0]].view(48, 192))
+
+
+@pytest.mark.parametrize("dims", [(8,), (4,), (2,), (1,), (4, 8)])
+def test_compiled_code_chooses_as_torch_does(
+    correlated: Moment, dims: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rounding, then descent, over several buffers; on one thread and on two, bit for bit."""
+    g = torch.Generator().manual_seed(6)
+    weight = torch.randn(96, 192, generator=g)
+    tables = [torch.randn(256, d, generator=g) / (stage + 1) for stage, d in enumerate(dims)]
+    factors = factorize(correlated(192, 6), [Run(192, max(dims))], 0.01)
+
+    def run(compiled: bool, threads: int) -> tuple[list[float], torch.Tensor, torch.Tensor]:
+        monkeypatch.setattr(ops, "has_numba", lambda: compiled)
+        monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+        rounded = empty(weight, [tables], [192])
+        losses = [sweep(weight, rounded, [tables], ldl_feedback(factors))]
+        losses += [
+            sweep(weight, rounded, [tables], descent_feedback(factors), keep_better=True)
+            for _ in range(2)
+        ]
+        return losses, torch.cat(rounded.codes[0], dim=1), rounded.value
+
+    losses, codes, value = run(compiled=True, threads=1)
+    assert torch.equal(value, decode([codes_of(codes, dims)], [tables]))
+    again, codes_again, _ = run(compiled=True, threads=2)
+    assert (losses, codes.tolist()) == (again, codes_again.tolist())
+    expected, plain_codes, _ = run(compiled=False, threads=1)
+    # A tie within float32 sends the rest of its row another way.
+    assert (codes == plain_codes).float().mean() > 0.98
+    assert losses == pytest.approx(expected, rel=5e-3)
+
+
+def codes_of(codes: torch.Tensor, dims: tuple[int, ...]) -> list[torch.Tensor]:
+    return list(torch.split(codes, [192 // d for d in dims], dim=1))
 
 
 def test_rounding_sensitive_channels_last_is_worse(correlated: Moment) -> None:

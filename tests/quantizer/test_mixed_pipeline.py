@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from pathlib import Path
 
 import pytest
 
+from mgvq_quantizer import pipeline, survey
 from mgvq_quantizer.pipeline import quantize
 from mgvq_quantizer.recipe import QuantRecipe
 from mgvq_quantizer.report import Report
+from mgvq_quantizer.stream import Stream
 from mgvq_quantizer.work_folder import ResumeError, WorkFolder
 from mgvq_runtime.checkpoint.bits import count_bits
 from mgvq_runtime.checkpoint.reader import open_checkpoint
@@ -85,11 +88,31 @@ def test_interrupted_anywhere_it_goes_on_to_the_same_bytes(
     assert contents(output) == contents(mixed[0])
 
 
+def test_runs_share_what_their_settings_leave_as_it_is(
+    wide: Path, mixed: tuple[Path, Report], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """First the survey, in another allocation; then the matrices, tuned otherwise."""
+    shared = tmp_path / "shared"
+
+    def run(name: str, **changes: object) -> Path:
+        recipe = dataclasses.replace(RECIPE, **changes)
+        quantize(wide, tmp_path / name, recipe, show_progress=False, shared=shared)
+        return tmp_path / name
+
+    run("layer", allocation="layer", guided=False)
+    monkeypatch.setattr(survey, "measure", lambda *_: pytest.fail("surveyed again"))
+    assert contents(run("model")) == contents(mixed[0])
+    monkeypatch.setattr(Stream, "_solve", lambda *_: pytest.fail("rounded again"))
+    monkeypatch.setattr(pipeline, "squared_gradients", lambda *_: pytest.fail("not needed"))
+    run("untuned", allocation="layer", guided=False, tuning_steps=0)
+    assert not list(tmp_path.glob("*.partial"))
+
+
 def test_damaged_facts_are_named(tmp_path: Path) -> None:
-    work = WorkFolder(tmp_path / "run", {})
-    assert work.load_facts("a") is None
-    work.save_facts("a", {"x": 0.1})
-    assert work.load_facts("a") == {"x": 0.1}
-    (tmp_path / "run" / "a.json").write_text('{"x": 0.')
-    with pytest.raises(ResumeError, match=r"a\.json is damaged"):
-        work.load_facts("a")
+    with WorkFolder(tmp_path / "run", {}) as work:
+        assert work.load_facts("a") is None
+        work.save_facts("a", {"x": 0.1})
+        assert work.load_facts("a") == {"x": 0.1}
+        (tmp_path / "run" / "a.json").write_text('{"x": 0.')
+        with pytest.raises(ResumeError, match=r"a\.json is damaged"):
+            work.load_facts("a")

@@ -118,30 +118,33 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(
 
 def test_a_changed_setting_or_source_is_refused_by_name(dense: Path, tmp_path: Path) -> None:
     facts = {**RECIPE.to_json(), "source": "a"}
-    WorkFolder(tmp_path / "run", facts)
-    WorkFolder(tmp_path / "run", facts)
+    with WorkFolder(tmp_path / "run", facts) as work:
+        work.save_facts("a", {})
+    with WorkFolder(tmp_path / "run", facts):
+        pass
     with pytest.raises(ResumeError, match=r"bits = 2, this one has 3.*start over"):
         WorkFolder(tmp_path / "run", {**facts, "bits": 3})
     with pytest.raises(ResumeError, match="source = 'a', this one has 'b'"):
         WorkFolder(tmp_path / "run", {**facts, "source": "b"})
     (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.tex").write_text("years of work")
     with pytest.raises(ResumeError, match="not an unfinished run"):
         WorkFolder(tmp_path / "other", facts)
 
 
 def test_a_damaged_piece_of_work_is_named(quantized: tuple[Path, Report], tmp_path: Path) -> None:
     name, weight = next(iter(open_checkpoint(quantized[0]).vq_weights()))
-    work = WorkFolder(tmp_path / "run", {})
-    assert work.load(name, weight.layout) is None
-    work.save(name, Solution(weight, 0.25, 0.125))
-    again = work.load(name, weight.layout)
-    assert again is not None
-    assert (again.error_nearest, again.error) == (0.25, 0.125)
-    assert torch.equal(again.weight.codes[0][0], weight.codes[0][0])
-    file = tmp_path / "run" / f"{name}.safetensors"
-    file.write_bytes(file.read_bytes()[:-9])
-    with pytest.raises(ResumeError, match="is damaged"):
-        work.load(name, weight.layout)
+    with WorkFolder(tmp_path / "run", {}) as work:
+        assert work.load(name, weight.layout) is None
+        work.save(name, Solution(weight, 0.25, 0.125))
+        again = work.load(name, weight.layout)
+        assert again is not None
+        assert (again.error_nearest, again.error) == (0.25, 0.125)
+        assert torch.equal(again.weight.codes[0][0], weight.codes[0][0])
+        file = tmp_path / "run" / f"{name}.safetensors"
+        file.write_bytes(file.read_bytes()[:-9])
+        with pytest.raises(ResumeError, match="is damaged"):
+            work.load(name, weight.layout)
 
 
 def test_existing_output_and_quantized_source_are_refused(

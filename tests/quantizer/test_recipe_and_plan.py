@@ -11,7 +11,13 @@ from torch import nn
 
 from mgvq_quantizer.allocation import kind_of, plan, sharing_groups
 from mgvq_quantizer.cli import build_parser, recipe_from_arguments
-from mgvq_quantizer.recipe import PRESETS, QuantRecipe, make_recipe
+from mgvq_quantizer.recipe import (
+    PRESETS,
+    ROUNDING_ONLY,
+    TUNING_ONLY,
+    QuantRecipe,
+    make_recipe,
+)
 from mgvq_runtime.checkpoint.bits import count_bits
 from mgvq_runtime.errors import ConfigError
 
@@ -108,6 +114,11 @@ def test_flags_change_the_file_and_the_file_the_preset(tmp_path: Path) -> None:
         (["--vision-bits", "5"], "vision_bits must be one of 1, 2, 3, 4, 8, got 5"),
         (["--allocation", "best"], "allocation must be one of model, layer, uniform"),
         (["--no-permute"], "bands of several rates need permute"),
+        (
+            ["--no-permute", "--channel-classes", "--allocation", "uniform", "--bits", "2"],
+            "so do channel_classes: choose allocation uniform without them",
+        ),
+        (["--class-threshold", "-1"], "class_threshold must be at least 0, got -1.0"),
         (["--global-share", "1.5"], "global_share must lie in 0..1"),
         (["--mismatch", "1.5"], "mismatch must lie in 0..1, got 1.5"),
         (["--output-shrink", "0"], "output_shrink must lie between 0 and 1, got 0.0"),
@@ -138,6 +149,10 @@ def test_bands_get_rates_around_the_target(
     recipe = QuantRecipe(bits=bits)
     assert recipe.rates == rates
     assert recipe.reference_rate == reference
+
+
+def test_settings_of_later_stages_are_settings() -> None:
+    assert {*TUNING_ONLY, *ROUNDING_ONLY} <= {f.name for f in dataclasses.fields(QuantRecipe)}
 
 
 def test_values_out_of_range_name_their_field() -> None:

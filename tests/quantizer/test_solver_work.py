@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from mgvq_kernels.layout import RATE_STAGES, Band, Stage, VQLayout
-from mgvq_quantizer import codebook, solver_work
+from mgvq_quantizer import codebook, solver, solver_work
 from mgvq_quantizer.ordering import channel_order
 from mgvq_quantizer.recipe import QuantRecipe
 from mgvq_quantizer.solver import Problem, books_of, solve
@@ -31,6 +33,10 @@ class Products(TorchDispatchMode):
         packet = func._overloadpacket
         if packet is torch.ops.aten.addmm_:
             self.macs += args[1].shape.numel() * args[2].shape[1]
+        elif packet is torch.ops.aten.mv:
+            self.macs += args[0].numel()
+        elif packet is torch.ops.aten.linalg_cholesky_ex:
+            self.macs += args[0].shape[-1] ** 3 // 6
         elif packet is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
             self.macs += 2 * args[0].numel() * args[1].shape[-2]
         elif packet is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward:
@@ -60,26 +66,59 @@ def plain_search(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(codebook.ops, "has_numba", lambda: False)
 
 
+def never_settle(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have every refit take three steps, and count on them."""
+    refit = partial(codebook.refit_codebooks, iterations=3, settled=0.0)
+    monkeypatch.setattr(solver, "refit_codebooks", refit)
+    monkeypatch.setattr(solver_work, "refit_steps", lambda *_: 3)
+
+
 @pytest.mark.parametrize("is_fixed", [False, True])
 @pytest.mark.parametrize("is_two_sided", [False, True])
 @pytest.mark.parametrize("bands", [[(2, 96)], [(3, 32), (1, 32), (4, 32)]])
 def test_a_rounding_does_the_work_that_is_counted(
-    bands: list[tuple[int, int]], is_two_sided: bool, is_fixed: bool
+    bands: list[tuple[int, int]],
+    is_two_sided: bool,
+    is_fixed: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    never_settle(monkeypatch)
     g = torch.Generator().manual_seed(0)
     layout = layout_of(144, bands)
     X = torch.randn(256, 96, generator=g) * torch.arange(1, 97) ** -1.0
-    X = X @ torch.randn(96, 96, generator=g)  # uneven: refits take all their steps
+    X = X @ torch.randn(96, 96, generator=g)
     B = torch.eye(144, dtype=torch.float64) + 0.1 if is_two_sided else None
     weight, moment = torch.randn(144, 96, generator=g), (X.T @ X).double()
     problem = Problem(weight, moment, torch.arange(96), layout, output_factor=B)
     books = books_of(problem, solve([problem], RECIPE, g)[0]) if is_fixed else None
     real = real_macs(lambda: solve([problem], RECIPE, g, books))
     counted = solver_work.macs(solver_work.solve([layout], RECIPE, is_fixed, is_two_sided))
-    assert counted == pytest.approx(real, rel=0.08)
+    assert counted == pytest.approx(real, rel=0.08 if is_two_sided else 0.02)
 
 
-def test_trials_of_an_order_are_counted() -> None:
+@pytest.mark.parametrize("rate", [1, 2, 3, 4, 8])
+def test_refits_take_about_the_steps_that_are_expected(
+    rate: int,
+    monkeypatch: pytest.MonkeyPatch,
+    correlated: Callable[[int, int], torch.Tensor],
+) -> None:
+    images, passes = codebook._images, []
+
+    def counted(*args: Any) -> Any:
+        passes.append(1)
+        return images(*args)
+
+    monkeypatch.setattr(codebook, "_images", counted)
+    g = torch.Generator().manual_seed(0)
+    layout = VQLayout.uniform(256, 256, rate)
+    problem = Problem(torch.randn(256, 256, generator=g), correlated(256, 1), None, layout)
+    solve([problem], dataclasses.replace(RECIPE, refit_rounds=1, descent_sweeps=0), g)
+    expected = 1 + solver_work.refit_steps(layout)
+    assert len(passes) == pytest.approx(expected, rel=0.35)
+
+
+def test_trials_of_an_order_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    never_settle(monkeypatch)
     g = torch.Generator().manual_seed(0)
     layout = layout_of(600, [(2, 64), (1, 64)])
     X = torch.randn(256, 128, generator=g) * torch.arange(1, 129) ** -1.0
@@ -87,5 +126,5 @@ def test_trials_of_an_order_are_counted() -> None:
     weight, moment = torch.randn(600, 128, generator=g), (X.T @ X).double()
     real = real_macs(lambda: channel_order(weight, moment, layout, RECIPE, g))
     counted = solver_work.macs(solver_work.channel_order(layout, RECIPE))
-    assert counted == pytest.approx(real, rel=0.05)
+    assert counted == pytest.approx(real, rel=0.02)
     assert not solver_work.channel_order(layout_of(600, [(8, 128)]), RECIPE)

@@ -10,9 +10,13 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from mgvq_quantizer.baselines.comparison import FILE_NAME, OURS, Options, compare
+from mgvq_quantizer.baselines.bench import Options
+from mgvq_quantizer.baselines.comparison import CHECKPOINT, compare
 from mgvq_quantizer.baselines.methods import METHODS, find_methods
-from mgvq_quantizer.baselines.tables import markdown, plot, require_matplotlib
+from mgvq_quantizer.baselines.ours import CHANGES
+from mgvq_quantizer.baselines.plot import plot, require_matplotlib
+from mgvq_quantizer.baselines.rows import FILE_NAME
+from mgvq_quantizer.baselines.tables import markdown
 from mgvq_runtime.config import resolve_device
 from mgvq_runtime.env import debug_tracebacks
 from mgvq_runtime.errors import ConfigError, MgvqError
@@ -43,7 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     calibration=parsed.calibration,
                     questions=parsed.questions,
                     limit=parsed.limit,
-                    tuning_steps=parsed.tuning_steps,
+                    max_samples=parsed.max_samples,
+                    tuning_steps=tuple(parsed.tuning_steps),
                     device=resolve_device(parsed.device, torch.cuda.device_count()),
                 ),
                 bar.set_description_str,
@@ -71,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def read_checkpoint(text: str) -> tuple[str, Path]:
     """Return label and folder of "LABEL=DIR" or "DIR"."""
     label, equals, folder = text.partition("=")
-    return (label, Path(folder)) if equals else (OURS, Path(text))
+    return (label, Path(folder)) if equals else (CHECKPOINT, Path(text))
 
 
 def read_rates(text: str) -> list[float]:
@@ -94,8 +99,9 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the parser."""
     parser = argparse.ArgumentParser(
         prog="mgvq-eval compare",
-        description="Quantize a model's decoder with published methods and compare them, with "
-        "MGVQ checkpoints of the same model, at the bits they really cost.",
+        description="Quantize a model's decoder with published methods and with MGVQ, whole or "
+        "with a part changed, and compare them at the bits they really cost. Finished MGVQ "
+        "checkpoints of the same model can stand beside them.",
         allow_abbrev=False,
     )
     add = parser.add_argument
@@ -103,9 +109,10 @@ def build_parser() -> argparse.ArgumentParser:
     add("--output", type=Path, required=True, metavar="DIR", help="folder; finished rows are kept")
     add(
         "--methods",
-        default=",".join(METHODS),
+        default=",".join([*METHODS, "mgvq"]),
         metavar="NAMES",
-        help="baselines, with commas between (default: %(default)s)",
+        help="with commas between; mgvq-PART is MGVQ with one part changed, 'mgvq-*' all of them; "
+        f"parts: {', '.join(CHANGES)} (default: %(default)s)",
     )
     add(
         "--bits",
@@ -120,17 +127,25 @@ def build_parser() -> argparse.ArgumentParser:
         default=[],
         metavar="[LABEL=]DIR",
         help="an MGVQ checkpoint of the model, as a row; may be repeated. Those of one label and "
-        "rate are averaged over their seeds (default label: MGVQ)",
+        f"rate are averaged over their seeds (default label: {CHECKPOINT})",
     )
     add("--calibration", type=Path, metavar="FILE", help="as for mgvq-quantize")
+    add(
+        "--max-samples",
+        type=int,
+        default=Options.max_samples,
+        metavar="N",
+        help="most calibration conversations (default: %(default)s)",
+    )
     add("--questions", type=Path, metavar="FILE", help="as for mgvq-eval (default: the model's)")
     add("--limit", type=int, metavar="N", help="most questions, drawn at random (default: all)")
     add(
         "--tuning-steps",
         type=int,
-        default=0,
+        nargs="+",
+        default=[0],
         metavar="N",
-        help="steps of end-to-end tuning for every baseline, as ours gets 200 (default: 0)",
+        help="steps of end-to-end tuning for every quantizer, a row for each number (default: 0)",
     )
     add("--device", default="auto", help="auto, cpu or cuda (default: auto)")
     add("--num-threads", type=int, metavar="N", help="CPU threads of torch")

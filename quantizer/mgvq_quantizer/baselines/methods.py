@@ -1,13 +1,15 @@
-"""The table of baselines that `mgvq-eval compare` knows."""
+"""The table of quantizers that `mgvq-eval compare` knows (for `cli`)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import partial
 
 from mgvq_quantizer.baselines.gptvq import gptvq
 from mgvq_quantizer.baselines.interface import Baseline
+from mgvq_quantizer.baselines.ours import VARIANTS, Variant
 from mgvq_quantizer.baselines.quip import quip
 from mgvq_quantizer.baselines.rsavq import rsavq
 from mgvq_quantizer.baselines.scalar import gptq, rtn
@@ -42,13 +44,17 @@ METHODS = {
 }
 
 
-def find_methods(names: Sequence[str]) -> list[Method]:
-    """Return methods by name.
+def find_methods(patterns: Sequence[str]) -> list[Method | Variant]:
+    """Return baselines and variants of MGVQ by name or pattern, each once.
 
     Raises:
-        ConfigError: if a name is not known; lists those that are.
+        ConfigError: if a pattern fits no name; lists the names.
     """
-    for name in names:
-        if name not in METHODS:
-            raise ConfigError(f"{name!r} is no known method: choose from {', '.join(METHODS)}")
-    return [METHODS[name] for name in names]
+    known: dict[str, Method | Variant] = {**METHODS, **VARIANTS}
+    found: dict[str, Method | Variant] = {}
+    for pattern in patterns:
+        names = [name for name in known if fnmatchcase(name, pattern)]
+        if not names:
+            raise ConfigError(f"{pattern!r} is no known method: choose from {', '.join(known)}")
+        found |= {name: known[name] for name in names}
+    return list(found.values())

@@ -16,7 +16,8 @@ from mgvq_quantizer.baselines.interface import Baseline, Fisher, Layer, Quantize
 from mgvq_quantizer.batches import Features, TokenBatch, decoder_runs, embed, make_batch
 from mgvq_quantizer.calibration import Sample
 from mgvq_quantizer.statistics import Run, input_moment, record_calls
-from mgvq_quantizer.stream import seeded, walk_blocks
+from mgvq_quantizer.stream import seeded
+from mgvq_quantizer.walk import walk_blocks
 from mgvq_runtime.models.causal_lm import CausalLM
 
 _MULTIPLE = 8

@@ -16,9 +16,9 @@ from torch import Tensor
 from mgvq_quantizer.baselines.interface import Quantized, Values
 from mgvq_quantizer.batches import MAX_TOKENS, Features, make_batch, split_batches
 from mgvq_quantizer.calibration import Sample
+from mgvq_quantizer.knobs import find_best
 from mgvq_quantizer.recipe import QuantRecipe
 from mgvq_quantizer.teacher import Reference, Student, divergences, heldout_kl
-from mgvq_quantizer.tuning import find_best
 from mgvq_runtime.models.causal_lm import CausalLM
 
 _CODEBOOKS = "codebook"
@@ -115,7 +115,12 @@ def tune_decoder(
         values = _of_student(knobs.parameters())
         return divergences(student, values, make_batch(part, device), features, reference).mean()
 
-    before, after, _ = find_best(knobs, samples[0], loss, measure, recipe, progress)
+    def told(step: int, kl: float) -> None:
+        progress(f"tuning, step {step}/{recipe.tuning_steps}, held-out KL {kl:.4f}")
+
+    before, after, _ = find_best(
+        knobs, samples[0], loss, measure, recipe.tuning_steps, recipe, told
+    )
     with torch.no_grad():
         for name, value in knobs.parameters(stored=True).items():
             model.get_parameter(name).copy_(value)

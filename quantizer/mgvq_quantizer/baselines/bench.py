@@ -1,0 +1,240 @@
+"""What the rows of a comparison share, and how one row is run (called by `comparison`).
+
+Every row is calibrated on the same conversations and asked the same questions. Not here: which rows
+there are, where finished ones are kept (`rows`).
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from mgvq_quantizer.archive import Archive
+from mgvq_quantizer.baselines.interface import Fisher, NotDefined, Quantized
+from mgvq_quantizer.baselines.methods import Method
+from mgvq_quantizer.baselines.ours import Variant, all_but_the_decoder
+from mgvq_quantizer.baselines.rows import Row
+from mgvq_quantizer.baselines.through_model import bits_per_weight, fishers_of, quantize_decoder
+from mgvq_quantizer.baselines.tuned import tune_decoder
+from mgvq_quantizer.batches import encode_pictures, length_batches, unique_pictures
+from mgvq_quantizer.dataset import read_data
+from mgvq_quantizer.evaluate import Examiner, Marks, bits_by_group, to_dense
+from mgvq_quantizer.pipeline import ROUNDED, quantize
+from mgvq_quantizer.questions import find_questions
+from mgvq_quantizer.recipe import QuantRecipe
+from mgvq_quantizer.teacher import Reference, ask_teacher
+from mgvq_runtime import __version__
+from mgvq_runtime.checkpoint.files import fingerprint_folder
+from mgvq_runtime.checkpoint.reader import Checkpoint, open_checkpoint
+from mgvq_runtime.errors import CheckpointError, ConfigError
+from mgvq_runtime.models.causal_lm import CausalLM
+from mgvq_runtime.models.loading import fill_model
+
+
+@dataclass(frozen=True)
+class Options:
+    """What rows are calibrated on and asked, and where."""
+
+    calibration: Path | None = None
+    questions: Path | None = None
+    limit: int | None = None
+    """Most questions."""
+    max_samples: int = QuantRecipe.max_samples
+    """Most calibration conversations."""
+    tuning_steps: tuple[int, ...] = (0,)
+    """Steps of end-to-end tuning that every quantizer gets, a row for each number."""
+    device: str = "cpu"
+
+
+class Bench:
+    """A dense model with everything that rows share, made once."""
+
+    def __init__(
+        self, model: Path, scratch: Path, options: Options, progress: Callable[[str], None]
+    ) -> None:
+        """Read calibration data and draw the questions.
+
+        Args:
+            model: a dense checkpoint folder.
+            scratch: folder for MGVQ checkpoints while they are examined and for what their runs
+                share, of which the surveys stay; made when it is needed.
+            options: data and device.
+            progress: told what happens, in words.
+
+        Raises:
+            CheckpointError: if the model cannot be used.
+            DataError: if calibration data or questions cannot be used.
+        """
+        self._source = open_checkpoint(model)
+        if self._source.quantization is not None:
+            raise CheckpointError(f"{model} is quantized already: give the original checkpoint")
+        self._scratch, self._calibration = scratch, options.calibration
+        self._device, self._progress = options.device, progress
+        graph = self._dense()
+        self._recipe = QuantRecipe(
+            tuning_steps=max(options.tuning_steps),
+            max_samples=options.max_samples,
+            keep=all_but_the_decoder(graph),
+        )
+        data = read_data(model, graph, self._recipe, options.calibration)
+        questions = find_questions(options.questions, [model])
+        self._examiner = Examiner(
+            model, Archive(questions), options.limit, 0, options.device, show_progress=False
+        )
+        self.facts = {
+            "model": model.name,
+            "model_fingerprint": fingerprint_folder(model),
+            "calibration": data.name,
+            "calibration_fingerprint": data.fingerprint,
+            "max_samples": options.max_samples,
+            "questions": questions.name,
+            "limit": options.limit,
+            "questions_fingerprint": self._examiner.fingerprint,
+            "tool_version": __version__,
+        }
+        self._data = data
+        self._features = encode_pictures(graph, unique_pictures(data.all), options.device)
+        self._batches = length_batches(data.train, next(graph.parameters()).device)
+        self._fishers: dict[str, Fisher] = {}
+        self._reference: Reference | None = None
+
+    def run(self, method: Method | Variant, rows: Sequence[Row]) -> Iterator[Row]:
+        """Run one quantizer at one rate with one seed.
+
+        Args:
+            method: the quantizer.
+            rows: to be filled, at least one; they differ in their tuning steps.
+
+        Yields:
+            The rows, filled.
+        """
+        if isinstance(method, Variant):
+            for row in rows:
+                yield self._run_variant(method, row)
+            shutil.rmtree(self._scratch / ROUNDED, ignore_errors=True)
+        else:
+            yield from self._run_baseline(method, rows)
+
+    def _run_baseline(self, method: Method, rows: Sequence[Row]) -> Iterator[Row]:
+        """Quantize a fresh model once; tune copies of it."""
+        row = rows[0]
+        what = f"{method.name} at {row.target:g} bits, seed {row.seed}"
+        clock = _Clock()
+        graph = self._dense()
+        if method.needs_fisher and not self._fishers:
+            self._progress("gradients of the calibration answers")
+            self._fishers = fishers_of(graph, self._data.train, self._features)
+        try:
+            results = quantize_decoder(
+                graph,
+                method.quantize,
+                row.target,
+                row.seed,
+                self._batches,
+                self._features,
+                self._fishers if method.needs_fisher else {},
+                lambda name: self._progress(f"{what}: {name}"),
+            )
+        except NotDefined as error:
+            self._progress(f"{what}: not defined")
+            yield from (dataclasses.replace(row, undefined=str(error)) for row in rows)
+            return
+        for row in rows:
+            model = graph
+            if row.tuning_steps:
+                model = copy.deepcopy(graph)
+                self._tune(model, results, row, lambda text: self._progress(f"{what}: {text}"))
+            self._progress(f"{what}: asking questions")
+            marks = self._examiner.examine(model)
+            bits = bits_per_weight(results)
+            yield clock.stop(dataclasses.replace(row, bits_per_weight=bits, marks=marks))
+            clock = _Clock()
+
+    def _run_variant(self, variant: Variant, row: Row) -> Row:
+        """Quantize with our own pipeline, decoder only, and examine the checkpoint it writes.
+
+        Rows that differ in tuning alone share the rounded matrices, rows that are surveyed alike
+        the survey.
+        """
+        what = f"{variant.name} at {row.target:g} bits, seed {row.seed}"
+        self._progress(what)
+        clock = _Clock()
+        folder = self._scratch / f"{variant.name}-{row.target:g}-{row.seed}-{row.tuning_steps}"
+        try:
+            recipe = dataclasses.replace(
+                self._recipe,
+                bits=row.target,
+                seed=row.seed,
+                tuning_steps=row.tuning_steps,
+                **variant.settings,
+            )
+            if not folder.exists():  # or it was written before an interruption
+                quantize(
+                    self._source.path,
+                    folder,
+                    recipe,
+                    self._calibration,
+                    self._device,
+                    show_progress=False,
+                    shared=self._scratch,
+                )
+        except ConfigError as error:
+            self._progress(f"{what}: not defined")
+            shutil.rmtree(folder.with_name(f"{folder.name}.partial"), ignore_errors=True)
+            return dataclasses.replace(row, undefined=str(error))
+        self._progress(f"{what}: asking questions")
+        opened = open_checkpoint(folder)
+        bits, marks = bits_by_group(opened)["decoder"], self._examine(opened)
+        shutil.rmtree(folder)
+        return clock.stop(dataclasses.replace(row, bits_per_weight=bits, marks=marks))
+
+    def run_checkpoint(self, opened: Checkpoint, row: Row) -> Row:
+        """Examine an MGVQ checkpoint."""
+        clock = _Clock()
+        return clock.stop(dataclasses.replace(row, marks=self._examine(opened)))
+
+    def _examine(self, opened: Checkpoint) -> Marks:
+        return self._examiner.examine(to_dense(fill_model(opened, self._device)))
+
+    def _tune(
+        self,
+        graph: CausalLM,
+        results: Mapping[str, Quantized],
+        row: Row,
+        progress: Callable[[str], None],
+    ) -> None:
+        """Tune a quantized decoder against the dense model, which is asked once."""
+        data = self._data
+        if self._reference is None:
+            everything = length_batches(data.all, self._batches[0].token_ids.device)
+            with torch.no_grad():
+                self._reference, _ = ask_teacher(self._dense(), everything, self._features)
+        samples = ([*data.train, *data.swapped], data.heldout)
+        recipe = dataclasses.replace(self._recipe, seed=row.seed, tuning_steps=row.tuning_steps)
+        tune_decoder(graph, results, self._reference, samples, self._features, recipe, progress)
+
+    def _dense(self) -> CausalLM:
+        return fill_model(self._source, self._device)
+
+
+class _Clock:
+    """Measures a row."""
+
+    def __init__(self) -> None:
+        self._started = time.monotonic(), time.process_time()
+
+    def stop(self, row: Row) -> Row:
+        """Return the row with what it took."""
+        wall, processor = self._started
+        return dataclasses.replace(
+            row,
+            seconds=time.monotonic() - wall,
+            processor_seconds=time.process_time() - processor,
+        )

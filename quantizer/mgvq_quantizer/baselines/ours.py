@@ -1,0 +1,66 @@
+"""MGVQ under the conditions of its baselines, whole and with one setting changed (for `bench`).
+
+The decoder alone is quantized; calibration, bits in full, tuning and questions are the baselines'.
+Each entry of `CHANGES` takes a part out, or puts one in that is off by default.
+
+Source: method memo F.3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from mgvq_quantizer.allocation import matrix_shapes
+from mgvq_runtime.checkpoint.bits import group_of
+
+OURS = "MGVQ"
+"""The label of the whole method."""
+
+CHANGES: Mapping[str, Mapping[str, Any]] = {
+    "uniform": {"allocation": "uniform"},
+    "layer-budget": {"allocation": "layer"},
+    "global-only": {"global_share": 1.0},
+    "local-only": {"global_share": 0.0},
+    "unordered": {"allocation": "uniform", "permute": False},  # bands need an order
+    "no-descent": {"descent_sweeps": 0},
+    "one-refit": {"refit_rounds": 1},
+    "own-tables": {"max_codebook_overhead": 100.0},
+    "guided": {"guided": True},
+    "two-sided": {"two_sided": True},
+    "gradient-shift": {"gradient_shift": True},
+    "mismatch": {"mismatch": 0.5},
+}
+"""Settings of the recipe that an ablation changes, by its name."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """MGVQ with some settings changed."""
+
+    name: str
+    label: str
+    """What tables and plots call it."""
+    settings: Mapping[str, Any]
+    is_random: bool = True
+
+
+VARIANTS = {
+    variant.name: variant
+    for variant in (
+        Variant("mgvq", OURS, {}),
+        *(
+            Variant(f"mgvq-{name}", f"{OURS}, {name.replace('-', ' ')}", changes)
+            for name, changes in CHANGES.items()
+        ),
+    )
+}
+
+
+def all_but_the_decoder(model: nn.Module) -> str:
+    """Return `QuantRecipe.keep` for what the baselines leave alone."""
+    names = [name for name in matrix_shapes(model) if group_of(name) != "decoder"]
+    return ",".join(sorted({"visual.*" if n.startswith("visual.") else n for n in names}))

@@ -1,0 +1,103 @@
+"""Finished rows of a comparison, and the folder that keeps them (for `comparison`, `tables`).
+
+A row is one quantizer at one rate with one seed, and what the model said afterwards.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mgvq_quantizer.evaluate import Marks
+from mgvq_quantizer.work_folder import ResumeError
+
+FILE_NAME = "compare.json"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One quantizer at one rate with one seed, and what became of the model."""
+
+    label: str
+    """What tables and plots call the quantizer; rows of one label and target are averaged."""
+    target: float
+    """Bits a weight that were asked for."""
+    seed: int
+    source: str | None = None
+    """The folder of an MGVQ checkpoint, with its fingerprint."""
+    undefined: str | None = None
+    """Why there is nothing to measure."""
+    bits_per_weight: float | None = None
+    """Of the decoder's matrices, in full."""
+    quantized: str = "decoder"
+    """Which groups of matrices were quantized."""
+    tuning_steps: int = 0
+    """Steps of end-to-end tuning that were allowed; rows with equal ones are compared."""
+    is_ours: bool = False
+    """Whether this is MGVQ, in whole or in part, rather than a baseline."""
+    marks: Marks | None = None
+    seconds: float = 0.0
+    """Quantization and examination; of a checkpoint, the examination alone."""
+    processor_seconds: float = 0.0
+    """The same in processor time. What rows share is in the first row that needs it."""
+
+    @property
+    def key(self) -> tuple[str, float, int]:
+        """What tells rows apart."""
+        return (self.label, self.target, self.seed)
+
+
+class Comparison:
+    """The rows of an output folder."""
+
+    def __init__(self, folder: Path, facts: Mapping[str, Any]) -> None:
+        """Open the folder, or make it.
+
+        Args:
+            folder: where `compare.json` is, or will be.
+            facts: what all rows have in common. JSON values.
+
+        Raises:
+            ResumeError: if the folder holds rows of a comparison with other facts.
+        """
+        self._file, self.facts = folder / FILE_NAME, dict(facts)
+        self.rows: list[Row] = []
+        folder.mkdir(parents=True, exist_ok=True)
+        if self._file.exists():
+            self._read()
+
+    def has(self, row: Row) -> bool:
+        """Return whether a row is finished; one of another checkpoint does not count."""
+        return any((old.key, old.source) == (row.key, row.source) for old in self.rows)
+
+    def add(self, row: Row) -> None:
+        """Keep a finished row, on disk too; it takes the place of one with the same key."""
+        self.rows = [*(old for old in self.rows if old.key != row.key), row]
+        content = {"facts": self.facts, "rows": [dataclasses.asdict(row) for row in self.rows]}
+        temporary = self._file.with_suffix(".tmp")
+        temporary.write_text(json.dumps(content, indent=1) + "\n")
+        os.replace(temporary, self._file)
+
+    def _read(self) -> None:
+        try:
+            content = json.loads(self._file.read_text())
+            old = content["facts"]
+            self.rows = [_row(values) for values in content["rows"]]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ResumeError(f"{self._file} cannot be read ({error}): delete it") from error
+        for key in sorted({*old, *self.facts}):
+            if old.get(key) != self.facts.get(key):
+                raise ResumeError(
+                    f"{self._file} holds rows with {key} = {old.get(key)!r}, this run has "
+                    f"{self.facts.get(key)!r}: use the same, or another --output"
+                )
+
+
+def _row(values: dict[str, Any]) -> Row:
+    marks = values.pop("marks")
+    return Row(**values, marks=None if marks is None else Marks(**marks))
