@@ -20,10 +20,6 @@ import torch
 from torch import Tensor
 
 _MAX_ATTEMPTS = 10
-_MOST_MEDIANS = 32
-"""Medians of the diagonal that its mean counts for at most. Two of the 1,536 inputs of block 11's
-down_proj in SmolLM2-135M, on the first token alone, make the mean 575 medians: a hundredth of it
-would drown what all other inputs have in common."""
 
 
 class Run(NamedTuple):
@@ -44,11 +40,11 @@ class BlockLDL:
     blocks: tuple[Tensor, ...]
     """`[width/b, b, b]` a run: the diagonal blocks `D_k`, symmetric positive definite."""
     damping: float
-    """The share of the diagonal's level (`damp`) that was added, after retries."""
+    """The share of the mean diagonal that was added, after retries."""
 
 
 def damp(hessian: Tensor, damping: float) -> Tensor:
-    """Add `damping` times the mean of the diagonal, or of 32 medians if that is less, to it.
+    """Add `damping` times the mean diagonal to the diagonal.
 
     An input that was zero on every token keeps exactly that much weight, so its column is still
     rounded to its own values and never steers the others. A moment that is zero everywhere
@@ -56,19 +52,17 @@ def damp(hessian: Tensor, damping: float) -> Tensor:
 
     Args:
         hessian: `[I, I]` symmetric, any float dtype.
-        damping: share of that level, > 0.
+        damping: share of the mean of the diagonal, > 0.
 
     Returns:
         `[I, I]` float64, symmetrised.
     """
     moment = hessian.double()
     moment = (moment + moment.T) / 2
-    level, median = (float(f(moment.diagonal())) for f in (torch.mean, torch.median))
-    if level <= 0.0:
+    mean = float(moment.diagonal().mean())
+    if mean <= 0.0:
         return torch.eye(moment.shape[0], dtype=torch.float64, device=moment.device)
-    if median > 0.0:
-        level = min(level, _MOST_MEDIANS * median)
-    moment.diagonal().add_(damping * level)
+    moment.diagonal().add_(damping * mean)
     return moment
 
 
@@ -109,7 +103,7 @@ def factorize(hessian: Tensor, runs: Sequence[Run], damping: float) -> BlockLDL:
     Args:
         hessian: `[I, I]` symmetric, finite.
         runs: how the columns are cut into blocks.
-        damping: first share of the diagonal's level to add, see `damp`.
+        damping: first share of the mean diagonal to add.
 
     Returns:
         The factors, float64.

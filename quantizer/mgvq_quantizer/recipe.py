@@ -91,8 +91,7 @@ class QuantRecipe:
     heldout_share: float = 0.125
     """Share of the calibration conversations kept aside to stop tuning and to report KL."""
     damping: float = 0.01
-    """Share of the mean diagonal added to a layer's second moment before it is factored; more, up
-    to 0.2, where the model will read other text than it was calibrated on."""
+    """Share of the mean diagonal added to a layer's second moment before it is factored."""
     codebook_iterations: int = 20
     """Rounds of expectation-maximisation that start a codebook."""
     refit_rounds: int = 4
