@@ -213,8 +213,7 @@ def refit_codebooks(
         tables: `[256, d]` float32 by name: the starting point.
         iterations: conjugate gradient steps.
         outputs: one `B` `[O, O]` float32 a matrix; None stands for the identity.
-        settled: where to stop, as a share of the first residual's energy: tables go back on the
-            int8 grid, which is coarser.
+        settled: where to stop, as a share of the first residual's energy; the int8 grid is coarser.
 
     Returns:
         The refitted tables, float32, not yet on the int8 grid.

@@ -9,6 +9,7 @@ where it was; the same recipe, source and data give the same tensors, interrupte
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -135,9 +136,10 @@ def quantize(
     check(graph, recipe, output, unfinished)
     data = read_data(model, graph, recipe, calibration_data)
     facts = _deciding_facts(recipe, model, data)
-    own = WorkFolder(unfinished, facts)
-    work = Work(own, own) if shared is None else _shared_work(shared, facts, recipe)
-    with own, tqdm(unit="matrix", disable=not show_progress) as bar, torch.no_grad():
+    bars = tqdm(unit="matrix", disable=not show_progress)
+    with contextlib.ExitStack() as held, bars as bar, torch.no_grad():
+        own = held.enter_context(WorkFolder(unfinished, facts))
+        work = Work(own, own) if shared is None else _shared_work(shared, facts, recipe, held)
         remove_leftovers(output)
         done = _round(residence, recipe, work, data, bar)
         tuned = _tune(graph, recipe, data, done, bar)
@@ -160,13 +162,16 @@ def _deciding_facts(recipe: QuantRecipe, model: Path, data: Data) -> dict[str, A
     }
 
 
-def _shared_work(folder: Path, facts: Mapping[str, Any], recipe: QuantRecipe) -> Work:
-    """Open the folders of each stage, by the facts that decide it."""
+def _shared_work(
+    folder: Path, facts: Mapping[str, Any], recipe: QuantRecipe, held: contextlib.ExitStack
+) -> Work:
+    """Open the folders of each stage, by the facts that decide it, for as long as `held` says."""
     rounding = {name: value for name, value in facts.items() if name not in TUNING_ONLY}
     measured = {name: value for name, value in rounding.items() if name not in ROUNDING_ONLY}
     measured |= {"rates": list(recipe.rates), "reference_rate": recipe.reference_rate}
     return Work(
-        shared_folder(folder / SURVEYS, measured), shared_folder(folder / ROUNDED, rounding)
+        held.enter_context(shared_folder(folder / SURVEYS, measured)),
+        held.enter_context(shared_folder(folder / ROUNDED, rounding)),
     )
 
 

@@ -63,8 +63,7 @@ def test_every_layer_with_a_bias_is_corrected_on_what_it_sees(dense: Path, tmp_p
         recipe = QuantRecipe(**QUICK, bias_correction=correct)
         model = load_model(dense)
         plans = {n: p for n, p in plan(model, recipe).items() if n.startswith("visual.")}
-        work = WorkFolder(tmp_path / str(correct), {})
-        with torch.no_grad():
+        with WorkFolder(tmp_path / str(correct), {}) as work, torch.no_grad():
             for parameter in model.parameters():
                 parameter.copy_(parameter.half())
             original = copy.deepcopy(model)

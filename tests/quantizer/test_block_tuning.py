@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from mgvq_quantizer.allocation import MatrixPlan, plan
 from mgvq_quantizer.batches import embed, encode_pictures, make_batch, unique_pictures
 from mgvq_quantizer.block_tuning import BlockData, BlockTuned, BlockTuner, decoder_states
 from mgvq_quantizer.calibration import Sample
+from mgvq_quantizer.channel_classes import SHARED
 from mgvq_quantizer.gradients import shows_picture
 from mgvq_quantizer.knobs import MatrixKnobs
 from mgvq_quantizer.pipeline import quantize
@@ -60,8 +62,8 @@ def random_weight(seed: int, columns: int = 16) -> VQWeight:
 def test_gradients_reach_what_may_move_and_nothing_else() -> None:
     weights = {"own": random_weight(0), "shared": random_weight(1), "elsewhere": random_weight(2)}
     plans = {
-        "own": MatrixPlan("own", weights["own"].layout, "own"),
-        "shared": MatrixPlan("shared", weights["shared"].layout, "kind"),
+        "own": MatrixPlan("own", weights["own"].layout, "own", (SHARED,)),
+        "shared": MatrixPlan("shared", weights["shared"].layout, "kind", (SHARED,)),
     }
     (table,) = plans["shared"].tables[0]
     norm = torch.ones(16, requires_grad=False)
@@ -93,10 +95,16 @@ def test_gradients_reach_what_may_move_and_nothing_else() -> None:
     assert torch.equal(norm, torch.ones(16))
 
 
+@pytest.fixture
+def work(tmp_path: Path) -> Iterator[WorkFolder]:
+    with WorkFolder(tmp_path / "work", {}) as folder:
+        yield folder
+
+
 class Bench:
     """The first decoder block of the tiny model, rounded and ready to be tuned."""
 
-    def __init__(self, dense: Path, rounded: Path, folder: Path, recipe: QuantRecipe) -> None:
+    def __init__(self, dense: Path, rounded: Path, work: WorkFolder, recipe: QuantRecipe) -> None:
         self.model, self.original = load_model(dense), load_model(dense)
         tokenizer = Tokenizer.from_folder(dense)
         images = Qwen2VLImageProcessor.from_folder(dense, None)
@@ -107,7 +115,7 @@ class Bench:
         states = decoder_states(self.model, self.samples, self.features)
         self.train, self.held = self.samples[:-2], self.samples[-2:]
         data = BlockData(self.train, self.held, self.features, states)
-        plans, work = plan(self.model, recipe), WorkFolder(folder, {})
+        plans = plan(self.model, recipe)
         self.said: list[str] = []
         self.tuner = BlockTuner(self.model, plans, data, recipe, work, self.said.append)
         self.prefix, self.block = "model.layers.0", self.model.model.layers[0]
@@ -147,10 +155,10 @@ class Bench:
 
 
 def test_a_tuned_block_is_nearer_to_the_original_by_what_it_says(
-    dense: Path, quantized: tuple[Path, Report], tmp_path: Path
+    dense: Path, quantized: tuple[Path, Report], work: WorkFolder
 ) -> None:
     recipe = QuantRecipe(**{**BLOCKWISE, "scale_lr": 0.005, "codebook_lr": 0.01})
-    bench = Bench(dense, quantized[0], tmp_path / "work", recipe)
+    bench = Bench(dense, quantized[0], work, recipe)
     tuned, result = bench.tune()
     assert result.step > 0
     assert result.after < 0.9 * result.before
@@ -170,10 +178,10 @@ def test_a_tuned_block_is_nearer_to_the_original_by_what_it_says(
 
 
 def test_a_block_that_tuning_would_spoil_stays_as_it_was(
-    dense: Path, quantized: tuple[Path, Report], tmp_path: Path
+    dense: Path, quantized: tuple[Path, Report], work: WorkFolder
 ) -> None:
     recipe = QuantRecipe(**{**BLOCKWISE, "block_steps": 2, "scale_lr": 0.9, "codebook_lr": 0.9})
-    bench = Bench(dense, quantized[0], tmp_path / "work", recipe)
+    bench = Bench(dense, quantized[0], work, recipe)
     before = copy.deepcopy(dict(bench.block.named_parameters()))
     tuned, result = bench.tune()
     assert result.step == 0
@@ -185,10 +193,10 @@ def test_a_block_that_tuning_would_spoil_stays_as_it_was(
 
 
 def test_tables_of_the_block_alone_move(
-    dense: Path, quantized: tuple[Path, Report], tmp_path: Path
+    dense: Path, quantized: tuple[Path, Report], work: WorkFolder
 ) -> None:
     lively = {"scale_lr": 0.005, "codebook_lr": 0.02, "max_codebook_overhead": 100.0}
-    bench = Bench(dense, quantized[0], tmp_path / "work", QuantRecipe(**{**BLOCKWISE, **lively}))
+    bench = Bench(dense, quantized[0], work, QuantRecipe(**{**BLOCKWISE, **lively}))
     tuned, result = bench.tune()
     assert result.step > 0
     for name, weight in tuned.items():
@@ -227,9 +235,9 @@ def test_interrupted_anywhere_it_goes_on_to_the_same_bytes(
         original = getattr(WorkFolder, method)
 
         def stop_after(
-            self: WorkFolder, name: str, value: object, method=method, original=original
+            self: WorkFolder, name: str, *values: object, method=method, original=original
         ) -> None:
-            original(self, name, value)
+            original(self, name, *values)
             steps.append(f"{method} {name}")
             if steps[-1] in stops and steps.count(steps[-1]) == 1:
                 raise KeyboardInterrupt
@@ -245,13 +253,13 @@ def test_interrupted_anywhere_it_goes_on_to_the_same_bytes(
 
 
 def test_a_damaged_state_is_named(tmp_path: Path) -> None:
-    work = WorkFolder(tmp_path / "run", {})
-    assert work.load_tensors("tuned.a") is None
-    work.save_tensors("tuned.a", {"0": torch.arange(3.0)})
-    again = work.load_tensors("tuned.a")
-    assert again is not None
-    assert torch.equal(again["0"], torch.arange(3.0))
-    file = tmp_path / "run" / "tuned.a.safetensors"
-    file.write_bytes(file.read_bytes()[:-3])
-    with pytest.raises(ResumeError, match=r"tuned\.a\.safetensors is damaged"):
-        work.load_tensors("tuned.a")
+    with WorkFolder(tmp_path / "run", {}) as work:
+        assert work.load_tensors("tuned.a") is None
+        work.save_tensors("tuned.a", {"0": torch.arange(3.0)})
+        again = work.load_tensors("tuned.a")
+        assert again is not None
+        assert torch.equal(again[0]["0"], torch.arange(3.0))
+        file = tmp_path / "run" / "tuned.a.safetensors"
+        file.write_bytes(file.read_bytes()[:-3])
+        with pytest.raises(ResumeError, match=r"tuned\.a\.safetensors is damaged"):
+            work.load_tensors("tuned.a")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mgvq_quantizer import pipeline, survey
+from mgvq_quantizer import planning, survey
 from mgvq_quantizer.pipeline import quantize
 from mgvq_quantizer.recipe import QuantRecipe
 from mgvq_quantizer.report import Report
@@ -103,7 +103,7 @@ def test_runs_share_what_their_settings_leave_as_it_is(
     monkeypatch.setattr(survey, "measure", lambda *_: pytest.fail("surveyed again"))
     assert contents(run("model")) == contents(mixed[0])
     monkeypatch.setattr(Stream, "_solve", lambda *_: pytest.fail("rounded again"))
-    monkeypatch.setattr(pipeline, "squared_gradients", lambda *_: pytest.fail("not needed"))
+    monkeypatch.setattr(planning, "squared_gradients", lambda *_: pytest.fail("not needed"))
     run("untuned", allocation="layer", guided=False, tuning_steps=0)
     assert not list(tmp_path.glob("*.partial"))
 

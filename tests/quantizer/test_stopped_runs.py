@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from mgvq_quantizer import cli, pipeline
+from mgvq_quantizer import cli, planning
 from mgvq_quantizer.pipeline import quantize
 from mgvq_quantizer.recipe import QuantRecipe
 from mgvq_quantizer.work_folder import ResumeError, WorkFolder
@@ -175,7 +175,7 @@ def test_gradients_are_not_computed_twice(
         patch.setattr(WorkFolder, "save", interrupt)
         with pytest.raises(KeyboardInterrupt):
             quantize(small, output, RECIPE, show_progress=False)
-    monkeypatch.setattr(pipeline, "squared_gradients", interrupt)
+    monkeypatch.setattr(planning, "squared_gradients", interrupt)
     quantize(small, output, RECIPE, show_progress=False)
     assert contents(output) == contents(whole[0])
 
