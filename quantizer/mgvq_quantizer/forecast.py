@@ -161,7 +161,7 @@ def forecast(
     plans = expected_plans(graph, recipe)
     data, assumed = expected_data(source, graph, recipe, calibration)
     files = sum(file.stat().st_size for file in companions(source.path))
-    tensors = sum(stored_bytes(graph, plans))
+    stored = stored_bytes(graph, plans)
     stages = Stages(graph, plans, recipe, data)
     dims = {s.vector_dim for p in plans.values() for band in p.layout.bands for s in band.stages}
     dims |= {s.vector_dim for r in recipe.rates for s in VQLayout.uniform(8, 8, r).bands[0].stages}
@@ -175,10 +175,10 @@ def forecast(
         calibration=_facts(data, assumed),
         machine=_machine(speed),
         stages=tuple(
-            _forecast_stages(stages, StageMemory(stages, tensors, by_block), speed, process)
+            _forecast_stages(stages, StageMemory(stages, stored, by_block), speed, process)
         ),
         bits_per_weight=_bits(plans),
-        checkpoint_bytes=tensors + files,
+        checkpoint_bytes=sum(stored) + files,
         work_folder_bytes=_work_folder_bytes(stages),
         by_block=by_block,
     )

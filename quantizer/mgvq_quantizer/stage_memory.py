@@ -32,15 +32,16 @@ difference and product."""
 class StageMemory:
     """Peak bytes of each stage; methods are named as those of `Stages`."""
 
-    def __init__(self, stages: Stages, checkpoint_bytes: int, by_block: bool = False) -> None:
+    def __init__(self, stages: Stages, stored: tuple[int, int], by_block: bool = False) -> None:
         """Take the run.
 
         Args:
             stages: what it does.
-            checkpoint_bytes: of what it writes.
+            stored: of `preflight.stored_bytes`.
             by_block: whether a block's matrices are in memory only while it is used.
         """
-        self.stages, self.checkpoint_bytes, self.by_block = stages, checkpoint_bytes, by_block
+        self.stages, self.by_block = stages, by_block
+        self.solutions, self.checkpoint_bytes = stored[0], sum(stored)
         self.config, data = stages.graph.config, stages.data
         text = self.config.text_config
         self.D, self.V = text.hidden_size, text.vocab_size
@@ -57,7 +58,6 @@ class StageMemory:
         self.samples = _FLOAT * patches + 2 * 4 * _LONG * ids
         self.entered = _FLOAT * stages.train.tokens * 2 * (self.D + text.head_dim)
         """What enters one block: states, the stream beside them, rotations."""
-        self.solutions = checkpoint_bytes
 
     @property
     def held(self) -> int:

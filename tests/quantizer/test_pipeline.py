@@ -184,7 +184,7 @@ def test_the_command_says_what_is_wrong_and_how_to_go_on(
     assert cli.main([*paths, "--bits", "9"]) == 2
     assert "bits must lie between 1.0 and 8.0" in capsys.readouterr().err
 
-    def interrupt(*_: object) -> None:
+    def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(cli, "quantize", interrupt)
