@@ -31,6 +31,7 @@ RESULTS = Path(__file__).parents[1] / "results" / "smollm2.json"
 README = Path(__file__).parent / "README.md"
 _COMMON = QuantRecipe(
     allocation="uniform",
+    bits=2,
     refit_rounds=2,
     descent_sweeps=1,
     codebook_iterations=10,
@@ -43,7 +44,7 @@ _COMMON = QuantRecipe(
 )
 """Steps as cheap as they come; bands would add a survey of half an hour of one core."""
 RECIPES: Mapping[str, QuantRecipe] = {
-    "44": dataclasses.replace(_COMMON, bits=2),
+    "44": _COMMON,
     "56": dataclasses.replace(_COMMON, bits=3),
     "68": dataclasses.replace(_COMMON, bits=4),
 }
