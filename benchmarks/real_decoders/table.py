@@ -30,19 +30,23 @@ from mgvq_quantizer.recipe import QuantRecipe
 RESULTS = Path(__file__).parents[1] / "results" / "smollm2.json"
 README = Path(__file__).parent / "README.md"
 _COMMON = QuantRecipe(
+    allocation="uniform",
+    bits=2,
     refit_rounds=2,
     descent_sweeps=1,
     codebook_iterations=10,
     max_samples=36,
     heldout_share=0.11,
     tuning_batch_tokens=512,
-    tuning_steps=100,
+    tuning_steps=60,
+    codebook_lr=2e-3,
+    scale_lr=1e-3,
 )
-"""Steps as cheap as they come: on one core of a processor a run still takes hours."""
+"""Steps as cheap as they come; bands would add a survey of half an hour of one core."""
 RECIPES: Mapping[str, QuantRecipe] = {
-    "44": dataclasses.replace(_COMMON, bits=2.48, embedding_bits=3),
-    "56": dataclasses.replace(_COMMON, bits=3.10, embedding_bits=4),
-    "68": dataclasses.replace(_COMMON, bits=4.00, embedding_bits=4),
+    "44": _COMMON,
+    "56": dataclasses.replace(_COMMON, bits=3),
+    "68": dataclasses.replace(_COMMON, bits=4),
 }
 """By megabytes (10^6 bytes) of the whole weight file."""
 _TABLE = re.compile(r"(<!-- table -->\n).*?(<!-- end of table -->)", re.DOTALL)

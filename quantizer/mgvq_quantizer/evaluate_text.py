@@ -1,8 +1,8 @@
 """How far a checkpoint is from its reference on plain text, and the perplexity of both.
 
-Called by `evaluate_cli` and `benchmarks`. The text is cut into windows as calibration text is
-(`plain_text`); every token of a window but the first is predicted, from those before it in the
-window. Standard errors are over windows: tokens of one window are not independent.
+Called by `evaluate_cli`, `baselines` and `benchmarks`. The text is cut into windows as calibration
+text is (`plain_text`); every token of a window but the first is predicted, from those before it in
+the window. Standard errors are over windows: tokens of one window are not independent.
 Not here: questions about pictures (`evaluate`).
 """
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -98,11 +98,40 @@ def evaluate_text(
     started = time.monotonic()
     opened = open_checkpoint(checkpoint)
     models = [to_dense(fill_model(c, device)) for c in (opened, open_checkpoint(reference))]
-    passages = draw(read_passages(text, Tokenizer.from_folder(reference)), max_tokens)
+    batches = read_windows(text, reference, max_tokens, device)
     _check_vocabularies(models[0], models[1])
-    bar = tqdm(passages, unit="window", disable=not show_progress)
-    windows = [_read(models, make_batch([text_sample(passage)], device)) for passage in bar]
-    return _finish(windows, opened, started)
+    bar = tqdm(batches, unit="window", disable=not show_progress)
+    return _finish([_read(models, batch) for batch in bar], opened, started)
+
+
+def read_windows(
+    text: Path, model: Path, max_tokens: int, device: torch.device | str
+) -> list[TokenBatch]:
+    """Return windows evenly drawn from a text, one a batch.
+
+    Args:
+        text: see `evaluate_text`.
+        model: the folder whose tokenizer cuts it.
+        max_tokens: tokens to read at most.
+        device: where the batches lie.
+
+    Raises:
+        DataError: if the text cannot be used.
+    """
+    passages = draw(read_passages(text, Tokenizer.from_folder(model)), max_tokens)
+    return [make_batch([text_sample(passage)], device) for passage in passages]
+
+
+@torch.no_grad()
+def perplexity(model: CausalLM, windows: Sequence[TokenBatch]) -> float:
+    """Return `exp` of a model's mean negative log-likelihood of some windows of text."""
+    loss, tokens = 0.0, 0
+    for batch in windows:
+        targets = batch.token_ids[batch.answer_rows + 1]  # [A]
+        parts = zip(_log_probs(model, batch), torch.split(targets, _LOGIT_ROWS), strict=True)
+        loss -= sum(_sum_at(rows, part) for rows, part in parts)
+        tokens += len(targets)
+    return math.exp(loss / tokens)
 
 
 def draw(passages: Sequence[Passage], max_tokens: int) -> list[Passage]:
@@ -127,18 +156,22 @@ def _check_vocabularies(model: CausalLM, reference: CausalLM) -> None:
 
 def _read(models: Sequence[CausalLM], batch: TokenBatch) -> _Window:
     """Let the checkpoint and the reference predict one window."""
-    ours, theirs = (m(embed(m, batch, {}), batch.forward)[batch.answer_rows] for m in models)
     targets = batch.token_ids[batch.answer_rows + 1]  # [A]
     kl, loss, reference_loss, agreed = 0.0, 0.0, 0.0, 0
-    parts = (torch.split(part, _LOGIT_ROWS) for part in (ours, theirs, targets))
-    for our, their, target in zip(*parts, strict=True):
-        mine = models[0].logits(our).log_softmax(-1)  # [a, V]
-        other = models[1].logits(their).log_softmax(-1)
+    said = (_log_probs(model, batch) for model in models)
+    for mine, other, target in zip(*said, torch.split(targets, _LOGIT_ROWS), strict=True):
         kl += float(divergence(other, mine).double().sum())
         loss -= _sum_at(mine, target)
         reference_loss -= _sum_at(other, target)
         agreed += int((mine.argmax(-1) == other.argmax(-1)).sum())
     return _Window(len(targets), kl, loss, reference_loss, agreed)
+
+
+def _log_probs(model: CausalLM, batch: TokenBatch) -> Iterator[Tensor]:
+    """Yield what a model predicts behind each token of a window, some rows `[a, V]` at a time."""
+    hidden = model(embed(model, batch, {}), batch.forward)[batch.answer_rows]  # [A, D]
+    for rows in torch.split(hidden, _LOGIT_ROWS):
+        yield model.logits(rows).log_softmax(-1)
 
 
 def _sum_at(log_probs: Tensor, targets: Tensor) -> float:

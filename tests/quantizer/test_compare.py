@@ -27,6 +27,7 @@ from mgvq_quantizer.baselines.tuned import tune_decoder
 from mgvq_quantizer.batches import embed, encode_pictures, make_batch, unique_pictures
 from mgvq_quantizer.calibration import load_conversations, prepare
 from mgvq_quantizer.evaluate import Marks, evaluate
+from mgvq_quantizer.evaluate_text import evaluate_text
 from mgvq_quantizer.pipeline import quantize
 from mgvq_quantizer.recipe import QuantRecipe
 from mgvq_quantizer.report import Report
@@ -51,6 +52,11 @@ def test_the_command_compares_and_adds_to_what_is_there(
     output = tmp_path / "out"
     words = ["compare", "--model", str(dense), "--output", str(output), "--bits", "2.25,4.25"]
     words += ["--device", "cpu", "--limit", "6", "--checkpoint", f"ours={quantized[0]}"]
+    text = tmp_path / "text.txt"
+    text.write_text(
+        "A red bar stands left of a blue one, and nothing else is in the picture. " * 30
+    )
+    words += ["--text", str(text)]
     assert evaluate_cli.main([*words, "--methods", "rtn,gptq"]) == 0
     first = json.loads((output / "compare.json").read_text())["rows"]
     by_key = {(row["label"], row["target"]): row for row in first}
@@ -58,9 +64,16 @@ def test_the_command_compares_and_adds_to_what_is_there(
     assert by_key["ours", 2.0]["marks"]["kl"] == pytest.approx(
         evaluate(quantized[0], dense, limit=6, show_progress=False).kl, rel=1e-6
     )
+    read = evaluate_text(quantized[0], dense, text, show_progress=False)
+    assert by_key["ours", 2.0]["perplexity"] == pytest.approx(read.perplexity, rel=1e-6)
+    for row in first:
+        found, original = row["perplexity"], row["reference_perplexity"]
+        assert original == pytest.approx(read.reference_perplexity, rel=1e-6)
+        assert found != original
     coarse, fine = (by_key["RTN, clip search", bits]["marks"]["kl"] for bits in (2.25, 4.25))
     assert 0.0 < fine < 0.5 * coarse
     printed = capsys.readouterr().out
+    assert "| accuracy | perplexity | seeds |" in printed
     assert (output / "compare.md").read_text() in printed
     with Image.open(output / "compare.png") as picture:
         assert picture.size == (2100, 720), "the checkpoint is tuned, the baselines are not"
@@ -81,6 +94,13 @@ def test_the_command_compares_and_adds_to_what_is_there(
     printed = capsys.readouterr().out
     section = printed[printed.index("### 4.25 bits, untuned") :]
     assert "| LDLQ + E8P (QuIP#-like) | not defined |" in section
+    text.write_text("Another text. " * 100)
+    assert evaluate_cli.main([*words, "--methods", "rtn"]) == 2
+    assert "text_fingerprint" in capsys.readouterr().err
+    text.unlink()
+    assert evaluate_cli.main([*words, "--methods", "rtn"]) == 2
+    assert "text.txt" in capsys.readouterr().err
+    words = words[:-2]
 
     assert evaluate_cli.main([*words, "--limit", "5"]) == 2
     assert "limit = 6, this run has 5" in capsys.readouterr().err

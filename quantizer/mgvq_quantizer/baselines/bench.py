@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import hashlib
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,9 +24,15 @@ from mgvq_quantizer.baselines.ours import Variant, all_but_the_decoder
 from mgvq_quantizer.baselines.rows import Row
 from mgvq_quantizer.baselines.through_model import bits_per_weight, fishers_of, quantize_decoder
 from mgvq_quantizer.baselines.tuned import tune_decoder
-from mgvq_quantizer.batches import encode_pictures, length_batches, unique_pictures
+from mgvq_quantizer.batches import (
+    TokenBatch,
+    encode_pictures,
+    length_batches,
+    unique_pictures,
+)
 from mgvq_quantizer.dataset import read_data
-from mgvq_quantizer.evaluate import Examiner, Marks, bits_by_group, to_dense
+from mgvq_quantizer.evaluate import Examiner, bits_by_group, to_dense
+from mgvq_quantizer.evaluate_text import DEFAULT_TOKENS, perplexity, read_windows
 from mgvq_quantizer.pipeline import ROUNDED, quantize
 from mgvq_quantizer.questions import find_questions
 from mgvq_quantizer.recipe import QuantRecipe
@@ -50,6 +57,8 @@ class Options:
     """Most calibration conversations."""
     tuning_steps: tuple[int, ...] = (0,)
     """Steps of end-to-end tuning that every quantizer gets, a row for each number."""
+    text: Path | None = None
+    """Plain text whose perplexity is measured too."""
     device: str = "cpu"
 
 
@@ -88,6 +97,11 @@ class Bench:
         self._examiner = Examiner(
             model, Archive(questions), options.limit, 0, options.device, show_progress=False
         )
+        self._windows: list[TokenBatch] = []
+        self._reference_perplexity: float | None = None
+        if options.text is not None:
+            self._windows = read_windows(options.text, model, DEFAULT_TOKENS, options.device)
+            self._reference_perplexity = perplexity(graph, self._windows)
         self.facts = {
             "model": model.name,
             "model_fingerprint": fingerprint_folder(model),
@@ -97,6 +111,7 @@ class Bench:
             "questions": questions.name,
             "limit": options.limit,
             "questions_fingerprint": self._examiner.fingerprint,
+            "text_fingerprint": _digest(self._windows) if self._windows else None,
             "tool_version": __version__,
         }
         self._data = data
@@ -152,9 +167,8 @@ class Bench:
                 model = copy.deepcopy(graph)
                 self._tune(model, results, row, lambda text: self._progress(f"{what}: {text}"))
             self._progress(f"{what}: asking questions")
-            marks = self._examiner.examine(model)
             bits = bits_per_weight(results)
-            yield clock.stop(dataclasses.replace(row, bits_per_weight=bits, marks=marks))
+            yield clock.stop(self._examine(model, dataclasses.replace(row, bits_per_weight=bits)))
             clock = _Clock()
 
     def _run_variant(self, variant: Variant, row: Row) -> Row:
@@ -191,17 +205,24 @@ class Bench:
             return dataclasses.replace(row, undefined=str(error))
         self._progress(f"{what}: asking questions")
         opened = open_checkpoint(folder)
-        bits, marks = bits_by_group(opened)["decoder"], self._examine(opened)
+        row = dataclasses.replace(row, bits_per_weight=bits_by_group(opened)["decoder"])
+        row = self._examine(to_dense(fill_model(opened, self._device)), row)
         shutil.rmtree(folder)
-        return clock.stop(dataclasses.replace(row, bits_per_weight=bits, marks=marks))
+        return clock.stop(row)
 
     def run_checkpoint(self, opened: Checkpoint, row: Row) -> Row:
         """Examine an MGVQ checkpoint."""
         clock = _Clock()
-        return clock.stop(dataclasses.replace(row, marks=self._examine(opened)))
+        return clock.stop(self._examine(to_dense(fill_model(opened, self._device)), row))
 
-    def _examine(self, opened: Checkpoint) -> Marks:
-        return self._examiner.examine(to_dense(fill_model(opened, self._device)))
+    def _examine(self, model: CausalLM, row: Row) -> Row:
+        """Ask the questions, let the text be read; return the row with what came of it."""
+        return dataclasses.replace(
+            row,
+            marks=self._examiner.examine(model),
+            perplexity=perplexity(model, self._windows) if self._windows else None,
+            reference_perplexity=self._reference_perplexity,
+        )
 
     def _tune(
         self,
@@ -222,6 +243,14 @@ class Bench:
 
     def _dense(self) -> CausalLM:
         return fill_model(self._source, self._device)
+
+
+def _digest(windows: Sequence[TokenBatch]) -> str:
+    """Return a digest of the tokens of some windows."""
+    digest = hashlib.blake2b(digest_size=16)
+    for batch in windows:
+        digest.update(batch.token_ids.cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 class _Clock:

@@ -47,6 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     calibration=parsed.calibration,
                     questions=parsed.questions,
                     limit=parsed.limit,
+                    text=parsed.text,
                     max_samples=parsed.max_samples,
                     tuning_steps=tuple(parsed.tuning_steps),
                     device=resolve_device(parsed.device, torch.cuda.device_count()),
@@ -138,6 +139,12 @@ def build_parser() -> argparse.ArgumentParser:
         help="most calibration conversations (default: %(default)s)",
     )
     add("--questions", type=Path, metavar="FILE", help="as for mgvq-eval (default: the model's)")
+    add(
+        "--text",
+        type=Path,
+        metavar="FILE",
+        help="plain text (.txt) whose perplexity is measured too (default: none)",
+    )
     add("--limit", type=int, metavar="N", help="most questions, drawn at random (default: all)")
     add(
         "--tuning-steps",

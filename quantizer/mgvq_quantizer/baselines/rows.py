@@ -41,6 +41,10 @@ class Row:
     is_ours: bool = False
     """Whether this is MGVQ, in whole or in part, rather than a baseline."""
     marks: Marks | None = None
+    perplexity: float | None = None
+    """Of the text, where one was given."""
+    reference_perplexity: float | None = None
+    """The unquantized model's."""
     seconds: float = 0.0
     """Quantization and examination; of a checkpoint, the examination alone."""
     processor_seconds: float = 0.0

@@ -9,10 +9,9 @@ from itertools import groupby
 
 from mgvq_quantizer.baselines.rows import Row
 
-_HEAD = (
-    "| quantizer | bits in full | KL | of best baseline | same first choice | accuracy | seeds |",
-    "|---|---:|---:|---:|---:|---:|---:|",
-)
+_COLUMNS = ("bits in full", "KL", "of best baseline", "same first choice", "accuracy", "seeds")
+_PERPLEXITY = "perplexity"
+"""A column of its own where a text was given."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +35,8 @@ class Line:
         return [row for row in self.rows if row.marks is not None]
 
     def mean_and_spread(self, name: str) -> tuple[float, float | None]:
-        """Return mean and standard deviation over seeds of a mark, or of `bits_per_weight`."""
-        of_row = name == "bits_per_weight"
+        """Return mean and standard deviation over seeds of a mark, or of a number of the rows."""
+        of_row = name in ("bits_per_weight", _PERPLEXITY)
         values = [float(getattr(row if of_row else row.marks, name)) for row in self.measured]
         return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
 
@@ -77,6 +76,7 @@ def markdown(rows: Sequence[Row]) -> str:
     """Return the tables, with what their columns mean."""
     text: list[str] = []
     lines = lines_of(rows)
+    has_text = any(row.perplexity is not None for row in rows)
     alike = groupby(lines, key=lambda line: (line.target, line.tuning_steps))
     for (target, steps), group in alike:
         best = best_baseline(lines, target, steps)
@@ -85,24 +85,31 @@ def markdown(rows: Sequence[Row]) -> str:
         if best is not None and best.target < target:
             bits, _ = best.mean_and_spread("bits_per_weight")
             text += [f"The best baseline is {best.label} at {bits:.3f} bits, KL {best.kl:.5f}.", ""]
-        text += [*_HEAD, *(_table_row(line, best) for line in group), ""]
+        columns = (*_COLUMNS[:-1], _PERPLEXITY, _COLUMNS[-1]) if has_text else _COLUMNS
+        text += [
+            f"| quantizer | {' | '.join(columns)} |",
+            f"|---|{'---:|' * len(columns)}",
+            *(_table_row(line, best, columns) for line in group),
+            "",
+        ]
     return "\n".join([*text, *_notes(rows)]) + "\n"
 
 
-def _table_row(line: Line, best: Line | None) -> str:
+def _table_row(line: Line, best: Line | None, columns: Sequence[str]) -> str:
     if not line.is_defined:
-        return f"| {line.label} | not defined | | | | | |"
-    bits, _ = line.mean_and_spread("bits_per_weight")
-    cells = [
-        f"**{line.label}**" if line is best else line.label,
-        f"{bits:.3f}",
-        _cell(*line.mean_and_spread("kl"), "{:.5f}"),
-        f"{line.kl / best.kl:.2f}" if best is not None and best.kl > 0 else "",
-        _cell(*line.mean_and_spread("top1_agreement"), "{:.2%}"),
-        _cell(*line.mean_and_spread("accuracy"), "{:.2%}"),
-        str(len(line.measured)),
-    ]
-    return f"| {' | '.join(cells)} |"
+        return f"| {line.label} | not defined |{' |' * (len(columns) - 1)}"
+    cells = {
+        "bits in full": f"{line.mean_and_spread('bits_per_weight')[0]:.3f}",
+        "KL": _cell(*line.mean_and_spread("kl"), "{:.5f}"),
+        "of best baseline": f"{line.kl / best.kl:.2f}" if best is not None and best.kl > 0 else "",
+        "same first choice": _cell(*line.mean_and_spread("top1_agreement"), "{:.2%}"),
+        "accuracy": _cell(*line.mean_and_spread("accuracy"), "{:.2%}"),
+        "seeds": str(len(line.measured)),
+    }
+    if _PERPLEXITY in columns:
+        cells[_PERPLEXITY] = _cell(*line.mean_and_spread(_PERPLEXITY), "{:.2f}")
+    label = f"**{line.label}**" if line is best else line.label
+    return f"| {label} | {' | '.join(cells[column] for column in columns)} |"
 
 
 def _cell(mean: float, spread: float | None, form: str) -> str:
@@ -128,6 +135,9 @@ def _notes(rows: Sequence[Row]) -> list[str]:
             f"is up to {error:.0%} of it; the unquantized model answers "
             f"{first.reference_accuracy:.2%}."
         )
+    texts = [row.reference_perplexity for row in rows if row.reference_perplexity is not None]
+    if texts:
+        notes.append(f"Perplexity is that of the text; the unquantized model's is {texts[0]:.2f}.")
     others = sorted({row.quantized for row in rows if row.quantized != "decoder"})
     if others:
         notes.append(f"MGVQ checkpoints have more quantized than the decoder: {'; '.join(others)}.")
