@@ -8,7 +8,6 @@ run raised the process's peak.
 from __future__ import annotations
 
 import json
-import resource
 import sys
 from pathlib import Path
 from typing import Any
@@ -83,11 +82,17 @@ def measure(folder: Path, output: Path, by_block: bool) -> int:
     """Quantize in this process; return by how many bytes its peak grew."""
     torch.set_num_threads(1)
     writer.SHARD_BYTES = 16_000_000  # else all of this small checkpoint is gathered in memory
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = _peak()
     recipe = QuantRecipe(**RECIPE)  # type: ignore[arg-type]
     data = folder / "rows.jsonl"
     quantize(folder, output, recipe, data, show_progress=False, by_block=by_block)
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    return _peak() - before
+
+
+def _peak() -> int:
+    """Return the most bytes this program held; `ru_maxrss` knows those of who started it too."""
+    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in x)
+    return int(line.split()[1]) * 1024
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import zipfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from mgvq_quantizer.evaluate_text import draw, evaluate_text
 from mgvq_quantizer.pipeline import quantize
 from mgvq_quantizer.plain_text import PASSAGE_TOKENS, Passage, cut, read_passages
 from mgvq_quantizer.recipe import QuantRecipe
-from mgvq_quantizer.statistics import Run, record_calls
+from mgvq_quantizer.statistics import record_calls
 from mgvq_quantizer.stream import walk_blocks
 from mgvq_quantizer.survey import Evidence, _alone
 from mgvq_quantizer.teacher import Student, ask_teacher, divergence, heldout_kl
@@ -202,15 +201,10 @@ def test_a_matrix_alone_is_measured_as_by_running_the_whole_model(
     weight = module.weight + 0.1 * torch.randn_like(module.weight)
     evidence = Evidence(batches, {}, {}, {}, batches, reference)
     calls = record_calls(graph.model.layers[0], decoder_runs(graph, batches, {}))
-    found = []
-
-    def visit(i: int, runs: Sequence[Run]) -> None:
-        if i == 1:
-            found.append(_alone(graph, i, runs, evidence, module, weight))
-
-    walk_blocks(graph.model.layers, calls, visit)
+    calls = walk_blocks(graph.model.layers[:1], calls)
+    found = _alone(graph, 1, graph.model.layers[1], module, calls, evidence, weight)
     values = {f"model.{name}.weight": weight}
-    assert found == [pytest.approx(heldout_kl(Student(graph), values, batches, {}, reference))]
+    assert found == pytest.approx(heldout_kl(Student(graph), values, batches, {}, reference))
     rows = torch.func.functional_call(Student(graph), values, (batches[0], {}, reference))
     module.weight.copy_(weight)
     logits = graph.logits(graph(graph.embed(batches[0].token_ids), batches[0].forward))

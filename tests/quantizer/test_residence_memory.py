@@ -22,7 +22,7 @@ SHAPE = {
 RUNS = {"small": (2, "stream"), "stream": (16, "stream"), "resident": (16, "resident")}
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss counts other units elsewhere")
+@pytest.mark.skipif(sys.platform != "linux", reason="peaks are read from /proc")
 def test_a_run_by_block_stays_where_a_resident_one_grows(tmp_path: Path) -> None:
     """The run of two blocks stands for imports and compiled code, which come as the run goes on."""
     weights, peaks = {}, {}

@@ -139,12 +139,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="most calibration conversations (default: %(default)s)",
     )
     add("--questions", type=Path, metavar="FILE", help="as for mgvq-eval (default: the model's)")
-    add(
-        "--text",
-        type=Path,
-        metavar="FILE",
-        help="plain text (.txt) whose perplexity is measured too (default: none)",
-    )
+    add("--text", type=Path, metavar="FILE", help="plain text whose perplexity is measured too")
     add("--limit", type=int, metavar="N", help="most questions, drawn at random (default: all)")
     add(
         "--tuning-steps",
