@@ -187,5 +187,7 @@ def test_without_a_chat_template_texts_are_continued(tmp_path: Path) -> None:
 
 def test_calibration_data_must_be_given(tmp_path: Path) -> None:
     write_model(tmp_path / "dense", "qwen2-tied")
-    with pytest.raises(CalibrationError, match="give --calibration a .jsonl"):
+    with pytest.raises(
+        CalibrationError, match=r"give --calibration a \.txt file of text, or a \.jsonl"
+    ):
         quantize(tmp_path / "dense", tmp_path / "out", QuantRecipe(**QUICK), show_progress=False)

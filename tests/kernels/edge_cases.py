@@ -87,8 +87,11 @@ weights = st.builds(
 )
 
 
-def decoded(weight: VQWeight) -> np.ndarray:
-    """Decode as `random_weights.oracle` does, by numpy's indexing: `[O, I]` float64."""
+def decoded(weight: VQWeight, *, magnitudes: bool = False) -> np.ndarray:
+    """Decode as `random_weights.oracle` does, by numpy's indexing: `[O, I]` float64.
+
+    With `magnitudes` no sign counts: what a kernel adds up, stage by stage, before it cancels.
+    """
     layout = weight.layout
     dense = np.zeros((layout.out_features, layout.in_features))
     for b, band in enumerate(layout.bands):
@@ -96,9 +99,9 @@ def decoded(weight: VQWeight) -> np.ndarray:
             weight.codes[b], weight.codebooks[b], weight.codebook_scales[b], strict=True
         ):
             vectors = book.double().numpy()[codes.numpy()]  # [O, width/d, d]
-            dense[:, band.start : band.start + band.width] += scale.item() * vectors.reshape(
-                layout.out_features, band.width
-            )
+            values = scale.item() * vectors.reshape(layout.out_features, band.width)
+            columns = slice(band.start, band.start + band.width)
+            dense[:, columns] += np.abs(values) if magnitudes else values
     if weight.permutation is not None:
         dense = dense[:, np.argsort(weight.permutation.numpy())]
     return dense * weight.scales.double().numpy()[:, None]
@@ -107,14 +110,17 @@ def decoded(weight: VQWeight) -> np.ndarray:
 def assert_product(
     y: torch.Tensor, x: torch.Tensor, weight: VQWeight, loss: float = 2e-6, steps: int = 0
 ) -> None:
-    """Ask for `x @ W.T` to `loss` of `|x| @ |W|.T`, and to y's rounding, number by number.
+    """Ask for `x @ W.T` to `loss` of the same sum without signs, and to y's rounding, one by one.
 
-    So sums that cancel are judged by what cancelled. With `steps`, each code may also be off by
-    half a step of so many in the largest partial sum there is.
+    So sums that cancel, stages of one weight among them, are judged by what cancelled. Equal terms
+    may be rounded the same way each time: on top comes the bound of float32 sums in any order. With
+    `steps`, each code may also be off by half a step of so many in the largest partial sum there
+    is.
     """
     wide, dense = x.double().numpy(), decoded(weight)
     truth = wide @ dense.T
-    slack = loss * (np.abs(wide) @ np.abs(dense).T)
+    terms = weight.layout.in_features
+    slack = (loss + terms * 2**-24) * (np.abs(wide) @ decoded(weight, magnitudes=True).T)
     if steps:
         entry = sum(
             float(book.abs().max()) * float(scale)
