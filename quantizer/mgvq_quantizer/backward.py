@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from mgvq_quantizer.batches import Features, TokenBatch, decoder_runs
 from mgvq_quantizer.statistics import Calls, next_call, record_calls
-from mgvq_quantizer.walk import answer_logits, backwards
+from mgvq_quantizer.walk import answer_states, backwards
 from mgvq_runtime.models.causal_lm import CausalLM
 
 Losses = Callable[[Tensor], Sequence[Tensor]]
@@ -80,8 +80,8 @@ def _at_the_end(
     """Return the gradients at the last block's outputs, a tuple a loss."""
     with torch.enable_grad():
         leaves = [tensor.detach().requires_grad_() for tensor in end[:2]]
-        logits = answer_logits(model, leaves[0], leaves[1], batch.answer_rows)
-        found = losses(logits.log_softmax(-1))
+        states = answer_states(model, leaves[0], leaves[1], batch.answer_rows)
+        found = losses(model.logits(states).log_softmax(-1))
         return [torch.autograd.grad(loss, leaves, retain_graph=True) for loss in found]
 
 

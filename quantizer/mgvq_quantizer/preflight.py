@@ -15,6 +15,7 @@ import torch
 
 from mgvq_quantizer.allocation import MatrixPlan, plan
 from mgvq_quantizer.recipe import QuantRecipe
+from mgvq_quantizer.residence import every_parameter
 from mgvq_runtime.checkpoint.bits import TOTAL, count_bits
 from mgvq_runtime.errors import CheckpointError, ConfigError
 from mgvq_runtime.models.causal_lm import CausalLM
@@ -53,9 +54,7 @@ def check_weights(graph: CausalLM, recipe: QuantRecipe) -> None:
     """
     matrices = {f"{name}.weight" for name in plan(graph, recipe)}
     problems = []
-    for name, parameter in graph.named_parameters():
-        if parameter.is_meta:  # a run by block reads it later
-            continue
+    for name, parameter in every_parameter(graph):
         values = parameter.detach().double()
         if name in matrices:
             values = values.square().mean(1).sqrt()  # [O]

@@ -143,6 +143,19 @@ class Residence:
         return name.rpartition(".")[0] not in self._matrices or not name.endswith(".weight")
 
 
+def every_parameter(graph: CausalLM) -> Iterator[tuple[str, Tensor]]:
+    """Yield all parameters by name, wherever they are: those of blocks in loops over the blocks."""
+    prefixes = BLOCKS if graph.visual is not None else BLOCKS[1:]
+    for prefix in prefixes:
+        blocks = graph.get_submodule(prefix)
+        assert isinstance(blocks, nn.ModuleList)
+        for i, block in enumerate(blocks):
+            yield from block.named_parameters(f"{prefix}.{i}")
+    for name, parameter in graph.named_parameters():
+        if not name.startswith(tuple(f"{prefix}." for prefix in prefixes)):
+            yield name, parameter
+
+
 def _put(block: nn.Module, name: str, value: Tensor) -> None:
     owner, _, leaf = name.rpartition(".")
     setattr(block.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))

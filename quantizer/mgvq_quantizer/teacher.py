@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mgvq_quantizer.batches import Features, TokenBatch, embed
 from mgvq_quantizer.calibration import CalibrationError, Sample
 from mgvq_quantizer.statistics import Calls
-from mgvq_quantizer.walk import walk_blocks
+from mgvq_quantizer.walk import answer_states, walk_blocks
 from mgvq_runtime.models.causal_lm import CausalLM
 
 Values = dict[str, Tensor]
@@ -158,7 +158,7 @@ def divergence_behind(
     ends = walk_blocks(model.model.layers[start:], calls)
     rows = []
     for call, batch in zip(ends, batches, strict=True):
-        hidden = model.model.norm.add(call[0], call[1])[0][batch.answer_rows]  # [A, D]
+        hidden = answer_states(model, call[0], call[1], batch.answer_rows)
         rows.append(state_divergences(model, hidden, batch.samples, reference))
     return float(torch.cat(rows).double().mean())
 

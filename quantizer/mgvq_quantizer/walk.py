@@ -46,13 +46,13 @@ def backwards(blocks: nn.ModuleList) -> Iterator[tuple[int, nn.Module]]:
             yield i, block
 
 
-def answer_logits(model: CausalLM, x: Tensor, residual: Tensor, answer_rows: Tensor) -> Tensor:
-    """Return `[A, V]` of the answer rows, from what leaves the last block.
+def answer_states(model: CausalLM, x: Tensor, residual: Tensor, answer_rows: Tensor) -> Tensor:
+    """Return what enters the head in the answer rows `[A, D]`, from what leaves the last block.
 
     Args:
-        model: its norm and head are used.
+        model: its norm is used.
         x: `[T, D]`: the last block's output.
         residual: `[T, D]`: the stream it is to be added to.
         answer_rows: `[A]` int64.
     """
-    return model.logits(model.model.norm.add(x, residual)[0][answer_rows])
+    return model.model.norm.add(x, residual)[0][answer_rows]

@@ -23,7 +23,9 @@ from mgvq_quantizer.pipeline import quantize
 from mgvq_quantizer.preflight import check_room, check_weights, expected_bytes
 from mgvq_quantizer.recipe import QuantRecipe
 from mgvq_quantizer.report import Report
+from mgvq_quantizer.residence import Residence
 from mgvq_quantizer.teacher import ask_teacher
+from mgvq_runtime.checkpoint.reader import open_checkpoint
 from mgvq_runtime.errors import CheckpointError
 from mgvq_runtime.models.causal_lm import CausalLM
 from mgvq_runtime.models.loading import load_model
@@ -54,15 +56,21 @@ def test_values_that_are_not_finite_end_the_command(
     assert [p.name for p in tmp_path.iterdir()] == ["source"]
 
 
-def test_what_float16_cannot_hold_is_refused_at_the_start(small: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("by_block", [False, True])
+def test_what_float16_cannot_hold_is_refused_at_the_start(
+    small: Path, tmp_path: Path, by_block: bool
+) -> None:
+    def load(folder: Path) -> CausalLM:
+        return Residence(open_checkpoint(folder), "cpu", by_block).model
+
     norm = "model.layers.0.input_layernorm.weight"
-    graph = load_model(changed(small, tmp_path / "a", norm, 1e30))
+    graph = load(changed(small, tmp_path / "a", norm, 1e30))
     with pytest.raises(CheckpointError, match=rf"ends at 65504.*\n.*{norm}: .* is 1e\+30"):
         check_weights(graph, RECIPE)
     matrix = "model.layers.0.mlp.down_proj.weight"
-    graph = load_model(changed(small, tmp_path / "b", matrix, 1e5))
+    graph = load(changed(small, tmp_path / "b", matrix, 1e5))
     check_weights(graph, RECIPE)  # its row scale is 1e5 / sqrt(128)
-    graph = load_model(changed(small, tmp_path / "c", matrix, 1e6))
+    graph = load(changed(small, tmp_path / "c", matrix, 1e6))
     with pytest.raises(CheckpointError, match=rf"{matrix}: the root mean square of a row is 88388"):
         check_weights(graph, RECIPE)
 
