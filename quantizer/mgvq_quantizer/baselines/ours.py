@@ -33,6 +33,9 @@ CHANGES: Mapping[str, Mapping[str, Any]] = {
     "two-sided": {"two_sided": True},
     "gradient-shift": {"gradient_shift": True},
     "mismatch": {"mismatch": 0.5},
+    "channel-classes": {"channel_classes": True},
+    "block-tuning": {"block_steps": 50},
+    "no-bias-correction": {"bias_correction": False},
 }
 """Settings of the recipe that an ablation changes, by its name."""
 
