@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from harness import environment, report, time_in_turns
 
 from mgvq_kernels import ops
-from mgvq_kernels.layout import VQLayout, VQWeight, pack
+from mgvq_kernels.layout import VQLayout, VQWeight
+from mgvq_kernels.packing import pack
 
 SHAPES = (
     (256, 256, 2),

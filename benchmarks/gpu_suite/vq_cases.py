@@ -15,7 +15,8 @@ from benchmarks.gpu_suite.cases import TOLERANCES, Cases, OpCase
 from benchmarks.gpu_suite.place import Place
 from benchmarks.gpu_suite.weights import MIXED, TINY, decode, random_weight
 from mgvq_kernels import ops, reference
-from mgvq_kernels.layout import PackedVQ, VQLayout, VQWeight, pack
+from mgvq_kernels.layout import PackedVQ, VQLayout, VQWeight
+from mgvq_kernels.packing import pack
 from mgvq_kernels.triton import vq_dequant, vq_embedding, vq_gemm, vq_gemv, vq_gemv_int8
 
 Linear = Callable[[Tensor, PackedVQ, Tensor | None, Tensor | None], Tensor]

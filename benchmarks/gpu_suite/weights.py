@@ -10,7 +10,8 @@ import dataclasses
 import numpy as np
 import torch
 
-from mgvq_kernels.layout import Band, PackedVQ, Stage, VQLayout, VQWeight, pack
+from mgvq_kernels.layout import Band, PackedVQ, Stage, VQLayout, VQWeight
+from mgvq_kernels.packing import pack
 
 MIXED = VQLayout(
     out_features=150,

@@ -1,4 +1,4 @@
-"""The order of bytes the Triton kernels read (called by `layout.pack` and `layout.unpack`).
+"""The order of bytes the Triton kernels read (called by `packing`).
 
 Codes go in blocks of 32 groups; in a block, atoms of 16 rows; in an atom, the 16 bytes of each
 group one after the other. So one thread reads 16 rows of one group as 16 bytes, a warp reads an

@@ -17,7 +17,8 @@ from torch import Tensor
 from mgvq_kernels import cpu_attention, cpu_decode, cpu_lookup, cpu_lookup_rows, reference
 from mgvq_kernels.cpu_order import STRIP_ROWS
 from mgvq_kernels.cpu_threads import over_threads
-from mgvq_kernels.layout import Band, PackedVQ, Stage, VQLayout, VQWeight, pack
+from mgvq_kernels.layout import Band, PackedVQ, Stage, VQLayout, VQWeight
+from mgvq_kernels.packing import pack
 
 THREAD_CODES = 1 << 20
 """Codes (times rows of x) below which a call stays on its own thread: about 100 us of work, where

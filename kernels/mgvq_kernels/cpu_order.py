@@ -1,4 +1,4 @@
-"""The order of bytes the cpu kernels read (called by `layout.pack` and `layout.unpack`).
+"""The order of bytes the cpu kernels read (called by `packing`).
 
 Codes go in tiles of 32 groups; in a tile, strips of 64 rows; in a strip, the 64 bytes of each
 group one after the other. So the kernel keeps the partial sums of a tile in L1 and reads codes
@@ -140,7 +140,7 @@ def check(
     """Ask for tensors of the size the layout has: the kernels read addresses and check nothing.
 
     Args:
-        tensors: what `layout.pack` made, by name.
+        tensors: what `packing.pack` made, by name.
         rows: O.
         stages: (first permuted channel, width, vector dimension) of every stage, band by band.
         has_permutation: whether the input channels are permuted.
@@ -163,7 +163,7 @@ def check(
             came = None if tensor is None else (list(tensor.shape), list(tensor.stride()))
             raise ValueError(
                 f"{name} must be contiguous and hold {expected} numbers for this layout, got "
-                f"{came} (shape, strides); make it with layout.pack"
+                f"{came} (shape, strides); make it with packing.pack"
             )
 
 

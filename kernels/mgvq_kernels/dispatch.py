@@ -46,17 +46,22 @@ class RowLimits:
 DEFAULT_LIMITS = RowLimits()
 
 
-def choose_pack(device_type: str, numba_available: bool, triton_available: bool) -> str:
+def choose_pack(
+    device_type: str, numba_available: bool, triton_available: bool, codec: str = "lookup"
+) -> str:
     """Choose the order a weight is packed in on a device.
 
     Args:
         device_type: "cpu", "cuda", ...
         numba_available: whether the cpu kernels can be compiled.
         triton_available: whether Triton kernels can be compiled.
+        codec: how the weight is coded, a name of `layout.CODECS`.
 
     Returns:
         A name of `layout.BACKENDS`.
     """
+    if codec != "lookup":
+        return "reference"
     if device_type == "cpu" and numba_available:
         return "cpu"
     if device_type == "cuda" and triton_available:
@@ -98,7 +103,7 @@ def choose_backend(  # noqa: PLR0913
     """
     if op not in CHOSEN_OPS:
         raise ValueError(f"op must be one of {CHOSEN_OPS}, got {op!r}")
-    order = choose_pack(device_type, numba_available, triton_available)
+    order = choose_pack(device_type, numba_available, triton_available, layout.codec)
     if order == "cpu":
         most = LOOKUP_ROWS if has_byte_permute else GATHER_ROWS
         return "cpu_lookup" if op == "vq_linear" and rows <= most else "cpu_decode"

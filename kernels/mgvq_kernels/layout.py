@@ -1,15 +1,16 @@
 """Bands, stages and packed weights: the vocabulary every kernel shares (called by all rooms).
 
 `VQLayout` says how a matrix is cut, `VQWeight` holds it in the checkpoint's logical order and
-`PackedVQ` in one backend's order; `pack` and `unpack` go between the two, bit for bit. One byte is
-one codeword, always: a stage of vector dimension d spends 8/d bits a weight. Knows no file and
-no kernel.
+`PackedVQ` in one backend's order; `packing` goes between the two, bit for bit. A stage is coded in
+one of two ways. "lookup": one byte is one codeword, so a stage of vector dimension d spends 8/d
+bits a weight, and stages may be summed. "trellis": a weight's codeword is named by the last
+`window` bits of a stream of `rate` bits a weight (`trellis` has the definition); a matrix is coded
+in one way throughout. Knows no file and no kernel.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,31 +19,93 @@ from torch import Tensor
 
 from mgvq_kernels import block_order, cpu_order
 
-CODEBOOK_SIZE = 256
-"""Entries of every codebook: one uint8 code addresses all of them."""
-
 VECTOR_DIMS = (8, 4, 2, 1)
-"""Vector dimensions a stage may have: 1, 2, 4 and 8 bits a weight."""
+"""Vector dimensions a lookup stage may have: 1, 2, 4 and 8 bits a weight."""
+
+LOOKUP_WINDOW = 8
+"""Bits that name a codeword of a lookup stage: one uint8 code addresses all 256."""
 
 RATE_STAGES: Mapping[int, tuple[int, ...]] = {1: (8,), 2: (4,), 3: (4, 8), 4: (2,), 8: (1,)}
-"""Stages (by vector dimension) that spend a whole number of bits a weight."""
+"""Lookup stages (by vector dimension) that spend a whole number of bits a weight."""
+
+TRELLIS_RATES = (1, 2, 3, 4)
+"""Bits a weight a trellis may spend."""
+
+TRELLIS_WINDOWS = (8, 9, 10, 11, 12)
+"""Bits that may name a codeword of a trellis; the table has two to that power entries."""
+
+TRELLIS_WINDOW = 12
+"""The window of a trellis where nobody names one: the least error of those allowed."""
+
+CODECS = ("lookup", "trellis")
+"""Ways to code a matrix."""
 
 BACKENDS = ("reference", "cpu", "triton")
-"""Orders in which `pack` can lay a weight out."""
+"""Orders in which `packing.pack` can lay a weight out."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """One codebook of a band: 256 entries of `vector_dim` weights, one code byte a vector."""
+    """One codebook of a band, and how its entries are named."""
 
     vector_dim: int
+    """Weights of one codebook entry; 1 in a trellis."""
     codec: str = "lookup"
+    rate: int = 0
+    """Bits a weight; 0 stands for the only choice of a lookup stage, 8 / vector_dim."""
+    window: int = LOOKUP_WINDOW
+    """Bits that name a codebook entry."""
 
     def __post_init__(self) -> None:
+        if self.codec not in CODECS:
+            raise NotImplementedError(f"codec {self.codec!r} is not known; known: {CODECS}")
+        if self.codec == "trellis":
+            self._check_trellis()
+            return
         if self.vector_dim not in VECTOR_DIMS:
             raise ValueError(f"vector_dim must be one of {VECTOR_DIMS}, got {self.vector_dim}")
-        if self.codec != "lookup":
-            raise NotImplementedError(f"codec {self.codec!r} is not known; known: 'lookup'")
+        if self.rate not in (0, 8 // self.vector_dim) or self.window != LOOKUP_WINDOW:
+            raise ValueError(
+                f"a lookup stage of vector_dim {self.vector_dim} has rate {8 // self.vector_dim} "
+                f"and window {LOOKUP_WINDOW}, got rate {self.rate} and window {self.window}"
+            )
+        object.__setattr__(self, "rate", 8 // self.vector_dim)
+
+    def _check_trellis(self) -> None:
+        if self.vector_dim != 1:
+            raise ValueError(f"vector_dim must be 1 in a trellis stage, got {self.vector_dim}")
+        if self.rate not in TRELLIS_RATES:
+            raise ValueError(f"rate must be one of {TRELLIS_RATES} in a trellis, got {self.rate}")
+        if self.window not in TRELLIS_WINDOWS:
+            raise ValueError(
+                f"window must be one of {TRELLIS_WINDOWS} in a trellis, got {self.window}"
+            )
+
+    @property
+    def codebook_size(self) -> int:
+        """Entries of the codebook."""
+        return 1 << self.window
+
+
+def rate_stages(
+    rate: int, codec: str = "lookup", window: int = TRELLIS_WINDOW
+) -> tuple[Stage, ...]:
+    """Make the stages that spend a whole number of bits a weight.
+
+    Args:
+        rate: bits a weight: 1, 2, 3, 4, or 8 with lookups only.
+        codec: a name of `CODECS`.
+        window: bits that name a codeword of a trellis; lookups have no choice.
+
+    Raises:
+        ValueError: if `rate` or `window` is not one the codec has.
+        NotImplementedError: if the codec is not known.
+    """
+    if codec != "lookup":
+        return (Stage(1, codec, rate, window),)
+    if rate not in RATE_STAGES:
+        raise ValueError(f"rate must be one of {sorted(RATE_STAGES)}, got {rate}")
+    return tuple(Stage(vector_dim) for vector_dim in RATE_STAGES[rate])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,16 +121,21 @@ class Band:
             raise ValueError(f"band width must be a positive multiple of 8, got {self.width}")
         if not self.stages:
             raise ValueError(f"the band at channel {self.start} has no stage")
+        if len(self.stages) > 1 and any(stage.codec == "trellis" for stage in self.stages):
+            raise ValueError(
+                f"the band at channel {self.start} has {len(self.stages)} stages; a trellis stands "
+                f"alone"
+            )
 
     @property
     def codes_per_row(self) -> int:
         """Code bytes this band spends on one output row."""
-        return sum(self.width // stage.vector_dim for stage in self.stages)
+        return sum(self.width * stage.rate // 8 for stage in self.stages)
 
     @property
     def rate(self) -> int:
         """Bits this band spends on one weight."""
-        return sum(8 // stage.vector_dim for stage in self.stages)
+        return sum(stage.rate for stage in self.stages)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,28 +165,45 @@ class VQLayout:
                     f"band at channel {band.start} is {band.width} wide; all but the last must be "
                     f"a multiple of {multiple} where in_features is {self.in_features}"
                 )
+        codecs = {stage.codec for band in self.bands for stage in band.stages}
+        if len(codecs) > 1:
+            raise ValueError(f"a matrix is coded in one way, got bands of {sorted(codecs)}")
+        if codecs == {"trellis"} and self.out_features < 2:
+            raise ValueError("a trellis runs down the rows and needs 2 of them, got 1")
         if start != self.in_features:
             raise ValueError(f"bands cover {start} channels, in_features is {self.in_features}")
 
     @classmethod
     def uniform(
-        cls, out_features: int, in_features: int, rate: int, has_permutation: bool = False
+        cls,
+        out_features: int,
+        in_features: int,
+        rate: int,
+        has_permutation: bool = False,
+        codec: str = "lookup",
+        window: int = TRELLIS_WINDOW,
     ) -> VQLayout:
         """Make the layout with one band that spends `rate` bits on every weight.
 
         Args:
             out_features: rows of the matrix.
             in_features: columns of the matrix, a multiple of 8.
-            rate: bits a weight: 1, 2, 3, 4 or 8.
+            rate: bits a weight, as `rate_stages` takes it.
             has_permutation: whether the input channels are permuted.
+            codec: a name of `CODECS`.
+            window: bits that name a codeword of a trellis.
 
         Raises:
-            ValueError: if `rate` is not one of `RATE_STAGES`, or `in_features` no multiple of 8.
+            ValueError: if the codec has no such rate or window, or `in_features` is no multiple
+                of 8.
         """
-        if rate not in RATE_STAGES:
-            raise ValueError(f"rate must be one of {sorted(RATE_STAGES)}, got {rate}")
-        stages = tuple(Stage(vector_dim) for vector_dim in RATE_STAGES[rate])
-        return cls(out_features, in_features, (Band(0, in_features, stages),), has_permutation)
+        band = Band(0, in_features, rate_stages(rate, codec, window))
+        return cls(out_features, in_features, (band,), has_permutation)
+
+    @property
+    def codec(self) -> str:
+        """How every stage of the matrix is coded: a name of `CODECS`."""
+        return self.bands[0].stages[0].codec
 
     @property
     def num_weights(self) -> int:
@@ -141,17 +226,17 @@ class VQLayout:
 
     def codebook_bits(self) -> int:
         """Count the bits of the codebooks and their scales, as if this matrix shared none."""
-        dims = [stage.vector_dim for band in self.bands for stage in band.stages]
-        return sum(CODEBOOK_SIZE * vector_dim * 8 + 32 for vector_dim in dims)
+        stages = [stage for band in self.bands for stage in band.stages]
+        return sum(stage.codebook_size * stage.vector_dim * 8 + 32 for stage in stages)
 
     def side_bits(self) -> int:
         """Count the bits of row scales and permutation."""
         return 16 * self.out_features + (32 * self.in_features if self.has_permutation else 0)
 
     def code_shape(self, band: int, stage: int) -> tuple[int, int]:
-        """Return the shape `[O, width/d]` of one code tensor."""
-        width, vector_dim = self.bands[band].width, self.bands[band].stages[stage].vector_dim
-        return (self.out_features, width // vector_dim)
+        """Return the shape `[O, width * rate / 8]` of one code tensor."""
+        width, rate = self.bands[band].width, self.bands[band].stages[stage].rate
+        return (self.out_features, width * rate // 8)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -160,14 +245,15 @@ class VQWeight:
 
     `W[o, permutation[j]] = scales[o] * sum over the stages of j's band of
     codebook_scale * codebook[code[o, (j - start) // d], (j - start) % d]`,
-    where j counts permuted channels and `start` is the band's first.
+    where j counts permuted channels and `start` is the band's first. In a trellis the entry is
+    `trellis.windows(code)[o, j - start]`, and d is 1.
     """
 
     layout: VQLayout
     codes: tuple[tuple[Tensor, ...], ...]
-    """[band][stage]: `[O, width/d]` uint8."""
+    """[band][stage]: `[O, width * rate / 8]` uint8."""
     codebooks: tuple[tuple[Tensor, ...], ...]
-    """[band][stage]: `[256, d]` int8; matrices may share one tensor."""
+    """[band][stage]: `[2 ** window, d]` int8; matrices may share one tensor."""
     codebook_scales: tuple[tuple[Tensor, ...], ...]
     """[band][stage]: `[]` float32."""
     scales: Tensor
@@ -188,7 +274,7 @@ class VQWeight:
             for s, stage in enumerate(band.stages):
                 where = f"[{b}][{s}]"
                 _expect(f"codes{where}", self.codes[b][s], layout.code_shape(b, s), torch.uint8)
-                shape = (CODEBOOK_SIZE, stage.vector_dim)
+                shape = (stage.codebook_size, stage.vector_dim)
                 _expect(f"codebooks{where}", self.codebooks[b][s], shape, torch.int8)
                 _expect(f"codebook_scales{where}", self.codebook_scales[b][s], (), torch.float32)
         _expect("scales", self.scales, (layout.out_features,), torch.float16)
@@ -263,130 +349,11 @@ class PackedVQ:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
 
-def pack(weight: VQWeight, backend: str = "cpu", device: torch.device | str = "cpu") -> PackedVQ:
-    """Lay a weight out in a backend's order on a device.
-
-    Does not keep `weight` alive, except where the backend reads the logical order itself.
-
-    Args:
-        weight: the matrix in logical order, on any device.
-        backend: "reference" (logical order), "cpu" (strips of 64 rows in tiles of 32 groups) or
-            "triton" (blocks of 32 groups in atoms of 16 rows).
-        device: where the packed tensors go; "cpu" must be a CPU.
-
-    Returns:
-        The packed weight; `unpack` gives the same codes, codebooks, scales and permutation back.
-
-    Raises:
-        ValueError: if the backend is unknown, or "cpu" is asked for on another device.
-    """
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
-    device = torch.device(device)
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", torch.cuda.current_device())
-    if backend == "cpu" and device.type != "cpu":
-        raise ValueError(f"backend 'cpu' packs for a CPU, got device {device}")
-    weight = weight.to(device)
-    tensors = _common_tensors(weight)
-    flat = [codes for stages in weight.codes for codes in stages]
-    if backend == "reference":
-        tensors |= {f"codes.{i}": codes.contiguous() for i, codes in enumerate(flat)}
-    elif backend == "cpu":
-        tensors |= _cpu_tensors(weight, flat)
-    else:
-        books = [book for books in weight.codebooks for book in books]
-        stages = stage_list(weight.layout)
-        tensors |= block_order.block_tensors(flat, books, stages, weight.permutation)
-    return PackedVQ(backend, weight.layout, device, tensors)
-
-
-def unpack(packed: PackedVQ) -> VQWeight:
-    """Give back the weight in logical order, bit for bit what `pack` was given.
-
-    Args:
-        packed: a weight in any backend's order.
-
-    Returns:
-        The weight in logical order, on the packed weight's device.
-    """
-    layout, tensors = packed.layout, packed.tensors
-    codes: list[Tensor] = []
-    codebooks: list[Tensor] = []
-    offset = book_offset = 0
-    for i, (rows, groups) in enumerate(_code_shapes(layout)):
-        if packed.backend == "reference":
-            codes.append(tensors[f"codes.{i}"])
-        elif packed.backend == "cpu":
-            size = cpu_order.strip_count(rows) * cpu_order.STRIP_ROWS * groups
-            flat = tensors["codes"][offset : offset + size]
-            codes.append(cpu_order.from_strips(flat, rows, groups))
-        else:
-            size = block_order.block_bytes(rows, groups)
-            flat = tensors["codes"][offset : offset + size]
-            codes.append(block_order.from_blocks(flat, rows, groups))
-        offset += 0 if packed.backend == "reference" else size
-    for stage in itertools.chain.from_iterable(band.stages for band in layout.bands):
-        size = CODEBOOK_SIZE * stage.vector_dim
-        book = tensors["codebooks"][book_offset : book_offset + size]
-        codebooks.append(book.view(CODEBOOK_SIZE, stage.vector_dim))
-        book_offset += size
-    return VQWeight(
-        layout,
-        _by_band(layout, codes),
-        _by_band(layout, codebooks),
-        _by_band(layout, list(tensors["codebook_scales"].unbind())),
-        tensors["scales"],
-        tensors.get("permutation"),
-    )
-
-
 def stage_list(layout: VQLayout) -> list[tuple[int, int, int]]:
     """List (first permuted channel, width, vector dimension) of every stage, band by band."""
     return [
         (band.start, band.width, stage.vector_dim) for band in layout.bands for stage in band.stages
     ]
-
-
-def _common_tensors(weight: VQWeight) -> dict[str, Tensor]:
-    """Everything but the codes: flat codebooks, their scales, row scales, permutation."""
-    books = [book.reshape(-1) for stages in weight.codebooks for book in stages]
-    scales = [scale for stages in weight.codebook_scales for scale in stages]
-    tensors = {
-        "codebooks": torch.cat(books),
-        "codebook_scales": torch.stack(scales),
-        "scales": weight.scales.clone(),
-    }
-    if weight.permutation is not None:
-        tensors["permutation"] = weight.permutation.clone()
-    return tensors
-
-
-def _cpu_tensors(weight: VQWeight, codes: list[Tensor]) -> dict[str, Tensor]:
-    """What the cpu kernels read beside the common tensors: codes, float tables, schedule."""
-    return {
-        "codes": torch.cat([cpu_order.to_strips(part) for part in codes]),
-        "tables": cpu_order.scaled_tables(
-            [book for books in weight.codebooks for book in books],
-            [scale for scales in weight.codebook_scales for scale in scales],
-        ),
-        "row_scales": weight.scales.float(),
-        "tiles": cpu_order.tile_schedule(weight.layout.out_features, stage_list(weight.layout)),
-    }
-
-
-def _code_shapes(layout: VQLayout) -> list[tuple[int, int]]:
-    return [
-        layout.code_shape(b, s)
-        for b, band in enumerate(layout.bands)
-        for s in range(len(band.stages))
-    ]
-
-
-def _by_band(layout: VQLayout, flat: list[Tensor]) -> tuple[tuple[Tensor, ...], ...]:
-    """Cut one list over all stages into a tuple a band."""
-    iterator = iter(flat)
-    return tuple(tuple(itertools.islice(iterator, len(band.stages))) for band in layout.bands)
 
 
 def _nested_map(function: Any) -> Any:

@@ -28,7 +28,8 @@ from mgvq_kernels.dense_ops import varlen_attention as varlen_attention
 from mgvq_kernels.dense_ops import write_kv as write_kv
 from mgvq_kernels.installed import has_numba as has_numba
 from mgvq_kernels.installed import has_triton as has_triton
-from mgvq_kernels.layout import PackedVQ, VQWeight, pack, unpack
+from mgvq_kernels.layout import PackedVQ, VQWeight
+from mgvq_kernels.packing import pack, unpack
 
 OPS = (
     "vq_dequantize",
@@ -61,7 +62,7 @@ def pack_for(weight: VQWeight, device: torch.device | str) -> PackedVQ:
     kind = torch.device(device).type
     numba = kind == "cpu" and has_numba()
     triton = kind == "cuda" and has_triton()
-    return pack(weight, dispatch.choose_pack(kind, numba, triton), device)
+    return pack(weight, dispatch.choose_pack(kind, numba, triton, weight.layout.codec), device)
 
 
 def warm_up(device: torch.device | str = "cpu") -> None:

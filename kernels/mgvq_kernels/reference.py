@@ -6,14 +6,14 @@ Arguments are not checked here: `ops` does that. Gradients flow to activations; 
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mgvq_kernels.layout import VQLayout, VQWeight
+from mgvq_kernels import trellis
+from mgvq_kernels.layout import Stage, VQWeight
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -21,31 +21,31 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def permuted_matrix(weight: VQWeight, dtype: torch.dtype) -> Tensor:
-    """Decode the codes: `[O, I]` in permuted channel order, computed in at least float32."""
+def permuted_matrix(weight: VQWeight, dtype: torch.dtype, rows: Tensor | None = None) -> Tensor:
+    """Decode the codes, of some rows `[T]` int64 if they are named, computed in at least float32.
+
+    Returns:
+        `[O, I]`, or `[T, I]`, in permuted channel order.
+    """
     bands = []
     wide = compute_dtype(dtype)
+    scales = weight.scales if rows is None else weight.scales[rows]
     for b, band in enumerate(weight.layout.bands):
         total = torch.zeros((), dtype=wide, device=weight.scales.device)
-        for s in range(len(band.stages)):
+        for s, stage in enumerate(band.stages):
             table = weight.codebooks[b][s].to(wide) * weight.codebook_scales[b][s].to(
                 wide
-            )  # [256, d]
-            vectors = F.embedding(weight.codes[b][s].long(), table)  # [O, width/d, d]
-            total = total + vectors.flatten(1)  # [O, width]
+            )  # [2^window, d]
+            entries = _entries(weight.codes[b][s], stage, rows)  # [O, width/d]
+            total = total + F.embedding(entries, table).flatten(1)  # [O, width]
         bands.append(total)
     matrix = torch.cat(bands, dim=1)  # [O, I]
-    return (matrix * weight.scales.to(wide)[:, None]).to(dtype)
+    return (matrix * scales.to(wide)[:, None]).to(dtype)
 
 
 def vq_dequantize(weight: VQWeight, dtype: torch.dtype) -> Tensor:
     """Decode a weight to the dense matrix in original channel order: `[O, I]`."""
-    matrix = permuted_matrix(weight, dtype)
-    if weight.permutation is None:
-        return matrix
-    dense = torch.empty_like(matrix)
-    dense[:, weight.permutation.long()] = matrix
-    return dense
+    return _original_order(permuted_matrix(weight, dtype), weight.permutation)
 
 
 def vq_linear(x: Tensor, weight: VQWeight, bias: Tensor | None) -> Tensor:
@@ -85,15 +85,7 @@ def vq_linear_int8(x: Tensor, weight: VQWeight) -> Tensor:
 
 def vq_embedding(ids: Tensor, weight: VQWeight, dtype: torch.dtype) -> Tensor:
     """Decode the rows `ids [T]` of a weight: `[T, I]`."""
-    rows = VQWeight(
-        layout=_with_rows(weight, ids.numel()),
-        codes=tuple(tuple(codes[ids] for codes in stages) for stages in weight.codes),
-        codebooks=weight.codebooks,
-        codebook_scales=weight.codebook_scales,
-        scales=weight.scales[ids],
-        permutation=weight.permutation,
-    )
-    return vq_dequantize(rows, dtype)
+    return _original_order(permuted_matrix(weight, dtype, ids), weight.permutation)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -259,8 +251,22 @@ def paged_attention_decode(
     )
 
 
-def _with_rows(weight: VQWeight, rows: int) -> VQLayout:
-    return dataclasses.replace(weight.layout, out_features=rows)
+def _entries(codes: Tensor, stage: Stage, rows: Tensor | None) -> Tensor:
+    """Name the codebook entry of every vector, of some rows if they are named: `[O, width/d]`."""
+    if stage.codec == "lookup":
+        return (codes if rows is None else codes[rows]).long()
+    if rows is None:
+        return trellis.windows(codes, stage.rate, stage.window)
+    return trellis.row_windows(codes, rows, stage.rate, stage.window)
+
+
+def _original_order(matrix: Tensor, permutation: Tensor | None) -> Tensor:
+    """Undo the permutation of the columns of `[T, I]`."""
+    if permutation is None:
+        return matrix
+    dense = torch.empty_like(matrix)
+    dense[:, permutation.long()] = matrix
+    return dense
 
 
 def _batched(x: Tensor, count: int) -> Tensor:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from mgvq_kernels.layout import CODEBOOK_SIZE
 from mgvq_runtime.checkpoint.spec import MatrixSpec, QuantizationSpec
 from mgvq_runtime.errors import CheckpointError
 
@@ -118,7 +117,7 @@ def _count_matrix(matrix: MatrixSpec, counted: set[str]) -> BitCount:
         for stage, shared in zip(band.stages, names, strict=True):
             if shared in counted:
                 continue
-            codebooks += 8 * CODEBOOK_SIZE * stage.vector_dim + 32
+            codebooks += 8 * stage.codebook_size * stage.vector_dim + 32
             if shared is not None:
                 counted.add(shared)
     return BitCount(

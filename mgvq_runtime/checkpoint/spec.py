@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from mgvq_kernels.layout import CODEBOOK_SIZE, Band, Stage, VQLayout
+from mgvq_kernels.layout import LOOKUP_WINDOW, Band, Stage, VQLayout
 from mgvq_runtime.errors import CheckpointError
 
 QUANT_METHOD = "mgvq"
@@ -239,7 +239,7 @@ def matrix_tensors(name: str, matrix: MatrixSpec) -> Iterator[tuple[str, TensorS
         for s, stage in enumerate(band.stages):
             yield f"{name}.codes.{b}.{s}", TensorSpec("U8", layout.code_shape(b, s))
             if matrix.codebooks[b][s] is None:
-                shape = (CODEBOOK_SIZE, stage.vector_dim)
+                shape = (stage.codebook_size, stage.vector_dim)
                 yield f"{name}.codebook.{b}.{s}", TensorSpec("I8", shape)
                 yield f"{name}.codebook_scale.{b}.{s}", TensorSpec("F32", ())
     yield f"{name}.scales", TensorSpec("F16", (layout.out_features,))
@@ -249,7 +249,7 @@ def matrix_tensors(name: str, matrix: MatrixSpec) -> Iterator[tuple[str, TensorS
 
 def codebook_tensors(name: str, vector_dim: int) -> Iterator[tuple[str, TensorSpec]]:
     """List the two tensors on disk of a shared codebook, entries first, then their scale."""
-    yield f"{CODEBOOK_PREFIX}.{name}", TensorSpec("I8", (CODEBOOK_SIZE, vector_dim))
+    yield f"{CODEBOOK_PREFIX}.{name}", TensorSpec("I8", (1 << LOOKUP_WINDOW, vector_dim))
     yield f"{CODEBOOK_PREFIX}.{name}.scale", TensorSpec("F32", ())
 
 

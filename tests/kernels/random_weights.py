@@ -25,7 +25,10 @@ def random_weight(layout: VQLayout, seed: int = 0) -> VQWeight:
             for b, band in enumerate(layout.bands)
         ),
         codebooks=tuple(
-            tuple(integers(-127, 128, (256, s.vector_dim), torch.int8) for s in band.stages)
+            tuple(
+                integers(-127, 128, (s.codebook_size, s.vector_dim), torch.int8)
+                for s in band.stages
+            )
             for band in layout.bands
         ),
         codebook_scales=tuple(
@@ -46,6 +49,8 @@ def oracle(weight: VQWeight) -> np.ndarray:
     for b, band in enumerate(layout.bands):
         for s, stage in enumerate(band.stages):
             codes = weight.codes[b][s].tolist()
+            if stage.codec == "trellis":
+                codes = stream_windows(codes, stage.rate, stage.window)
             book = weight.codebooks[b][s].double().tolist()
             scale = weight.codebook_scales[b][s].item()
             for o in range(layout.out_features):
@@ -53,3 +58,25 @@ def oracle(weight: VQWeight) -> np.ndarray:
                     entry = book[codes[o][j // stage.vector_dim]][j % stage.vector_dim]
                     dense[o, order[band.start + j]] += scale * entry
     return dense * weight.scales.double().numpy()[:, None]
+
+
+def stream_windows(codes: list[list[int]], rate: int, window: int) -> list[list[int]]:
+    """Read the entries of a trellis off its codes, one bit of one stream at a time."""
+    rows, groups = len(codes), len(codes[0]) // rate
+    entries: list[list[int]] = [[] for _ in range(rows)]
+    segments = max(1, rows // 256)
+    for s in range(segments):
+        first, end = 256 * s, rows if s == segments - 1 else 256 * (s + 1)
+        for g in range(groups):
+            stream = [
+                byte >> (7 - bit) & 1
+                for row in codes[first:end]
+                for byte in row[g * rate : (g + 1) * rate]
+                for bit in range(8)
+            ]
+            for r in range(first, end):
+                for i in range(8):
+                    last = (r - first) * 8 * rate + rate * (i + 1)
+                    bits = [stream[j % len(stream)] for j in range(last - window, last)]
+                    entries[r].append(int("".join(map(str, bits)), 2))
+    return entries

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mgvq_kernels import layout as layouts
-from mgvq_kernels.layout import Band, PackedVQ, Stage, VQLayout, VQWeight, pack, unpack
+from mgvq_kernels.layout import Band, PackedVQ, Stage, VQLayout, VQWeight
+from mgvq_kernels.packing import pack, unpack
 from tests.kernels.random_weights import random_weight
 
 STAGES = st.sampled_from([(8,), (4,), (4, 8), (2,), (1,), (8, 8), (1, 2, 8)])
@@ -71,7 +72,7 @@ def test_a_rate_is_what_its_codes_cost(rate: int, bits: int) -> None:
     ("error", "message", "make"),
     [
         (ValueError, "vector_dim must be one of", lambda: Stage(3)),
-        (NotImplementedError, "codec 'trellis'", lambda: Stage(8, "trellis")),
+        (NotImplementedError, "codec 'abacus'", lambda: Stage(8, "abacus")),
         (ValueError, "multiple of 8, got 12", lambda: Band(0, 12, (Stage(4),))),
         (ValueError, "no stage", lambda: Band(0, 32, ())),
         (ValueError, "rate must be one of", lambda: VQLayout.uniform(8, 64, 5)),

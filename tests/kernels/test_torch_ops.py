@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mgvq_kernels import ops, torch_ops
-from mgvq_kernels.layout import pack
+from mgvq_kernels.packing import pack
 from tests.kernels.random_weights import MIXED, random_weight
 
 CHECKS = ("test_schema", "test_faketensor", "test_autograd_registration")

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from mgvq_kernels import ops, reference
-from mgvq_kernels.layout import pack
+from mgvq_kernels.packing import pack
 from tests.kernels.random_weights import MIXED, random_weight
 
 pytest.importorskip("triton", reason="triton has no wheel for this platform")

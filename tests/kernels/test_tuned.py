@@ -18,7 +18,8 @@ import torch
 
 from mgvq_kernels import dispatch, ops, tuned
 from mgvq_kernels.dispatch import RowLimits
-from mgvq_kernels.layout import VQLayout, pack
+from mgvq_kernels.layout import VQLayout
+from mgvq_kernels.packing import pack
 from mgvq_kernels.tuned import Key, Tuned
 from tests.kernels.random_weights import random_weight
 

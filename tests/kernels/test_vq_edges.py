@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 import mgvq_kernels
 from mgvq_kernels import cpu_decode, cpu_lookup, ops
-from mgvq_kernels.layout import Band, PackedVQ, Stage, VQWeight, pack
+from mgvq_kernels.layout import Band, PackedVQ, Stage, VQWeight
+from mgvq_kernels.packing import pack
 from tests.kernels import edge_cases
 from tests.kernels.random_weights import MIXED, oracle, random_weight
 

@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mgvq_kernels import cpu, cpu_lookup, dispatch, ops, reference
-from mgvq_kernels.layout import VQLayout, VQWeight, pack
+from mgvq_kernels.layout import VQLayout, VQWeight
+from mgvq_kernels.packing import pack
 from tests.kernels.random_weights import MIXED, oracle, random_weight
 
 REFERENCE_ERROR = 1e-6
@@ -288,7 +289,7 @@ def test_processors_without_byte_permutation_gather(tmp_path: Path) -> None:
     program = (
         "import torch\n"
         "from mgvq_kernels import cpu_lookup, ops, reference\n"
-        "from mgvq_kernels.layout import pack\n"
+        "from mgvq_kernels.packing import pack\n"
         "from tests.kernels.random_weights import MIXED, random_weight\n"
         "assert not cpu_lookup.HAS_VBMI\n"
         "weight = random_weight(MIXED)\n"

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mgvq_kernels import ops
-from mgvq_kernels.layout import VQWeight, pack
+from mgvq_kernels.layout import VQWeight
+from mgvq_kernels.packing import pack
 from mgvq_kernels.triton import vq_dequant, vq_embedding, vq_gemm, vq_gemv
 from tests.kernels import edge_cases
 

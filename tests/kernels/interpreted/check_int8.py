@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mgvq_kernels import ops, reference
-from mgvq_kernels.layout import VQWeight, pack
+from mgvq_kernels.layout import VQWeight
+from mgvq_kernels.packing import pack
 from mgvq_kernels.triton import vq_gemv_int8
 from mgvq_kernels.triton.vq_gemv_int8 import triton_vq_gemv_int8
 from tests.kernels import edge_cases

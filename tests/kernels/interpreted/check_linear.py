@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from mgvq_kernels import block_order, ops, reference
-from mgvq_kernels.layout import Band, Stage, VQLayout, VQWeight, pack
+from mgvq_kernels.layout import Band, Stage, VQLayout, VQWeight
+from mgvq_kernels.packing import pack
 from mgvq_kernels.triton import vq_dequant, vq_embedding, vq_gemm, vq_gemv
 from tests.kernels.random_weights import oracle, random_weight
 
