@@ -14,7 +14,7 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from mgvq_kernels.layout import RATE_STAGES, Band, Stage, VQLayout
+from mgvq_kernels.layout import Band, VQLayout, rate_stages
 from mgvq_quantizer.channel_classes import SHARED, Channels, class_names, cut_bands
 from mgvq_quantizer.recipe import QuantRecipe
 from mgvq_runtime.checkpoint.bits import group_of
@@ -139,10 +139,10 @@ def plan_matrix(
     cuts = cut_bands(bands, channels, recipe.class_threshold)
     cut, start = [], 0
     for part in cuts:
-        cut.append(Band(start, part.width, tuple(map(Stage, RATE_STAGES[part.rate]))))
+        cut.append(Band(start, part.width, rate_stages(part.rate, recipe.codec, recipe.window)))
         start += part.width
     layout = VQLayout(rows, start, tuple(cut), has_permutation=recipe.permute)
-    tables_bits = sum(table_bits(rate) for rate in recipe.rates_of(group_of(name)))
+    tables_bits = sum(table_bits(rate, recipe) for rate in recipe.rates_of(group_of(name)))
     tables_bits *= len(set().union(*alike))
     shared = len(alike) > 1 and tables_bits > recipe.max_codebook_overhead * layout.num_weights
     label = f"{kind_of(name)}-{rows}x{start}" if shared else name
@@ -151,9 +151,9 @@ def plan_matrix(
     return MatrixPlan(name, layout, label, classes, members if all(members) else ())
 
 
-def table_bits(rate: int) -> int:
+def table_bits(rate: int, recipe: QuantRecipe) -> int:
     """Return what the tables of one rate cost, scales included."""
-    return VQLayout.uniform(1, 8, rate).codebook_bits()
+    return VQLayout.uniform(2, 8, rate, codec=recipe.codec, window=recipe.window).codebook_bits()
 
 
 def sharing_groups(plans: Mapping[str, MatrixPlan]) -> dict[str, Sequence[MatrixPlan]]:

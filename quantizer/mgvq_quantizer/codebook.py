@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 
 from mgvq_kernels import ops
+from mgvq_kernels.layout import VQWeight
+from mgvq_kernels.trellis import windows
 
 CODEBOOK_SIZE = 256
 Tables = Sequence[Sequence[Tensor]]
@@ -159,11 +161,22 @@ def decode(codes: Sequence[Sequence[Tensor]], tables: Tables) -> Tensor:
     bands = []
     for band_codes, band_tables in zip(codes, tables, strict=True):
         stages = [
-            table.index_select(0, code.reshape(-1).long()).view(O, -1)
+            table.index_select(0, code.reshape(-1)).view(O, -1)
             for code, table in zip(band_codes, band_tables, strict=True)
         ]
         bands.append(stages[0] if len(stages) == 1 else torch.stack(stages).sum(0))
     return bands[0] if len(bands) == 1 else torch.cat(bands, dim=1)
+
+
+def entries_of(weight: VQWeight) -> list[list[Tensor]]:
+    """Return [band][stage] which entries a weight's codes name: `[O, width/d]` int32."""
+    return [
+        [
+            (windows(codes, stage.rate, stage.window) if stage.codec == "trellis" else codes).int()
+            for codes, stage in zip(per_stage, band.stages, strict=True)
+        ]
+        for per_stage, band in zip(weight.codes, weight.layout.bands, strict=True)
+    ]
 
 
 def train_codebook(
@@ -290,7 +303,7 @@ def _scatter(
             columns = product[:, start : start + width]
             start += width
             for total, code in zip(totals, stages, strict=True):
-                total.index_add_(0, code.reshape(-1).long(), columns.reshape(-1, total.shape[1]))
+                total.index_add_(0, code.reshape(-1), columns.reshape(-1, total.shape[1]))
     return sums
 
 

@@ -25,7 +25,7 @@ from mgvq_kernels.layout import VQWeight
 from mgvq_quantizer.allocation import MatrixPlan
 from mgvq_quantizer.batches import split_batches
 from mgvq_quantizer.calibration import Sample
-from mgvq_quantizer.codebook import Codebook, decode, snap
+from mgvq_quantizer.codebook import Codebook, decode, entries_of, snap
 from mgvq_quantizer.recipe import QuantRecipe
 from mgvq_quantizer.teacher import Values
 
@@ -105,7 +105,7 @@ class MatrixKnobs:
                     self.tables[key] = _Knob.around(table, table.square().mean().sqrt())
             scales = weight.scales.float()
             self.scales[name] = _Knob.around(scales, scales)
-            self._codes[name] = [[codes.long() for codes in band] for band in weight.codes]
+            self._codes[name] = entries_of(weight)
             if weight.permutation is not None:
                 self._inverse[name] = weight.permutation.long().argsort()
         for name, vector in vectors.items():

@@ -85,7 +85,7 @@ def _choose(
     for sensitivity in part:
         plan = plans[sensitivity.name]
         label, layout = plan.label, plan.layout
-        tables = sum(table_bits(rate) for rate, _ in counted[label]) / readers[label]
+        tables = sum(table_bits(rate, recipe) for rate, _ in counted[label]) / readers[label]
         fixed = _SCALE_BITS * layout.out_features + _ORDER_BITS * layout.in_features
         room += recipe.bits * layout.num_weights - fixed - tables
         allowed = {rate for rate, _ in counted[label]}

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mgvq_kernels.layout import CODECS, TRELLIS_RATES, TRELLIS_WINDOW, TRELLIS_WINDOWS
 from mgvq_runtime.errors import ConfigError
 
 RATES = (1, 2, 3, 4, 8)
-"""Bits a weight that a band of channels may get."""
+"""Bits a weight that a band of channels may get, with lookups."""
 ALLOCATIONS = ("model", "layer", "uniform")
 
 _LEAST = {
@@ -87,6 +88,11 @@ class QuantRecipe:
     with uniform allocation the bits of the codes alone."""
     allocation: str = "model"
     """How the bits are spent: one budget for the model, one for each layer, or uniform."""
+    codec: str = "lookup"
+    """What a code names: a vector looked up in a table of 256, or a step of a trellis, which loses
+    about a quarter less at equal bits and takes longer to find and to decode."""
+    window: int = TRELLIS_WINDOW
+    """Bits of the code stream that name a weight's entry in the table of a trellis, 8 to 12."""
     global_share: float = 0.7
     """Weight of the end loss against each layer's own error where sensitivity is measured."""
     guided: bool = False
@@ -166,12 +172,22 @@ class QuantRecipe:
             )
         if not 1.0 <= self.bits <= 8.0:
             raise ConfigError(f"bits must lie between 1.0 and 8.0, got {self.bits}")
+        if self.codec not in CODECS:
+            raise ConfigError(f"codec must be one of {', '.join(CODECS)}, got {self.codec!r}")
+        if self.window not in TRELLIS_WINDOWS:
+            raise ConfigError(f"window must lie between 8 and 12, got {self.window}")
         whole = ["vision_bits", "embedding_bits"]
         for name in [*whole, "bits"] if self.allocation == "uniform" else whole:
-            if getattr(self, name) not in RATES:
+            if getattr(self, name) not in self.known_rates:
                 raise ConfigError(
-                    f"{name} must be one of {', '.join(map(str, RATES))}, got {getattr(self, name)}"
+                    f"{name} must be one of {', '.join(map(str, self.known_rates))}"
+                    f" with codec {self.codec}, got {getattr(self, name)}"
                 )
+        if self.codec == "trellis" and (self.two_sided or self.bits > TRELLIS_RATES[-1]):
+            raise ConfigError(
+                "a trellis takes up to 4 bits and no two_sided, whose rows are rounded in turn: "
+                "choose codec lookup, or less"
+            )
         if not self.permute and (self.allocation != "uniform" or self.channel_classes):
             raise ConfigError(
                 "bands of several rates need permute, and so do channel_classes: choose allocation "
@@ -205,11 +221,17 @@ class QuantRecipe:
         return self.two_sided or self.gradient_shift or self.mismatch > 0.0
 
     @property
+    def known_rates(self) -> tuple[int, ...]:
+        """Rates that the codec has."""
+        return TRELLIS_RATES if self.codec == "trellis" else RATES
+
+    @property
     def rates(self) -> tuple[int, ...]:
         """Rates that bands of the decoder may get: those near the target."""
         if self.allocation == "uniform":
             return (int(self.bits),)
-        return tuple(rate for rate in RATES if self.bits / 2.5 <= rate <= 2.5 * self.bits)
+        near = (self.bits / 2.5, 2.5 * self.bits)
+        return tuple(rate for rate in self.known_rates if near[0] <= rate <= near[1])
 
     @property
     def reference_rate(self) -> int:

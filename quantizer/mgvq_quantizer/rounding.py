@@ -23,6 +23,7 @@ from torch import Tensor
 from mgvq_kernels import ops
 from mgvq_quantizer.codebook import DESCENT_SWEEPS, Tables, assign, compiled_search
 from mgvq_quantizer.ldl import BlockLDL
+from mgvq_quantizer.trellis_search import assign_trellis, whole_segments
 
 BUFFER = 64
 """Columns whose mutual feedback is applied at once; beyond them it is one matmul a buffer."""
@@ -110,6 +111,7 @@ def sweep(
     feedback: Feedback,
     *,
     keep_better: bool = False,
+    rates: Sequence[int] = (),
 ) -> float:
     """Choose the codes of every block once, last block first.
 
@@ -118,7 +120,9 @@ def sweep(
         rounded: the codes so far; overwritten.
         tables: [band][stage] `[256, d]` float32.
         feedback: couplings and metrics of the pass.
-        keep_better: keep a row's old codes in a block where the new ones are no better (descent).
+        keep_better: keep a row's old codes in a block where the new ones are no better (descent);
+            those of a whole segment of rows where codes are a trellis.
+        rates: [band]: the bits a weight of a trellis, 0 for lookups; empty stands for lookups only.
 
     Returns:
         `sum_j tr(eta_j M_j eta_j^T)` over the residuals that were left. For block-LDL rounding this
@@ -128,12 +132,14 @@ def sweep(
     loss = 0.0
     end = weight.shape[1]
     compiled = weight.is_cpu and ops.has_numba()
-    for codes, books, metrics in zip(
-        reversed(rounded.codes), reversed(tables), reversed(feedback.metrics), strict=True
+    rates = rates or [0] * len(tables)
+    for codes, books, metrics, rate in zip(
+        *map(reversed, (rounded.codes, tables, feedback.metrics, rates)), strict=True
     ):
         nb, b, _ = metrics.shape
         first = end - nb * b
-        stages = compiled_search().Stages.of_band(books, metrics) if compiled else None
+        compile_it = compiled and not rate
+        stages = compiled_search().Stages.of_band(books, metrics) if compile_it else None
         per_buffer = max(1, BUFFER // b)
         for stop in range(nb, 0, -per_buffer):
             blocks = range(max(0, stop - per_buffer), stop)
@@ -147,7 +153,7 @@ def sweep(
                 [_vectors_of(code, blocks, nb) for code in codes],
             )
             if stages is None:
-                loss += _choose(buffer, blocks, inner, books, metrics, keep_better)
+                loss += _choose(buffer, blocks, inner, books, metrics, keep_better, rate)
             else:
                 loss += _choose_compiled(buffer, blocks, inner, stages, keep_better)
         end = first
@@ -199,6 +205,7 @@ def _choose(
     tables: Sequence[Tensor],
     metrics: Tensor,
     keep_better: bool,
+    rate: int,
 ) -> float:
     """Choose the codes of a buffer, last block first; return the sum of the forms."""
     b = metrics.shape[1]
@@ -208,7 +215,8 @@ def _choose(
         value = buffer.value[:, here]
         codes = [_vectors_of(code, range(j, j + 1), len(blocks)) for code in buffer.codes]
         metric = metrics[blocks[j]]
-        loss += _round_block(buffer.goal[:, here], codes, value, tables, metric, keep_better)
+        goal = buffer.goal[:, here]
+        loss += _round_block(goal, codes, value, tables, metric, keep_better, rate)
         left = buffer.weight[:, here] - value
         buffer.goal[:, ahead].addmm_(left - buffer.error[:, here], inner[here, ahead])
         buffer.error[:, here] = left
@@ -222,15 +230,16 @@ def _round_block(
     tables: Sequence[Tensor],
     metric: Tensor,
     keep_better: bool,
+    rate: int,
 ) -> float:
     """Choose codes and value of a block for the goal `[O, b]`; return its form."""
-    chosen, new = assign(goal, metric, tables)
+    chosen, new = assign_trellis(goal, metric, tables, rate) if rate else assign(goal, metric, tables)
     form = _form(goal - new, metric)  # [O]
     better = torch.ones_like(form, dtype=torch.bool)
     if keep_better:
         old = _form(goal - value, metric)
-        better = form < old
-        form = torch.minimum(form, old)
+        better = whole_segments(form - old) < 0 if rate else form < old
+        form = torch.where(better, form, old)
     value.copy_(torch.where(better[:, None], new, value))
     for code, picked in zip(codes, chosen, strict=True):
         code.copy_(torch.where(better[:, None], picked, code))

@@ -86,7 +86,9 @@ def measure(
     state = generator.get_state()
 
     def rounded(rows: Tensor, rate: int) -> Tensor:
-        layout = VQLayout.uniform(len(rows), I, rate, has_permutation=True)
+        layout = VQLayout.uniform(
+            len(rows), I, rate, has_permutation=True, codec=recipe.codec, window=recipe.window
+        )
         problem = Problem(rows, inputs.weighted, order, layout)
         solution = solve([problem], quick(recipe), generator.set_state(state))[0]
         return ops.vq_dequantize(solution.weight)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from mgvq_kernels.layout import VQLayout, VQWeight
+from mgvq_kernels.trellis import GROUP_WEIGHTS, pack_windows
 from mgvq_quantizer.codebook import (
     Codebook,
     Names,
@@ -43,6 +44,7 @@ from mgvq_quantizer.rounding import (
     ldl_feedback,
     sweep,
 )
+from mgvq_quantizer.trellis_search import assign_trellis, first_table, segments, trellis_rates
 from mgvq_quantizer.two_sided import RowFeedback, descend_rows, form, round_rows, row_feedback
 
 MAX_TRAINING_VECTORS = 1 << 17
@@ -85,7 +87,8 @@ class Solution:
 
     weight: VQWeight
     error_nearest: float
-    """`tr(E A E^T) / tr(W A W^T)` of plain nearest codewords with the starting codebook."""
+    """`tr(E A E^T) / tr(W A W^T)` of plain nearest codewords with the starting codebook; of a
+    trellis on the first segment of rows."""
     error: float
     """The same of what is stored."""
     bias: Tensor | None = None
@@ -143,7 +146,7 @@ def solve(
     fixed = books is not None
     if books is None:
         books = _first_books(members, recipe, generator)
-    nearest_errors = [_error(m, _plain(m, books)) for m in members]
+    nearest_errors = [_plain_error(m, books) for m in members]
     best_loss = float("inf")
     best: tuple[Books, list[Tensor], list[Rounded]] | None = None
     for _ in range(recipe.refit_rounds):
@@ -183,9 +186,12 @@ def books_of(problem: Problem, solution: Solution) -> dict[str, Codebook]:
 
 
 def blocks_of(layout: VQLayout) -> list[Run]:
-    """Cut every band into blocks as wide as its longest vector."""
+    """Cut every band into blocks as wide as its longest vector, or as a trellis's group."""
+    longest = [max(stage.vector_dim for stage in band.stages) for band in layout.bands]
+    is_trellis = layout.codec == "trellis"
     return [
-        Run(band.width, max(stage.vector_dim for stage in band.stages)) for band in layout.bands
+        Run(band.width, GROUP_WEIGHTS if is_trellis else length)
+        for band, length in zip(layout.bands, longest, strict=True)
     ]
 
 
@@ -249,6 +255,9 @@ def _band_books(
     """Train one table a stage on a sample of rows; later stages on what the earlier ones left."""
     first = pieces[0].member.layout
     O = first.out_features  # noqa: E741
+    stage = first.bands[pieces[0].band].stages[0]
+    if stage.codec == "trellis":
+        return [first_table(stage.rate, stage.window, generator)]
     dims = [stage.vector_dim for stage in first.bands[pieces[0].band].stages]
     widths = [piece.columns.stop - piece.columns.start for piece in pieces]
     vectors_a_row = sum(widths) // min(dims)
@@ -274,10 +283,11 @@ def _band_books(
 def _assign(member: _Member, books: Books, descent_sweeps: int) -> None:
     """Round from scratch, check the loss identity, then descend."""
     target, tables, rows = member.target(), _values(member, books), member.rows
+    rates = trellis_rates(member.layout)
     rounded = empty(target, tables, [band.width for band in member.layout.bands])
     member.rounded = rounded
     if rows is None:
-        residual = sweep(target, rounded, tables, member.rounding)
+        residual = sweep(target, rounded, tables, member.rounding, rates=rates)
         shaped = target - rounded.value
     else:
         residual = round_rows(target, rounded, tables, member.rounding, rows)
@@ -291,7 +301,7 @@ def _assign(member: _Member, books: Books, descent_sweeps: int) -> None:
         )
     for _ in range(descent_sweeps):
         if rows is None:
-            sweep(target, rounded, tables, member.descent, keep_better=True)
+            sweep(target, rounded, tables, member.descent, keep_better=True, rates=rates)
         else:
             descend_rows(target, rounded, tables, member.descent, rows, member.hessian)
 
@@ -332,22 +342,30 @@ def _loss(member: _Member) -> float:
 
 
 def _error(member: _Member, value: Tensor) -> float:
-    """`tr(E A E^T) / tr(W A W^T)` with the true rows."""
-    W, error = member.weight, member.weight - member.scales[:, None] * value
+    """`tr(E A E^T) / tr(W A W^T)` with the true rows, the first ones if `value` has no more."""
+    W = member.weight[: len(value)]
+    error = W - member.scales[: len(value), None] * value
     return form(error, member.hessian, None) / max(form(W, member.hessian, None), 1e-30)
 
 
-def _plain(member: _Member, books: Books) -> Tensor:
-    """The nearest codewords `[O, I]`, block by block, without any metric or feedback."""
+def _plain_error(member: _Member, books: Books) -> float:
+    """The error of the nearest codewords, block by block, without any metric or feedback."""
     target, values = member.target(), []
+    rates = trellis_rates(member.layout)
+    if any(rates):
+        target = target[: segments(len(target))[0][1]]
     parts = torch.split(target, [band.width for band in member.layout.bands], dim=1)
-    for columns, tables, run in zip(
-        parts, _values(member, books), blocks_of(member.layout), strict=True
+    for columns, tables, run, rate in zip(
+        parts, _values(member, books), blocks_of(member.layout), rates, strict=True
     ):
         eye = torch.eye(run.block, device=target.device)
-        _, value = assign(columns.reshape(-1, run.block), eye, tables)
-        values.append(value.view(len(target), -1))
-    return torch.cat(values, dim=1)
+        if rate:
+            blocks = torch.split(columns, run.block, dim=1)
+            values += [assign_trellis(block, eye, tables, rate)[1] for block in blocks]
+        else:
+            _, value = assign(columns.reshape(-1, run.block), eye, tables)
+            values.append(value.view(len(target), -1))
+    return _error(member, torch.cat(values, dim=1))
 
 
 def _metrics(member: _Member, band: int, d: int) -> Tensor:
@@ -372,7 +390,10 @@ def _to_weight(problem: Problem, rounded: Rounded, books: Books, scales: Tensor)
     mine = named(problem.names, books)
     return VQWeight(
         layout=problem.layout,
-        codes=tuple(tuple(code.to(torch.uint8) for code in band) for band in rounded.codes),
+        codes=tuple(
+            tuple(pack_windows(code, rate) if rate else code.to(torch.uint8) for code in band)
+            for band, rate in zip(rounded.codes, trellis_rates(problem.layout), strict=True)
+        ),
         codebooks=tuple(tuple(book.entries for book in band) for band in mine),
         codebook_scales=tuple(
             tuple(torch.tensor(book.scale, device=device) for book in band) for band in mine

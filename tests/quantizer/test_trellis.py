@@ -1,0 +1,153 @@
+"""Trellis codes: known distortions, optimal paths, one matrix, tuning, the whole pipeline."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from mgvq_kernels import ops
+from mgvq_kernels.layout import VQLayout
+from mgvq_kernels.trellis import pack_windows, windows
+from mgvq_quantizer import trellis_search
+from mgvq_quantizer.codebook import decode, entries_of
+from mgvq_quantizer.pipeline import quantize
+from mgvq_quantizer.recipe import QuantRecipe
+from mgvq_quantizer.solver import Problem, solve
+from mgvq_quantizer.trellis_search import encode, first_table
+from mgvq_runtime.checkpoint.reader import open_checkpoint
+from mgvq_runtime.errors import ConfigError
+from tests.quantizer.conftest import QUICK
+from tests.quantizer.test_pipeline import contents
+
+Moment = Callable[[int, int], torch.Tensor]
+RECIPE = QuantRecipe(codec="trellis", window=10, refit_rounds=2, descent_sweeps=1)
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+# Method memo E.1: a trellis of 12 bits with a random Gaussian table.
+@pytest.mark.parametrize(("rate", "known"), [(1, 0.2803), (2, 0.0733), (3, 0.0198), (4, 0.0055)])
+def test_the_distortion_of_a_gaussian_is_the_known_one(rate: int, known: float) -> None:
+    goal = torch.randn(512, 8, generator=seeded(0))
+    table = first_table(rate, 12, seeded(1)).values
+    entries = encode(goal, torch.ones(8), table, rate)
+    error = float((goal - table[:, 0][entries]).square().mean())
+    assert error == pytest.approx(known, rel=0.06)
+
+
+@pytest.mark.parametrize("rate", [1, 2, 3, 4])
+@pytest.mark.parametrize("rows", [2, 5, 300, 515])
+def test_windows_follow_each_other_and_come_back_from_bytes(rows: int, rate: int) -> None:
+    goal = torch.randn(rows, 8, generator=seeded(rows))
+    entries = encode(goal, torch.ones(8), first_table(rate, 8, seeded(1)).values, rate)
+    assert torch.equal(windows(pack_windows(entries, rate), rate, 8), entries)
+
+
+@pytest.mark.parametrize("rate", [1, 2])
+def test_a_path_between_two_states_is_the_best_of_all(rate: int) -> None:
+    window, n = 4, 5
+    table = torch.randn(1 << window, generator=seeded(0))
+    stream, costs = torch.randn(n, generator=seeded(1)), torch.rand(n, generator=seeded(2)) + 0.5
+    followers = (1 << window) >> rate
+    start = torch.full((1 << window,), torch.inf)
+    start.view(-1, followers)[:, 1] = 0.0
+    found = trellis_search._search(stream, costs, table, rate, start, 1)
+    best = torch.inf
+    for symbols in itertools.product(range(1 << rate), repeat=n):
+        state, path = 1, []
+        for symbol in symbols:
+            path.append((state % followers << rate) | symbol)
+            state = path[-1]
+        if state % followers == 1:
+            best = min(best, float((costs * (stream - table[path]) ** 2).sum()))
+    assert float((costs * (stream - table[found]) ** 2).sum()) == pytest.approx(best, rel=1e-6)
+
+
+@pytest.mark.parametrize("rate", [1, 2, 3, 4])
+def test_compiled_and_plain_searches_find_paths_of_one_cost(
+    rate: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    goal, weights = torch.randn(40, 8, generator=seeded(3)), torch.rand(8, generator=seeded(4)) + 0.1
+    table = first_table(rate, 8, seeded(5)).values
+    costs = []
+    for compiled in (True, False):
+        if not compiled:
+            monkeypatch.setattr(ops, "has_numba", lambda: False)
+        entries = encode(goal, weights, table, rate)
+        costs.append(float((weights * (goal - table[:, 0][entries]) ** 2).sum()))
+    assert costs[0] == pytest.approx(costs[1], rel=1e-4)
+
+
+@pytest.mark.parametrize("rate", [1, 2, 3, 4])
+def test_a_matrix_loses_less_than_with_lookups(correlated: Moment, rate: int) -> None:
+    weight = 0.02 * torch.randn(256, 64, generator=seeded(6))
+    errors = {}
+    for codec in ("lookup", "trellis"):
+        layout = VQLayout.uniform(256, 64, rate, True, codec=codec)
+        case = Problem(weight, correlated(64, 6), torch.arange(64), layout)
+        solution = solve([case], RECIPE, seeded(7))[0]
+        errors[codec] = solution.error
+    dense = ops.vq_dequantize(solution.weight)
+    entries = entries_of(solution.weight)
+    book, unit = solution.weight.codebooks[0][0], solution.weight.codebook_scales[0][0]
+    rebuilt = decode(entries, [[book.float() * unit]]) * solution.weight.scales.float()[:, None]
+    assert torch.allclose(dense, rebuilt, rtol=1e-5, atol=1e-7)
+    assert errors["trellis"] < 0.9 * errors["lookup"]
+    assert solution.error < 0.7 * solution.error_nearest
+
+
+def test_descent_never_raises_the_loss(correlated: Moment) -> None:
+    weight = 0.02 * torch.randn(300, 64, generator=seeded(8))
+    case = Problem(
+        weight,
+        correlated(64, 8),
+        torch.randperm(64, generator=seeded(8)),
+        VQLayout.uniform(300, 64, 2, True, codec="trellis", window=8),
+    )
+    errors = [
+        solve([case], QuantRecipe(codec="trellis", refit_rounds=1, descent_sweeps=n), seeded(1))[0]
+        for n in (0, 1, 2)
+    ]
+    assert errors[1].error < errors[0].error
+    assert errors[2].error <= errors[1].error
+
+
+@pytest.fixture(scope="module")
+def quantized(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("trellis") / "checkpoint"
+    recipe = QuantRecipe(**{**QUICK, "codec": "trellis", "window": 8, "embedding_bits": 3})
+    report = quantize(dense, output, recipe, show_progress=False)
+    assert report.kl < report.kl_rounded or report.tuning_steps_kept == 0
+    return output
+
+
+def test_every_matrix_of_a_checkpoint_is_a_trellis_and_it_is_written_alike_again(
+    dense: Path, quantized: Path, tmp_path: Path
+) -> None:
+    quantization = open_checkpoint(quantized).quantization
+    assert quantization is not None
+    assert {matrix.layout.codec for matrix in quantization.matrices.values()} == {"trellis"}
+    recipe = QuantRecipe(**{**QUICK, "codec": "trellis", "window": 8, "embedding_bits": 3})
+    quantize(dense, tmp_path / "again", recipe, show_progress=False)
+    assert contents(tmp_path / "again") == contents(quantized)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"codec": "tree"}, "lookup, trellis"),
+        ({"codec": "trellis", "window": 16}, "between 8 and 12"),
+        ({"codec": "trellis", "embedding_bits": 8}, "embedding_bits must be one of 1, 2, 3, 4"),
+        ({"codec": "trellis", "bits": 5.0}, "up to 4 bits"),
+        ({"codec": "trellis", "two_sided": True}, "no two_sided"),
+    ],
+)
+def test_what_a_trellis_cannot_do_is_said(settings: dict[str, object], expected: str) -> None:
+    with pytest.raises(ConfigError, match=expected):
+        QuantRecipe(**settings)  # type: ignore[arg-type]
