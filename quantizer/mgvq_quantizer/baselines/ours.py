@@ -21,6 +21,7 @@ OURS = "MGVQ"
 """The label of the whole method."""
 
 CHANGES: Mapping[str, Mapping[str, Any]] = {
+    "trellis": {"codec": "trellis"},
     "uniform": {"allocation": "uniform"},
     "layer-budget": {"allocation": "layer"},
     "global-only": {"global_share": 1.0},
