@@ -18,10 +18,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mgvq_kernels.layout import Stage
 from mgvq_runtime.checkpoint.bits import TOTAL, count_bits
 from mgvq_runtime.checkpoint.files import read_json
 from mgvq_runtime.checkpoint.reader import Checkpoint, open_checkpoint
-from mgvq_runtime.checkpoint.spec import FORMAT_VERSION
 from mgvq_runtime.config import (
     EngineConfig,
     add_config_arguments,
@@ -135,7 +135,8 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         Names, sizes in bytes, bits a weight by group, bands by stages, memory; "memory" holds
         "unknown" with a reason where the architecture is not one of ours.
     """
-    matrices = {} if checkpoint.quantization is None else checkpoint.quantization.matrices
+    spec = checkpoint.quantization
+    matrices = {} if spec is None else spec.matrices
     architectures: Any = checkpoint.config.get("architectures")
     named = isinstance(architectures, list) and len(architectures) > 0
     counts = count_bits(matrices)
@@ -155,7 +156,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     return {
         "path": str(checkpoint.path),
         "architecture": str(architectures[0]) if named else "unknown",
-        "format_version": None if checkpoint.quantization is None else FORMAT_VERSION,
+        "format_version": None if spec is None else spec.format_version,
         "parameters": dense_weights + counts[TOTAL].weights,
         "unquantized_parameters": dense_weights,
         "groups": groups,
@@ -243,6 +244,8 @@ def render(report: dict[str, Any]) -> Iterator[str]:
         yield f"{'bands':<12}{'weights':>15}{'share':>13}  stages (vector dimensions)"
         for band in report["bands"]:
             stages = " + ".join(str(dim) for dim in band["vector_dims"])
+            if "trellis_window" in band:
+                stages = f"trellis, window {band['trellis_window']}"
             weights, share = band["weights"], band["share"]
             yield f"{band['bits']:>2} bit{'':<6}{weights:>15,}{share:>13.1%}  {stages}"
     yield ""
@@ -267,23 +270,27 @@ def _render_memory(memory: dict[str, Any]) -> Iterator[str]:
 
 def _bands(checkpoint: Checkpoint) -> list[dict[str, Any]]:
     """Count weights by the stages of their band, cheapest first."""
-    weights: Counter[tuple[int, ...]] = Counter()
+    weights: Counter[tuple[Stage, ...]] = Counter()
     matrices = {} if checkpoint.quantization is None else checkpoint.quantization.matrices
     for matrix in matrices.values():
         for band in matrix.layout.bands:
-            dims = tuple(stage.vector_dim for stage in band.stages)
-            weights[dims] += matrix.layout.out_features * band.width
+            weights[band.stages] += matrix.layout.out_features * band.width
     total = sum(weights.values())
-    bands = [
-        {
-            "vector_dims": list(dims),
-            "bits": sum(8 // dim for dim in dims),
-            "weights": count,
-            "share": count / total,
-        }
-        for dims, count in weights.items()
-    ]
-    return sorted(bands, key=lambda band: (band["bits"], band["vector_dims"]))
+    bands: list[dict[str, Any]] = []
+    for stages, count in weights.items():
+        bands.append(
+            {
+                "vector_dims": [stage.vector_dim for stage in stages],
+                "bits": sum(stage.rate for stage in stages),
+                "weights": count,
+                "share": count / total,
+            }
+        )
+        if stages[0].codec == "trellis":
+            bands[-1]["trellis_window"] = stages[0].window
+    return sorted(
+        bands, key=lambda band: (band["bits"], band["vector_dims"], band.get("trellis_window", 0))
+    )
 
 
 def _memory(checkpoint: Checkpoint, dense_weights: int, quantized_bytes: int) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from mgvq_runtime.checkpoint.files import (
     read_bytes,
     to_json_bytes,
 )
-from mgvq_runtime.checkpoint.spec import FORMAT_VERSION
+from mgvq_runtime.checkpoint.spec import FORMAT_VERSION, READ_VERSIONS
 from mgvq_runtime.errors import CheckpointError
 
 MANIFEST_NAME = "manifest.json"
@@ -76,11 +76,17 @@ class Manifest:
 
     files: Mapping[str, FileEntry]
     shards: Mapping[str, ShardEntry]
+    format_version: int = FORMAT_VERSION
+    """That of config.json."""
+
+    def __post_init__(self) -> None:
+        if type(self.format_version) is not int or self.format_version not in READ_VERSIONS:
+            raise ValueError(f"format_version must be one of {READ_VERSIONS}")
 
     def to_bytes(self) -> bytes:
         """Return the file's bytes, its own digest included."""
         body: dict[str, Any] = {
-            "format_version": FORMAT_VERSION,
+            "format_version": self.format_version,
             "files": {n: {"bytes": f.size, "xxh3_128": f.digest} for n, f in self.files.items()},
             "shards": {
                 name: {
@@ -104,6 +110,12 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST_NAME
     data = read_bytes(path)
     body = parse_json(data, path)
+    version = body.get("format_version")
+    if type(version) is int and version > max(READ_VERSIONS):
+        raise CheckpointError(
+            f"{path} is of format version {version}; this version of MGVQ Runtime reads "
+            f"{READ_VERSIONS}: use a later one"
+        )
     try:
         manifest = Manifest(
             {n: FileEntry(f["bytes"], f["xxh3_128"]) for n, f in body["files"].items()},
@@ -111,15 +123,10 @@ def read_manifest(folder: Path) -> Manifest:
                 n: ShardEntry(s["bytes"], s["header_xxh3_128"], dict(s["tensors"]))
                 for n, s in body["shards"].items()
             },
+            body["format_version"],
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path} has not the form of a manifest: {DAMAGED}") from error
-    version = body.get("format_version")
-    if type(version) is int and version > FORMAT_VERSION:
-        raise CheckpointError(
-            f"{path} is of format version {version}; this version of MGVQ Runtime reads "
-            f"{FORMAT_VERSION}: use a later one"
-        )
     if manifest.to_bytes() != data:
         raise CheckpointError(f"{path} is damaged: {DAMAGED}")
     if bad := [name for name in (*manifest.files, *manifest.shards) if not is_file_name(name)]:

@@ -226,6 +226,12 @@ def _open_mgvq(folder: Path) -> Checkpoint:
         raise CheckpointError(f"{folder} is not the checkpoint that was written", problems)
     config = read_json(folder / CONFIG_NAME)
     quantization = QuantizationSpec.from_json(config.get("quantization_config"))
+    version = config["quantization_config"]["format_version"]
+    if version != manifest.format_version:
+        problems.append(
+            f"format_version is {version} in {CONFIG_NAME} and {manifest.format_version} in "
+            f"{MANIFEST_NAME}"
+        )
     files: dict[str, TensorFile] = {}
     for name, shard in manifest.shards.items():
         file = open_tensor_file(folder / name)

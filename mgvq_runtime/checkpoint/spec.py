@@ -13,11 +13,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from mgvq_kernels.layout import LOOKUP_WINDOW, Band, Stage, VQLayout
+from mgvq_kernels.layout import Band, Stage, VQLayout
 from mgvq_runtime.errors import CheckpointError
 
 QUANT_METHOD = "mgvq"
 FORMAT_VERSION = 1
+"""Of a checkpoint whose matrices are all lookups."""
+TRELLIS_VERSION = 2
+"""Of one that holds a trellis matrix, which a reader of version 1 would misunderstand."""
+READ_VERSIONS = (FORMAT_VERSION, TRELLIS_VERSION)
 
 MODULE_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z0-9_]+)*")
 CODEBOOK_NAME = re.compile(r"[A-Za-z0-9_-]{1,100}")
@@ -36,6 +40,9 @@ SPEC_KEYS = (
     "tool_version",
     "source_fingerprint",
 )
+
+STAGE_KEYS: Mapping[str, tuple[str, ...]] = {"lookup": (), "trellis": ("rate", "window")}
+"""What a stage of each codec says of itself beside its vector dimension."""
 
 Shape = tuple[int, ...]
 
@@ -81,6 +88,7 @@ class MatrixSpec:
             stages: list[dict[str, Any]] = []
             for stage, name in zip(band.stages, names, strict=True):
                 stages.append({"vector_dim": stage.vector_dim, "codec": stage.codec})
+                stages[-1] |= {key: getattr(stage, key) for key in STAGE_KEYS[stage.codec]}
                 if name is not None:
                     stages[-1]["codebook"] = name
             bands.append({"width": band.width, "stages": stages})
@@ -146,10 +154,16 @@ class QuantizationSpec:
         """Return the layout of every quantized matrix by module name."""
         return {name: matrix.layout for name, matrix in self.matrices.items()}
 
-    def shared_codebooks(self) -> dict[str, int]:
-        """Return the vector dimension of every shared codebook by name."""
+    @property
+    def format_version(self) -> int:
+        """The lowest version whose readers understand every matrix."""
+        codecs = {matrix.layout.codec for matrix in self.matrices.values()}
+        return TRELLIS_VERSION if "trellis" in codecs else FORMAT_VERSION
+
+    def shared_codebooks(self) -> dict[str, Shape]:
+        """Return the shape `[entries, vector_dim]` of every shared codebook by name."""
         return {
-            name: stage.vector_dim
+            name: _book_shape(stage)
             for matrix in self.matrices.values()
             for band, names in zip(matrix.layout.bands, matrix.codebooks, strict=True)
             for stage, name in zip(band.stages, names, strict=True)
@@ -160,7 +174,7 @@ class QuantizationSpec:
         """Return the contents of `config.json["quantization_config"]`."""
         return {
             "quant_method": QUANT_METHOD,
-            "format_version": FORMAT_VERSION,
+            "format_version": self.format_version,
             "matrices": {name: matrix.to_json() for name, matrix in self.matrices.items()},
             "bits_per_weight": dict(self.bits_per_weight),
             "recipe": dict(self.recipe),
@@ -185,6 +199,12 @@ class QuantizationSpec:
                 matrices[name] = MatrixSpec.from_json(matrix)
             except CheckpointError as error:
                 problems.append(f"{name}: {error}")
+        problems += [
+            f"{name}: codec 'trellis' needs format_version {TRELLIS_VERSION}, the file says "
+            f"{entry['format_version']}"
+            for name, matrix in matrices.items()
+            if matrix.layout.codec == "trellis" and entry["format_version"] < TRELLIS_VERSION
+        ]
         bits = _mapping("bits_per_weight", entry["bits_per_weight"])
         for name, number in bits.items():
             if type(number) not in (int, float) or not 0 <= number < MAX_BITS_PER_WEIGHT:
@@ -217,9 +237,9 @@ def check_method(value: object) -> None:
             "unquantized checkpoints: quantize the original with mgvq-quantize"
         )
     version = value.get("format_version")
-    if version != FORMAT_VERSION or isinstance(version, bool):
+    if type(version) is not int or version not in READ_VERSIONS:
         raise CheckpointError(
-            f"format_version is {version!r}; this version of MGVQ Runtime reads {FORMAT_VERSION}: "
+            f"format_version is {version!r}; this version of MGVQ Runtime reads {READ_VERSIONS}: "
             "use the version that wrote the checkpoint, or a later one"
         )
 
@@ -239,17 +259,16 @@ def matrix_tensors(name: str, matrix: MatrixSpec) -> Iterator[tuple[str, TensorS
         for s, stage in enumerate(band.stages):
             yield f"{name}.codes.{b}.{s}", TensorSpec("U8", layout.code_shape(b, s))
             if matrix.codebooks[b][s] is None:
-                shape = (stage.codebook_size, stage.vector_dim)
-                yield f"{name}.codebook.{b}.{s}", TensorSpec("I8", shape)
+                yield f"{name}.codebook.{b}.{s}", TensorSpec("I8", _book_shape(stage))
                 yield f"{name}.codebook_scale.{b}.{s}", TensorSpec("F32", ())
     yield f"{name}.scales", TensorSpec("F16", (layout.out_features,))
     if layout.has_permutation:
         yield f"{name}.permutation", TensorSpec("I32", (layout.in_features,))
 
 
-def codebook_tensors(name: str, vector_dim: int) -> Iterator[tuple[str, TensorSpec]]:
+def codebook_tensors(name: str, shape: Shape) -> Iterator[tuple[str, TensorSpec]]:
     """List the two tensors on disk of a shared codebook, entries first, then their scale."""
-    yield f"{CODEBOOK_PREFIX}.{name}", TensorSpec("I8", (1 << LOOKUP_WINDOW, vector_dim))
+    yield f"{CODEBOOK_PREFIX}.{name}", TensorSpec("I8", shape)
     yield f"{CODEBOOK_PREFIX}.{name}.scale", TensorSpec("F32", ())
 
 
@@ -258,29 +277,32 @@ def quantized_tensors(quantization: QuantizationSpec) -> dict[str, TensorSpec]:
     tensors: dict[str, TensorSpec] = {}
     for name, matrix in quantization.matrices.items():
         tensors.update(matrix_tensors(name, matrix))
-    for name, vector_dim in quantization.shared_codebooks().items():
-        tensors.update(codebook_tensors(name, vector_dim))
+    for name, shape in quantization.shared_codebooks().items():
+        tensors.update(codebook_tensors(name, shape))
     return tensors
 
 
 def check_names(matrices: Mapping[str, MatrixSpec]) -> None:
-    """Refuse names that cannot be module names, and shared codebooks of two dimensions.
+    """Refuse names that cannot be module names, and shared codebooks of two shapes.
 
     Raises:
         CheckpointError: with every problem found.
     """
     problems: list[str] = []
-    dims: dict[str, int] = {}
+    shapes: dict[str, Shape] = {}
     for name, matrix in matrices.items():
         if not is_module_name(name):
             problems.append(f"{name[:MAX_NAME_LENGTH]!r} is not the name of a module")
             continue
         for band, names in zip(matrix.layout.bands, matrix.codebooks, strict=True):
             for stage, shared in zip(band.stages, names, strict=True):
-                if shared and dims.setdefault(shared, stage.vector_dim) != stage.vector_dim:
+                shape = _book_shape(stage)
+                if shared and shapes.setdefault(shared, shape) != shape:
+                    entries, dim = shapes[shared]
                     problems.append(
-                        f"{name} uses codebook {shared!r} with vector_dim {stage.vector_dim}, "
-                        f"another stage with {dims[shared]}"
+                        f"{name} uses codebook {shared!r} with vector_dim {stage.vector_dim} and "
+                        f"{stage.codebook_size} entries, another stage with vector_dim {dim} and "
+                        f"{entries}"
                     )
     if problems:
         raise CheckpointError("the quantized matrices contradict each other", problems)
@@ -295,12 +317,23 @@ def is_module_name(name: str) -> bool:
     )
 
 
+def _book_shape(stage: Stage) -> Shape:
+    """Shape of a stage's codebook."""
+    return (stage.codebook_size, stage.vector_dim)
+
+
 def _read_stage(value: object) -> tuple[Stage, str | None]:
-    entry = _object("a stage", value, ("vector_dim", "codec"), optional=("codebook",))
+    codec = value.get("codec") if isinstance(value, dict) else None
+    if isinstance(codec, str) and codec not in STAGE_KEYS:
+        raise CheckpointError(f"codec {codec!r} is not known; known: {', '.join(STAGE_KEYS)}")
+    keys = STAGE_KEYS[codec] if isinstance(codec, str) else ()
+    what = "a stage" if codec != "trellis" else "a trellis stage"
+    entry = _object(what, value, ("vector_dim", "codec", *keys), optional=("codebook",))
     name = entry.get("codebook")
-    if not isinstance(entry["codec"], str) or not isinstance(name, str | None):
+    if not isinstance(codec, str) or not isinstance(name, str | None):
         raise CheckpointError(f"codec and codebook of a stage must be strings, got {value!r}")
-    return Stage(_integer("vector_dim", entry["vector_dim"]), entry["codec"]), name
+    numbers = {key: _integer(key, entry[key]) for key in ("vector_dim", *keys)}
+    return Stage(codec=codec, **numbers), name
 
 
 def _object(

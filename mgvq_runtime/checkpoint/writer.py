@@ -69,8 +69,7 @@ def write_checkpoint(
     Args:
         out_dir: the folder to make; its parent is made if need be.
         config: the source model's config.json; `quantization_config` is put in.
-        quantization: the format of every matrix; the counted `bits_per_weight` are filled in, a
-            "target" is kept.
+        quantization: every matrix's format; counted `bits_per_weight` are filled in, "target" kept.
         dense: our parameter name and a floating-point tensor on any device, stored as float16; may
             be a generator, consumed once.
         weights: module name and weight, for exactly the matrices of `quantization`; likewise.
@@ -105,7 +104,8 @@ def write_checkpoint(
         for name, data in files.items():
             shards.write_file(name, [data])
         sizes = {name: FileEntry(len(data), digest(data)) for name, data in files.items()}
-        shards.write_file(MANIFEST_NAME, [Manifest(sizes, entries).to_bytes()])
+        manifest = Manifest(sizes, entries, quantization.format_version).to_bytes()
+        shards.write_file(MANIFEST_NAME, [manifest])
         open_checkpoint(partial)
         _publish(partial, target)
     except OSError as error:
@@ -167,7 +167,7 @@ def _matrix_parts(
                 continue
             if shared_name not in shared:
                 shared[shared_name] = pair
-                tensor_names = [t for t, _ in codebook_tensors(shared_name, pair[0].shape[1])]
+                tensor_names = [t for t, _ in codebook_tensors(shared_name, tuple(pair[0].shape))]
                 yield from zip(tensor_names, pair, strict=True)
             elif not all(torch.equal(a, b) for a, b in zip(shared[shared_name], pair, strict=True)):
                 raise CheckpointError(
