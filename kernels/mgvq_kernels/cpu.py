@@ -10,19 +10,30 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from mgvq_kernels import cpu_attention, cpu_decode, cpu_lookup, cpu_lookup_rows, reference
+from mgvq_kernels import (
+    cpu_attention,
+    cpu_decode,
+    cpu_lookup,
+    cpu_lookup_rows,
+    cpu_trellis,
+    reference,
+)
 from mgvq_kernels.cpu_order import STRIP_ROWS
 from mgvq_kernels.cpu_threads import over_threads
-from mgvq_kernels.layout import Band, PackedVQ, Stage, VQLayout, VQWeight
+from mgvq_kernels.layout import CODECS, PackedVQ, VQLayout, VQWeight
 from mgvq_kernels.packing import pack
 
 THREAD_CODES = 1 << 20
 """Codes (times rows of x) below which a call stays on its own thread: about 100 us of work, where
 handing a part to another thread costs 20 to 50 us."""
+
+TRELLIS_CODES = 4
+"""Looked up codes that a weight of a trellis costs as much as, for `THREAD_CODES`."""
 
 THREAD_PRODUCTS = 1 << 20
 """Products of queries and keys below which attention stays on its own thread."""
@@ -60,6 +71,25 @@ def lookup_linear(x: Tensor, weight: PackedVQ, bias: Tensor | None) -> Tensor:
     return y if x.dtype is torch.float32 else y.to(x.dtype)
 
 
+def trellis_linear(x: Tensor, weight: PackedVQ, bias: Tensor | None) -> Tensor:
+    """Multiply few rows `x [..., I]` while the trellis is decoded: `[..., O]` in x's dtype."""
+    wide, layout = _float32(x), weight.layout
+    y = wide.new_empty((*x.shape[:-1], layout.out_features))
+    bias = None if bias is None else _float32(bias)
+    rows = wide.numel() // layout.in_features
+    x_address, y_address, address = wide.data_ptr(), y.data_ptr(), weight.address
+    bias_address = 0 if bias is None else bias.data_ptr()
+    _over_strips(
+        lambda first, last: cpu_trellis.multiply(
+            x_address, y_address, bias_address, rows, address, first, last
+        ),
+        0,
+        weight.strips,
+        TRELLIS_CODES * rows * layout.num_weights,
+    )
+    return y.to(x.dtype)
+
+
 def decode_linear(x: Tensor, weight: PackedVQ, bias: Tensor | None) -> Tensor:
     """Multiply many rows `x [..., I]` by the decoded matrix: `[..., O]` in x's dtype.
 
@@ -68,9 +98,9 @@ def decode_linear(x: Tensor, weight: PackedVQ, bias: Tensor | None) -> Tensor:
     layout = weight.layout
     out_features, in_features = layout.out_features, layout.in_features
     rows = _float32(x).reshape(-1, in_features)  # [T, I]
-    permutation = weight.tensors.get("permutation")
-    if permutation is not None:
-        rows = rows.index_select(1, permutation)
+    columns = _columns(weight)
+    if columns is not None:
+        rows = rows.index_select(1, columns)
     y = torch.empty(rows.shape[0], out_features)
     strips = weight.strips
     chunk = max(cpu_lookup.WIDE_STRIPS, CHUNK_FLOATS // (STRIP_ROWS * in_features))
@@ -86,7 +116,7 @@ def decode_linear(x: Tensor, weight: PackedVQ, bias: Tensor | None) -> Tensor:
 
 
 def decode(weight: PackedVQ) -> Tensor:
-    """Decode a matrix: `[O, I]` float32 in permuted channel order."""
+    """Decode a matrix: `[O, I]` float32, columns in the order of the packed weight."""
     layout = weight.layout
     dense = torch.empty(layout.out_features, layout.in_features)
     _decode_into(dense, weight, 0, weight.strips)
@@ -96,17 +126,18 @@ def decode(weight: PackedVQ) -> Tensor:
 def dequantize(weight: PackedVQ) -> Tensor:
     """Decode a matrix: `[O, I]` float32 in original channel order."""
     dense = decode(weight)
-    permutation = weight.tensors.get("permutation")
-    if permutation is None:
+    columns = _columns(weight)
+    if columns is None:
         return dense
-    return torch.empty_like(dense).index_copy_(1, permutation.long(), dense)
+    return torch.empty_like(dense).index_copy_(1, columns.long(), dense)
 
 
 def embedding(ids: Tensor, weight: PackedVQ) -> Tensor:
     """Decode the rows `ids [T]` int64: `[T, I]` float32."""
     ids = ids.contiguous()
     out = torch.empty(ids.numel(), weight.layout.in_features)
-    cpu_decode.take_rows(ids.data_ptr(), ids.numel(), out.data_ptr(), weight.address)
+    kernels = _decoder(weight)
+    kernels.take_rows(ids.data_ptr(), ids.numel(), out.data_ptr(), weight.address)
     return out
 
 
@@ -157,24 +188,30 @@ def paged_attention(  # noqa: PLR0913
 
 def warm_up() -> None:
     """Compile every kernel, or load it from the disk cache."""
-    layout = VQLayout(64, 32, (Band(0, 32, (Stage(4),)),))
-    weight = VQWeight(
-        layout,
-        codes=((torch.zeros(64, 8, dtype=torch.uint8),),),
-        codebooks=((torch.zeros(256, 4, dtype=torch.int8),),),
-        codebook_scales=((torch.tensor(1.0),),),
-        scales=torch.ones(64, dtype=torch.float16),
-    )
-    packed = pack(weight, "cpu")
-    lookup_linear(torch.zeros(1, 32), packed, None)
-    lookup_linear(torch.zeros(2, 32), packed, None)
-    decode(packed)
-    embedding(torch.zeros(1, dtype=torch.int64), packed)
+    for codec in CODECS:
+        packed = pack(_zeros(VQLayout.uniform(64, 32, 2, codec=codec)), "cpu")
+        multiply = lookup_linear if codec == "lookup" else trellis_linear
+        multiply(torch.zeros(1, 32), packed, None)
+        multiply(torch.zeros(2, 32), packed, None)
+        decode(packed)
+        embedding(torch.zeros(1, dtype=torch.int64), packed)
     q, table = torch.zeros(1, 1, 32), torch.zeros(1, 1, dtype=torch.int32)
     cache, scales = torch.zeros(1, 1, 1, 32), torch.zeros(1, 1, 1, dtype=torch.float16)
     paged_attention(q, cache, cache, table, (0, 1), (1,), 1.0, None, None)
     codes = cache.to(torch.int8)
     paged_attention(q, codes, codes, table, (0, 1), (1,), 1.0, scales, scales)
+
+
+def _zeros(layout: VQLayout) -> VQWeight:
+    """Make a weight of one band of one stage, all of it zero."""
+    (stage,) = layout.bands[0].stages
+    return VQWeight(
+        layout,
+        codes=((torch.zeros(layout.code_shape(0, 0), dtype=torch.uint8),),),
+        codebooks=((torch.zeros(stage.codebook_size, stage.vector_dim, dtype=torch.int8),),),
+        codebook_scales=((torch.tensor(1.0),),),
+        scales=torch.ones(layout.out_features, dtype=torch.float16),
+    )
 
 
 def _float32(x: Tensor) -> Tensor:
@@ -185,13 +222,25 @@ def _decode_into(dense: Tensor, weight: PackedVQ, first: int, last: int) -> None
     """Decode the strips first..last of a matrix into `dense`, whose first row is theirs."""
     # The kernel counts rows from the matrix's start, so it is told where that would lie.
     origin = dense.data_ptr() - first * STRIP_ROWS * dense.shape[1] * 4
-    address = weight.address
+    address, layout = weight.address, weight.layout
+    kernels = _decoder(weight)
+    of_row = TRELLIS_CODES * layout.in_features if kernels is cpu_trellis else layout.codes_per_row
     _over_strips(
-        lambda low, high: cpu_decode.decode(origin, address, low, high),
+        lambda low, high: kernels.decode(origin, address, low, high),
         first,
         last,
-        (last - first) * STRIP_ROWS * weight.layout.codes_per_row,
+        (last - first) * STRIP_ROWS * of_row,
     )
+
+
+def _decoder(weight: PackedVQ) -> Any:
+    """Return the file with `decode` and `take_rows` for how a weight is coded."""
+    return cpu_decode if weight.layout.codec == "lookup" else cpu_trellis
+
+
+def _columns(weight: PackedVQ) -> Tensor | None:
+    """Name the input channel of each column that `decode` makes: `[I]` int32, None if the same."""
+    return weight.tensors.get("order", weight.tensors.get("permutation"))
 
 
 def _over_strips(run: Callable[[int, int], None], first: int, last: int, codes: int) -> None:

@@ -157,6 +157,15 @@ def check(
     }
     if has_permutation:
         sizes["permutation"] = max(start + width for start, width, _ in stages)
+    check_sizes(tensors, sizes)
+
+
+def check_sizes(tensors: Mapping[str, Tensor], sizes: Mapping[str, int]) -> None:
+    """Ask for contiguous tensors that hold as many numbers as the layout says.
+
+    Raises:
+        ValueError: if a tensor is missing, has another size or is not contiguous.
+    """
     for name, expected in sizes.items():
         tensor = tensors.get(name)
         if tensor is None or tensor.numel() != expected or not tensor.is_contiguous():

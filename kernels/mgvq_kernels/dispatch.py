@@ -23,6 +23,11 @@ machine, torch 2.13, 2026-11, us, lookup / decode + matmul: 1536x256 95 / 622 at
 1,975 at 64, 1,300 / 2,355 at 128; 256x768 137 / 361, 765 / 888, 1,364 / 1,164; 1536x1536 744 /
 11,941 at 8 rows."""
 
+TRELLIS_ROWS = 2
+"""Most rows of x that a trellis is decoded for one by one on a CPU; more share a decoded matrix.
+One core (AVX2) of a busy machine, torch 2.13, 2026-11, ns a weight, one by one / decode + matmul at
+2 bits: 1536x8960 1.2 / 1.3 at 2 rows, 2.5 / 1.4 at 4; 256x768 1.5 / 1.6 and 2.8 / 2.5."""
+
 TRITON_GEMV_ROWS = 4
 TRITON_GEMM_ROWS = 64
 """Most rows of x that are multiplied by tables of partial sums, and by codewords on the tensor
@@ -60,11 +65,9 @@ def choose_pack(
     Returns:
         A name of `layout.BACKENDS`.
     """
-    if codec != "lookup":
-        return "reference"
     if device_type == "cpu" and numba_available:
         return "cpu"
-    if device_type == "cuda" and triton_available:
+    if device_type == "cuda" and triton_available and codec == "lookup":
         return "triton"
     return "reference"
 
@@ -94,8 +97,9 @@ def choose_backend(  # noqa: PLR0913
         limits: most rows of x for each Triton kernel.
 
     Returns:
-        "cpu_lookup" (partial sums, codes only), "cpu_decode" (decode with the cpu kernels, then
-        torch), "triton_gemv" (partial sums), "triton_gemm" (codewords on the tensor cores),
+        "cpu_lookup" (partial sums, codes only), "cpu_trellis" (weights decoded as they are
+        multiplied), "cpu_decode" (decode with the cpu kernels, then torch), "triton_gemv" (partial
+        sums), "triton_gemm" (codewords on the tensor cores),
         "triton_decode" (decode, then torch) or "reference".
 
     Raises:
@@ -105,6 +109,8 @@ def choose_backend(  # noqa: PLR0913
         raise ValueError(f"op must be one of {CHOSEN_OPS}, got {op!r}")
     order = choose_pack(device_type, numba_available, triton_available, layout.codec)
     if order == "cpu":
+        if layout.codec == "trellis":
+            return "cpu_trellis" if op == "vq_linear" and rows <= TRELLIS_ROWS else "cpu_decode"
         most = LOOKUP_ROWS if has_byte_permute else GATHER_ROWS
         return "cpu_lookup" if op == "vq_linear" and rows <= most else "cpu_decode"
     if order == "triton":

@@ -11,13 +11,14 @@ in one way throughout. Knows no file and no kernel.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mgvq_kernels import block_order, cpu_order
+from mgvq_kernels import block_order, cpu_order, cpu_trellis_order
 
 VECTOR_DIMS = (8, 4, 2, 1)
 """Vector dimensions a lookup stage may have: 1, 2, 4 and 8 bits a weight."""
@@ -200,7 +201,7 @@ class VQLayout:
         band = Band(0, in_features, rate_stages(rate, codec, window))
         return cls(out_features, in_features, (band,), has_permutation)
 
-    @property
+    @functools.cached_property
     def codec(self) -> str:
         """How every stage of the matrix is coded: a name of `CODECS`."""
         return self.bands[0].stages[0].codec
@@ -326,18 +327,26 @@ class PackedVQ:
             block_order.check(self.tensors, layout.out_features, stage_list(layout))
         if self.backend != "cpu":
             return
+        descriptor = self._described()
+        object.__setattr__(self, "tensors", {**self.tensors, "descriptor": descriptor})
+        object.__setattr__(self, "address", descriptor.data_ptr())
+
+    def _described(self) -> Tensor:
+        """Check the tensors of the cpu order and write down where they lie."""
+        layout = self.layout
+        if layout.codec == "trellis":
+            cpu_trellis_order.check(self.tensors, layout.out_features, trellis_bands(layout))
+            return cpu_trellis_order.describe(self.tensors)
         stages = stage_list(layout)
         cpu_order.check(self.tensors, layout.out_features, stages, layout.has_permutation)
-        descriptor = cpu_order.describe(
+        return cpu_order.describe(
             self.tensors["codes"],
             self.tensors["tables"],
             self.tensors["row_scales"],
             self.tensors.get("permutation"),
             self.tensors["tiles"],
-            self.layout.in_features,
+            layout.in_features,
         )
-        object.__setattr__(self, "tensors", {**self.tensors, "descriptor": descriptor})
-        object.__setattr__(self, "address", descriptor.data_ptr())
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copy and pickle by making the descriptor anew: addresses do not travel."""
@@ -353,6 +362,15 @@ def stage_list(layout: VQLayout) -> list[tuple[int, int, int]]:
     """List (first permuted channel, width, vector dimension) of every stage, band by band."""
     return [
         (band.start, band.width, stage.vector_dim) for band in layout.bands for stage in band.stages
+    ]
+
+
+def trellis_bands(layout: VQLayout) -> list[tuple[int, int, int, int]]:
+    """List (first permuted channel, width, rate, window) of every band of a trellis."""
+    return [
+        (band.start, band.width, stage.rate, stage.window)
+        for band in layout.bands
+        for stage in band.stages
     ]
 
 

@@ -151,6 +151,8 @@ def vq_linear(
         return F.linear(x.to(dense.dtype), dense, _cast(bias, dense.dtype)).to(x.dtype)
     if path == "cpu_lookup":
         return _cpu().lookup_linear(x, weight, bias)
+    if path == "cpu_trellis":
+        return _cpu().trellis_linear(x, weight, bias)
     if path == "cpu_decode":
         return _cpu().decode_linear(x, weight, bias)
     if path == "reference":

@@ -1,7 +1,7 @@
 """From the checkpoint's logical order to a backend's and back, bit for bit (called by all rooms).
 
-The orders themselves are `cpu_order`'s and `block_order`'s; this says which tensors a packed weight
-is made of. Runs no kernel.
+The orders themselves are `cpu_order`'s, `cpu_trellis_order`'s and `block_order`'s; this says which
+tensors a packed weight is made of. Runs no kernel.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import itertools
 import torch
 from torch import Tensor
 
-from mgvq_kernels import block_order, cpu_order
-from mgvq_kernels.layout import BACKENDS, PackedVQ, VQLayout, VQWeight, stage_list
+from mgvq_kernels import block_order, cpu_order, cpu_trellis_order
+from mgvq_kernels.layout import BACKENDS, PackedVQ, VQLayout, VQWeight, stage_list, trellis_bands
 
 
 def pack(weight: VQWeight, backend: str = "cpu", device: torch.device | str = "cpu") -> PackedVQ:
@@ -34,7 +34,8 @@ def pack(weight: VQWeight, backend: str = "cpu", device: torch.device | str = "c
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
-    if weight.layout.codec != "lookup" and backend != "reference":
+    is_trellis = weight.layout.codec == "trellis"
+    if is_trellis and backend == "triton":
         raise NotImplementedError(f"backend {backend!r} has no order for a trellis")
     device = torch.device(device)
     if device.type == "cuda" and device.index is None:
@@ -47,7 +48,7 @@ def pack(weight: VQWeight, backend: str = "cpu", device: torch.device | str = "c
     if backend == "reference":
         tensors |= {f"codes.{i}": codes.contiguous() for i, codes in enumerate(flat)}
     elif backend == "cpu":
-        tensors |= _cpu_tensors(weight, flat)
+        tensors |= _cpu_trellis_tensors(weight, flat) if is_trellis else _cpu_tensors(weight, flat)
     else:
         books = [book for books in weight.codebooks for book in books]
         stages = stage_list(weight.layout)
@@ -65,21 +66,8 @@ def unpack(packed: PackedVQ) -> VQWeight:
         The weight in logical order, on the packed weight's device.
     """
     layout, tensors = packed.layout, packed.tensors
-    codes: list[Tensor] = []
     codebooks: list[Tensor] = []
-    offset = book_offset = 0
-    for i, (rows, groups) in enumerate(_code_shapes(layout)):
-        if packed.backend == "reference":
-            codes.append(tensors[f"codes.{i}"])
-        elif packed.backend == "cpu":
-            size = cpu_order.strip_count(rows) * cpu_order.STRIP_ROWS * groups
-            flat = tensors["codes"][offset : offset + size]
-            codes.append(cpu_order.from_strips(flat, rows, groups))
-        else:
-            size = block_order.block_bytes(rows, groups)
-            flat = tensors["codes"][offset : offset + size]
-            codes.append(block_order.from_blocks(flat, rows, groups))
-        offset += 0 if packed.backend == "reference" else size
+    book_offset = 0
     for stage in itertools.chain.from_iterable(band.stages for band in layout.bands):
         size = stage.codebook_size * stage.vector_dim
         book = tensors["codebooks"][book_offset : book_offset + size]
@@ -87,12 +75,38 @@ def unpack(packed: PackedVQ) -> VQWeight:
         book_offset += size
     return VQWeight(
         layout,
-        _by_band(layout, codes),
+        _by_band(layout, _logical_codes(packed)),
         _by_band(layout, codebooks),
         _by_band(layout, list(tensors["codebook_scales"].unbind())),
         tensors["scales"],
         tensors.get("permutation"),
     )
+
+
+def _logical_codes(packed: PackedVQ) -> list[Tensor]:
+    """Put the codes of every stage back in logical order: `[O, width * rate / 8]` each."""
+    layout, tensors = packed.layout, packed.tensors
+    stages = [stage for band in layout.bands for stage in band.stages]
+    if packed.backend == "reference":
+        return [tensors[f"codes.{i}"] for i in range(len(stages))]
+    codes: list[Tensor] = []
+    offset = 0
+    for stage, (rows, groups) in zip(stages, _code_shapes(layout), strict=True):
+        if packed.backend == "triton":
+            size = block_order.block_bytes(rows, groups)
+        elif stage.codec == "trellis":
+            size = rows * groups
+        else:
+            size = cpu_order.strip_count(rows) * cpu_order.STRIP_ROWS * groups
+        flat = tensors["codes"][offset : offset + size]
+        if packed.backend == "triton":
+            codes.append(block_order.from_blocks(flat, rows, groups))
+        elif stage.codec == "trellis":
+            codes.append(cpu_trellis_order.from_planes(flat, rows, stage.rate))
+        else:
+            codes.append(cpu_order.from_strips(flat, rows, groups))
+        offset += size
+    return codes
 
 
 def _common_tensors(weight: VQWeight) -> dict[str, Tensor]:
@@ -119,6 +133,21 @@ def _cpu_tensors(weight: VQWeight, codes: list[Tensor]) -> dict[str, Tensor]:
         ),
         "row_scales": weight.scales.float(),
         "tiles": cpu_order.tile_schedule(weight.layout.out_features, stage_list(weight.layout)),
+    }
+
+
+def _cpu_trellis_tensors(weight: VQWeight, codes: list[Tensor]) -> dict[str, Tensor]:
+    """What the cpu kernels of a trellis read beside the common tensors."""
+    bands = trellis_bands(weight.layout)
+    planes = [
+        cpu_trellis_order.to_planes(part, rate)
+        for part, (_, _, rate, _) in zip(codes, bands, strict=True)
+    ]
+    return {
+        "codes": torch.cat(planes),
+        "row_scales": weight.scales.float(),
+        "order": cpu_trellis_order.column_order(bands, weight.permutation),
+        "bands": cpu_trellis_order.band_table(weight.layout.out_features, bands),
     }
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mgvq_kernels import ops
-from mgvq_kernels.layout import Band, PackedVQ, Stage, VQLayout
+from mgvq_kernels.layout import CODECS, Band, PackedVQ, Stage, VQLayout
 
 
 def flatten(weight: PackedVQ) -> tuple[list[Tensor], str, list[int]]:
@@ -24,14 +24,17 @@ def flatten(weight: PackedVQ) -> tuple[list[Tensor], str, list[int]]:
 
     Returns:
         Its tensors by rising name, the backend with those names, and its layout as numbers: O, I,
-        whether permuted, then width, count of stages and their vector dimensions of each band.
+        whether permuted, then width and count of stages of each band, and vector dimension, codec
+        (its place in `CODECS`), rate and window of each stage.
     """
     names = sorted(weight.tensors)
     layout = weight.layout
     numbers = [layout.out_features, layout.in_features, int(layout.has_permutation)]
     for band in layout.bands:
-        dims = [stage.vector_dim for stage in band.stages]
-        numbers += [band.width, len(dims), *dims]
+        numbers += [band.width, len(band.stages)]
+        for stage in band.stages:
+            codec = CODECS.index(stage.codec)
+            numbers += [stage.vector_dim, codec, stage.rate, stage.window]
     return [weight.tensors[name] for name in names], " ".join((weight.backend, *names)), numbers
 
 
@@ -40,8 +43,11 @@ def unflatten(tensors: list[Tensor], names: str, numbers: list[int]) -> PackedVQ
     out_features, in_features, is_permuted, *rest = numbers
     bands, start, places = [], 0, iter(rest)
     for width in places:
-        dims = itertools.islice(places, next(places))
-        bands.append(Band(start, width, tuple(Stage(dim) for dim in dims)))
+        stages = []
+        for _ in range(next(places)):
+            dim, codec, rate, window = itertools.islice(places, 4)
+            stages.append(Stage(dim, CODECS[codec], rate, window))
+        bands.append(Band(start, width, tuple(stages)))
         start += width
     layout = VQLayout(out_features, in_features, tuple(bands), bool(is_permuted))
     backend, *keys = names.split(" ")

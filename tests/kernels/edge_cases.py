@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from hypothesis import strategies as st
 
+from mgvq_kernels import trellis
 from mgvq_kernels.layout import Band, PackedVQ, Stage, VQLayout, VQWeight
 from tests.kernels.random_weights import random_weight
 
@@ -95,9 +96,15 @@ def decoded(weight: VQWeight, *, magnitudes: bool = False) -> np.ndarray:
     layout = weight.layout
     dense = np.zeros((layout.out_features, layout.in_features))
     for b, band in enumerate(layout.bands):
-        for codes, book, scale in zip(
-            weight.codes[b], weight.codebooks[b], weight.codebook_scales[b], strict=True
+        for stage, codes, book, scale in zip(
+            band.stages,
+            weight.codes[b],
+            weight.codebooks[b],
+            weight.codebook_scales[b],
+            strict=True,
         ):
+            if stage.codec == "trellis":
+                codes = trellis.windows(codes, stage.rate, stage.window)
             vectors = book.double().numpy()[codes.numpy()]  # [O, width/d, d]
             values = scale.item() * vectors.reshape(layout.out_features, band.width)
             columns = slice(band.start, band.start + band.width)

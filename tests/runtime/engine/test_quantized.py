@@ -21,9 +21,12 @@ from tests.runtime.engine.engine_runs import GREEDY, prompts, run, tokens
 from tests.runtime.layers.random_weight import random_weight
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", params=["lookup", "trellis"])
 def engines(
-    loaded_tiny_model: Any, tiny_qwen2_vl_folder: Path, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest,
+    loaded_tiny_model: Any,
+    tiny_qwen2_vl_folder: Path,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> tuple[Engine, Engine]:
     """An engine on a 2-bit checkpoint, and one on a dense model with the same weights decoded."""
     model, processor, resolved = loaded_tiny_model
@@ -32,7 +35,13 @@ def engines(
     for seed, (name, module) in enumerate(decoded.named_modules()):
         if isinstance(module, nn.Linear | nn.Embedding):
             rate = 2 if "layers" in name else 4
-            layout = VQLayout.uniform(*module.weight.shape, rate, has_permutation="mlp" in name)
+            layout = VQLayout.uniform(
+                *module.weight.shape,
+                rate,
+                has_permutation="mlp" in name,
+                codec=request.param,
+                window=12 if "down_proj" in name else 9,
+            )
             weights[name] = random_weight(layout, seed)
             module.weight.copy_(vq_dequantize(weights[name]))
     for name, parameter in decoded.named_parameters():
@@ -73,6 +82,18 @@ def test_logprobs_alone_and_together_are_close(engines: tuple[Engine, Engine]) -
             assert b.logprobs is not None
             for mine, theirs in zip(a.logprobs[0].top, b.logprobs[0].top, strict=True):
                 assert mine.logprob == pytest.approx(theirs.logprob, abs=1e-3)
+
+
+def test_logprobs_are_those_of_the_decoded_weights(engines: tuple[Engine, Engine]) -> None:
+    params = replace(GREEDY, logprobs=5, max_tokens=4)
+    asked = prompts(engines[0])
+    found, expected = (run(engine, asked, params) for engine in engines)
+    for key, answers in expected.items():
+        for ours, theirs in zip(found[key], answers, strict=True):
+            assert ours.logprobs is not None
+            assert theirs.logprobs is not None
+            for mine, dense in zip(ours.logprobs[0].top, theirs.logprobs[0].top, strict=True):
+                assert mine.logprob == pytest.approx(dense.logprob, abs=1e-3)
 
 
 def test_quantized_weights_are_counted_packed(engines: tuple[Engine, Engine]) -> None:

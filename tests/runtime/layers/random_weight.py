@@ -19,8 +19,8 @@ def random_weight(layout: VQLayout, seed: int) -> VQWeight:
         stages = range(len(band.stages))
         shapes = [layout.code_shape(b, s) for s in stages]
         codes.append(tuple(integers(0, 256, shape, torch.uint8) for shape in shapes))
-        dims = [stage.vector_dim for stage in band.stages]
-        books.append(tuple(integers(-127, 128, (256, d), torch.int8) for d in dims))
+        sizes = [(stage.codebook_size, stage.vector_dim) for stage in band.stages]
+        books.append(tuple(integers(-127, 128, size, torch.int8) for size in sizes))
         scales.append(tuple(torch.tensor(1 / 73, dtype=torch.float32) for _ in stages))
     rows = 0.5 + torch.rand(layout.out_features, generator=generator)
     permutation = torch.randperm(layout.in_features, generator=generator).to(torch.int32)

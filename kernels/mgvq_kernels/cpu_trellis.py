@@ -1,0 +1,260 @@
+# mypy: disable-error-code="untyped-decorator"
+"""Numba kernels that read a trellis in plane order (called by `cpu`).
+
+`multiply` is a product with few rows of x, `decode` makes strips of the dense matrix, `take_rows`
+the rows of an embedding. A row needs itself and the two before it, so any rows are decoded alone. A
+weight costs a shift and a load from a table of at most 4096 floats, which stays in L1. `decode` and
+`take_rows` are bit for bit what `reference` computes. Nothing is checked here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import (  # noqa: TID253 (this file is made of it)
+    carray,
+    float32,
+    int8,
+    int32,
+    int64,
+    njit,
+    uint8,
+    uint32,
+)
+
+from mgvq_kernels.cpu_jit import compile_cached, pointer
+from mgvq_kernels.cpu_order import STRIP_ROWS
+from mgvq_kernels.cpu_trellis_order import BAND_FIELDS
+from mgvq_kernels.layout import TRELLIS_RATES, TRELLIS_WINDOWS
+from mgvq_kernels.trellis import GROUP_WEIGHTS, SEGMENT_ROWS
+
+HEAD_FIELDS = 9
+"""Numbers of a descriptor, as `cpu_trellis_order.describe` writes it."""
+
+MOST_ENTRIES = 1 << max(TRELLIS_WINDOWS)
+
+
+def _make_words(rate: int) -> Any:
+    """Make the function that reads the bits of one group: its last 32, and its first 32."""
+
+    @njit
+    def words(own: Any, above: Any, beyond: Any, g: int, groups: int) -> Any:
+        history = uint32(above[g]) | uint32(beyond[g]) << uint32(8)
+        if rate == 1:
+            low = uint32(own[g]) | history << uint32(8)
+            return low, low
+        first = uint32(own[g]) << uint32(8) | uint32(own[groups + g])
+        high = first | history << uint32(16)
+        if rate == 2:
+            return high, high
+        if rate == 3:
+            return high << uint32(8) | uint32(own[2 * groups + g]), high
+        last = uint32(own[2 * groups + g]) << uint32(8) | uint32(own[3 * groups + g])
+        return first << uint32(16) | last, high
+
+    return words
+
+
+def _make_entry(rate: int) -> Any:
+    """Make the function that takes the entry of weight i out of a group's words."""
+    behind_high = 8 * max(0, rate - 2)  # bits of the group behind the first word
+
+    @njit
+    def entry(low: Any, high: Any, i: int, mask: Any) -> Any:
+        behind = rate * (GROUP_WEIGHTS - 1 - i)
+        if behind <= 32 - max(TRELLIS_WINDOWS):
+            return (low >> uint32(behind)) & mask
+        return (high >> uint32(behind - behind_high)) & mask
+
+    return entry
+
+
+def _make_dot(rate: int) -> Any:
+    """Make the function that multiplies one row of a band by one row of x."""
+    words, entry = _make_words(rate), _make_entry(rate)
+
+    # The order of the sum is left to the compiler, which then works on many groups at once.
+    @njit(fastmath={"reassoc", "contract"})
+    def dot(own: Any, above: Any, beyond: Any, groups: int, mask: Any, table: Any, x: Any) -> Any:
+        total = float32(0.0)
+        for g in range(groups):
+            low, high = words(own, above, beyond, g, groups)
+            for i in range(GROUP_WEIGHTS):
+                total += table[entry(low, high, i, mask)] * x[i * groups + g]
+        return total
+
+    return dot
+
+
+def _make_decode_row(rate: int) -> Any:
+    """Make the function that decodes one row of a band, scaled."""
+    words, entry = _make_words(rate), _make_entry(rate)
+
+    @njit
+    def decode_row(
+        own: Any, above: Any, beyond: Any, groups: int, mask: Any, table: Any, scale: Any, out: Any
+    ) -> None:
+        for g in range(groups):
+            low, high = words(own, above, beyond, g, groups)
+            for i in range(GROUP_WEIGHTS):
+                out[i * groups + g] = table[entry(low, high, i, mask)] * scale
+
+    return decode_row
+
+
+_dot_1, _dot_2, _dot_3, _dot_4 = (_make_dot(rate) for rate in TRELLIS_RATES)
+_decode_row_1, _decode_row_2, _decode_row_3, _decode_row_4 = (
+    _make_decode_row(rate) for rate in TRELLIS_RATES
+)
+
+
+@njit
+def _previous(row: int, out_features: int) -> int:
+    """Name the row whose bits come before a row's, as `trellis.previous_rows` does."""
+    if row % SEGMENT_ROWS:
+        return row - 1
+    last = max(1, out_features // SEGMENT_ROWS) - 1
+    if row // SEGMENT_ROWS > last:
+        return row - 1
+    return out_features - 1 if row // SEGMENT_ROWS == last else row + SEGMENT_ROWS - 1
+
+
+@njit
+def _row_bytes(codes: int, row: int, out_features: int, groups: int, rate: int) -> Any:
+    """Return a row's own bytes, the last bytes before them, and those before the last."""
+    size = groups * rate
+    previous = _previous(row, out_features)
+    above = codes + previous * size + size - groups
+    beyond = above - groups
+    if rate == 1:
+        beyond = codes + _previous(previous, out_features) * size
+    return (
+        carray(pointer(codes + row * size), size, uint8),
+        carray(pointer(above), groups, uint8),
+        carray(pointer(beyond), groups, uint8),
+    )
+
+
+@njit
+def _fill_table(head: Any, band: Any, b: int, table: Any) -> None:
+    """Write a band's codebook as floats, its scale multiplied in."""
+    entries = 1 << band[4]
+    book = carray(pointer(head[1] + band[5]), entries, int8)
+    scale = carray(pointer(head[2]), head[6], float32)[b]
+    for e in range(entries):
+        table[e] = float32(book[e]) * scale
+
+
+@njit
+def _decode_row(head: Any, band: Any, row: int, table: Any, scale: Any, out: Any) -> None:
+    """Decode one row of a band into its columns, scaled."""
+    groups, rate = band[2], band[3]
+    mask = uint32((1 << band[4]) - 1)
+    own, above, beyond = _row_bytes(head[0] + band[0], row, head[7], groups, rate)
+    if rate == 1:
+        _decode_row_1(own, above, beyond, groups, mask, table, scale, out)
+    elif rate == 2:
+        _decode_row_2(own, above, beyond, groups, mask, table, scale, out)
+    elif rate == 3:
+        _decode_row_3(own, above, beyond, groups, mask, table, scale, out)
+    else:
+        _decode_row_4(own, above, beyond, groups, mask, table, scale, out)
+
+
+@njit
+def _dot(head: Any, band: Any, row: int, table: Any, x: Any) -> Any:
+    """Multiply one row of a band by x in the band's columns."""
+    groups, rate = band[2], band[3]
+    mask = uint32((1 << band[4]) - 1)
+    own, above, beyond = _row_bytes(head[0] + band[0], row, head[7], groups, rate)
+    if rate == 1:
+        return _dot_1(own, above, beyond, groups, mask, table, x)
+    if rate == 2:
+        return _dot_2(own, above, beyond, groups, mask, table, x)
+    if rate == 3:
+        return _dot_3(own, above, beyond, groups, mask, table, x)
+    return _dot_4(own, above, beyond, groups, mask, table, x)
+
+
+@compile_cached
+def multiply(
+    x_address: int,
+    y_address: int,
+    bias_address: int,
+    rows: int,
+    descriptor: int,
+    first_strip: int,
+    last_strip: int,
+) -> None:
+    """Multiply `x [rows, I]` by strips of a matrix: y[:, first * 64 : last * 64], all float32."""
+    head = carray(pointer(descriptor), HEAD_FIELDS, int64)
+    bands = carray(pointer(head[5]), (head[6], BAND_FIELDS), int64)
+    out_features, in_features = head[7], head[8]
+    row_scales = carray(pointer(head[3]), out_features, float32)
+    order = carray(pointer(head[4]), in_features, int32)
+    x = carray(pointer(x_address), (rows, in_features), float32)
+    y = carray(pointer(y_address), (rows, out_features), float32)
+    ordered = np.empty((rows, in_features), np.float32)
+    for t in range(rows):
+        for j in range(in_features):
+            ordered[t, j] = x[t, order[j]]
+    table = np.empty(MOST_ENTRIES, np.float32)
+    begin, end = first_strip * STRIP_ROWS, min(out_features, last_strip * STRIP_ROWS)
+    y[:, begin:end] = 0.0
+    for b in range(head[6]):
+        band = bands[b]
+        _fill_table(head, band, b, table)
+        first, last = band[1], band[1] + GROUP_WEIGHTS * band[2]
+        for row in range(begin, end):
+            for t in range(rows):
+                y[t, row] += _dot(head, band, row, table, ordered[t, first:last])
+    for t in range(rows):
+        for row in range(begin, end):
+            y[t, row] *= row_scales[row]
+    if bias_address:
+        bias = carray(pointer(bias_address), out_features, float32)
+        for t in range(rows):
+            for row in range(begin, end):
+                y[t, row] += bias[row]
+
+
+@compile_cached
+def decode(out_address: int, descriptor: int, first_strip: int, last_strip: int) -> None:
+    """Decode strips of a matrix into `out [O, I]` float32, columns in plane order."""
+    head = carray(pointer(descriptor), HEAD_FIELDS, int64)
+    bands = carray(pointer(head[5]), (head[6], BAND_FIELDS), int64)
+    out_features, in_features = head[7], head[8]
+    row_scales = carray(pointer(head[3]), out_features, float32)
+    table = np.empty(MOST_ENTRIES, np.float32)
+    begin, end = first_strip * STRIP_ROWS, min(out_features, last_strip * STRIP_ROWS)
+    for b in range(head[6]):
+        band = bands[b]
+        _fill_table(head, band, b, table)
+        width = GROUP_WEIGHTS * band[2]
+        for row in range(begin, end):
+            place = out_address + 4 * (row * in_features + band[1])
+            out = carray(pointer(place), width, float32)
+            _decode_row(head, band, row, table, row_scales[row], out)
+
+
+@compile_cached
+def take_rows(ids_address: int, count: int, out_address: int, descriptor: int) -> None:
+    """Decode the rows `ids [count]` int64 into `out [count, I]` float32, original channel order."""
+    head = carray(pointer(descriptor), HEAD_FIELDS, int64)
+    bands = carray(pointer(head[5]), (head[6], BAND_FIELDS), int64)
+    out_features, in_features = head[7], head[8]
+    row_scales = carray(pointer(head[3]), out_features, float32)
+    order = carray(pointer(head[4]), in_features, int32)
+    ids = carray(pointer(ids_address), count, int64)
+    result = carray(pointer(out_address), (count, in_features), float32)
+    table = np.empty(MOST_ENTRIES, np.float32)
+    row = np.empty(in_features, np.float32)
+    for b in range(head[6]):
+        band = bands[b]
+        _fill_table(head, band, b, table)
+        first, last = band[1], band[1] + GROUP_WEIGHTS * band[2]
+        for i in range(count):
+            _decode_row(head, band, ids[i], table, row_scales[ids[i]], row[first:last])
+            for j in range(first, last):
+                result[i, order[j]] = row[j]

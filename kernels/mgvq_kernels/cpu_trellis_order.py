@@ -1,0 +1,130 @@
+"""The order of bytes the cpu kernels read a trellis in (called by `packing` and `layout`).
+
+Codes stay row by row; in a row of a band, the first bytes of all groups come first, then the second
+ones. So neighbouring groups are neighbours in every register, and the bits that come before a row's
+own are runs of bytes of the rows above. Columns follow: the first weights of all groups, then the
+second ones. Takes as much memory as the checkpoint; compiles nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from mgvq_kernels import cpu_order
+from mgvq_kernels.trellis import GROUP_WEIGHTS
+
+Bands = Sequence[tuple[int, int, int, int]]
+"""First permuted channel, width, rate and window of every band."""
+
+BAND_FIELDS = 6
+"""Fields of a band: code offset, first column, groups, rate, window, codebook offset."""
+
+
+def to_planes(codes: Tensor, rate: int) -> Tensor:
+    """Reorder codes from groups side by side to their first bytes, second bytes and so on.
+
+    Args:
+        codes: `[O, groups * rate]` uint8.
+        rate: bytes of a group.
+
+    Returns:
+        `[O * rate * groups]` uint8.
+    """
+    return codes.view(codes.shape[0], -1, rate).transpose(1, 2).reshape(-1)
+
+
+def from_planes(flat: Tensor, rows: int, rate: int) -> Tensor:
+    """Undo `to_planes`.
+
+    Args:
+        flat: `[O * rate * groups]` uint8.
+        rows: O.
+        rate: bytes of a group.
+
+    Returns:
+        `[O, groups * rate]` uint8.
+    """
+    return flat.view(rows, rate, -1).transpose(1, 2).reshape(rows, -1)
+
+
+def column_order(bands: Bands, permutation: Tensor | None) -> Tensor:
+    """Name the original channel that each of the kernels' columns stands for.
+
+    Args:
+        bands: of the matrix.
+        permutation: `[I]` int32, or None for the identity.
+
+    Returns:
+        `[I]` int32.
+    """
+    parts = [
+        torch.arange(start, start + width, dtype=torch.int32)
+        .view(-1, GROUP_WEIGHTS)
+        .t()
+        .reshape(-1)
+        for start, width, _, _ in bands
+    ]
+    channels = torch.cat(parts)
+    return channels if permutation is None else permutation[channels.long()]
+
+
+def band_table(out_features: int, bands: Bands) -> Tensor:
+    """List the bands of a matrix in the order their codes lie.
+
+    Args:
+        out_features: O.
+        bands: of the matrix.
+
+    Returns:
+        `[num_bands, BAND_FIELDS]` int64.
+    """
+    fields = []
+    code_offset = book_offset = 0
+    for start, width, rate, window in bands:
+        groups = width // GROUP_WEIGHTS
+        fields.append((code_offset, start, groups, rate, window, book_offset))
+        code_offset += out_features * groups * rate
+        book_offset += 1 << window
+    return torch.tensor(fields, dtype=torch.int64)
+
+
+def check(tensors: Mapping[str, Tensor], rows: int, bands: Bands) -> None:
+    """Ask for tensors of the size the layout has: the kernels read addresses and check nothing.
+
+    Args:
+        tensors: what `packing.pack` made, by name.
+        rows: O.
+        bands: of the matrix.
+
+    Raises:
+        ValueError: if a tensor is missing, has another size or is not contiguous.
+    """
+    sizes = {
+        "codes": sum(rows * width * rate // GROUP_WEIGHTS for _, width, rate, _ in bands),
+        "codebooks": sum(1 << window for _, _, _, window in bands),
+        "codebook_scales": len(bands),
+        "row_scales": rows,
+        "order": sum(width for _, width, _, _ in bands),
+        "bands": len(bands) * BAND_FIELDS,
+    }
+    cpu_order.check_sizes(tensors, sizes)
+
+
+def describe(tensors: Mapping[str, Tensor]) -> Tensor:
+    """Write down where everything of one matrix lies, so that a call passes one number.
+
+    The tensors must outlive the descriptor and stay where they are: `layout.PackedVQ` holds them.
+
+    Args:
+        tensors: checked.
+
+    Returns:
+        `[9]` int64: six addresses, then the number of bands, O and I.
+    """
+    names = ("codes", "codebooks", "codebook_scales", "row_scales", "order", "bands")
+    addresses = [tensors[name].data_ptr() for name in names]
+    counts = [tensors["bands"].shape[0], tensors["row_scales"].shape[0], tensors["order"].shape[0]]
+    return torch.tensor(addresses + counts, dtype=torch.int64)
