@@ -125,5 +125,5 @@ def _count_matrix(matrix: MatrixSpec, counted: set[str]) -> BitCount:
         codes=layout.code_bits(),
         codebooks=codebooks,
         scales=16 * layout.out_features,
-        permutation=32 * layout.in_features if layout.has_permutation else 0,
+        permutation=layout.permutation_bits(),
     )

@@ -143,7 +143,7 @@ class Checkpoint:
             books.append(tuple(self._read(book, shared) for book, _ in places))
             book_scales.append(tuple(self._read(scale, shared) for _, scale in places))
         layout = matrix.layout
-        permutation = self._read(f"{name}.permutation") if layout.has_permutation else None
+        permutation = self._read(f"{name}.permutation").int() if layout.has_permutation else None
         scales = self._read(f"{name}.scales")
         finite = all(bool(torch.isfinite(scale)) for row in book_scales for scale in row)
         if not finite or not bool(torch.isfinite(scales).all()):

@@ -263,7 +263,7 @@ def matrix_tensors(name: str, matrix: MatrixSpec) -> Iterator[tuple[str, TensorS
                 yield f"{name}.codebook_scale.{b}.{s}", TensorSpec("F32", ())
     yield f"{name}.scales", TensorSpec("F16", (layout.out_features,))
     if layout.has_permutation:
-        yield f"{name}.permutation", TensorSpec("I32", (layout.in_features,))
+        yield f"{name}.permutation", TensorSpec(f"I{layout.channel_bits}", (layout.in_features,))
 
 
 def codebook_tensors(name: str, shape: Shape) -> Iterator[tuple[str, TensorSpec]]:

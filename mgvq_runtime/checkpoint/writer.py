@@ -157,7 +157,8 @@ def _matrix_parts(
     """Yield the tensors of one matrix by name, a shared codebook the first time it is met."""
     parts: dict[str, Tensor] = {f"{name}.scales": weight.scales}
     if weight.permutation is not None:
-        parts[f"{name}.permutation"] = weight.permutation
+        dtype = torch.int16 if weight.layout.channel_bits == 16 else torch.int32
+        parts[f"{name}.permutation"] = weight.permutation.to(dtype)
     for b, names in enumerate(matrix.codebooks):
         for s, shared_name in enumerate(names):
             pair = (weight.codebooks[b][s].cpu(), weight.codebook_scales[b][s].cpu())

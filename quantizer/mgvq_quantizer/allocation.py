@@ -145,10 +145,20 @@ def plan_matrix(
     tables_bits = sum(table_bits(rate, recipe) for rate in recipe.rates_of(group_of(name)))
     tables_bits *= len(set().union(*alike))
     shared = len(alike) > 1 and tables_bits > recipe.max_codebook_overhead * layout.num_weights
-    label = f"{kind_of(name)}-{rows}x{start}" if shared else name
+    label = _shared_label(name, layout) if shared else name
     members = tuple(part.channels for part in cuts)
     classes = tuple(part.channel_class for part in cuts)
     return MatrixPlan(name, layout, label, classes, members if all(members) else ())
+
+
+def _shared_label(name: str, layout: VQLayout) -> str:
+    """Return what shared tables are named after: kind and shape, or with a trellis the group.
+
+    Divided rows are near to normal, so that a trellis needs no table of its own kind of matrix.
+    """
+    if layout.codec == "trellis":
+        return f"trellis-{group_of(name)}"
+    return f"{kind_of(name)}-{layout.out_features}x{layout.in_features}"
 
 
 def table_bits(rate: int, recipe: QuantRecipe) -> int:

@@ -20,9 +20,6 @@ from mgvq_quantizer.recipe import QuantRecipe
 from mgvq_quantizer.sensitivity import Sensitivity
 from mgvq_runtime.errors import ConfigError
 
-_SCALE_BITS = 16
-_ORDER_BITS = 32
-
 Tables = set[tuple[int, str]]
 """Rate and class of the tables that matrices of one label read."""
 
@@ -86,7 +83,7 @@ def _choose(
         plan = plans[sensitivity.name]
         label, layout = plan.label, plan.layout
         tables = sum(table_bits(rate, recipe) for rate, _ in counted[label]) / readers[label]
-        fixed = _SCALE_BITS * layout.out_features + _ORDER_BITS * layout.in_features
+        fixed = layout.side_bits()
         room += recipe.bits * layout.num_weights - fixed - tables
         allowed = {rate for rate, _ in counted[label]}
         options = [i for i, rate in enumerate(sensitivity.rates) if rate in allowed]

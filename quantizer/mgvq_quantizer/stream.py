@@ -11,7 +11,8 @@ Not here: data, files, end-to-end tuning.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 
@@ -39,6 +40,7 @@ from mgvq_quantizer.statistics import (
     input_moments,
     record_calls,
 )
+from mgvq_quantizer.trellis_search import first_table
 from mgvq_quantizer.walk import walk_blocks
 from mgvq_quantizer.witness import Testimony, Witness
 from mgvq_quantizer.work_folder import WorkFolder
@@ -92,6 +94,8 @@ class Stream:
     ) -> None:
         """Train the tables that several matrices share, on the dense model.
 
+        Those of a trellis are normal from the start: only tuning moves them.
+
         Args:
             pictures: batches for the vision tower.
             batches: samples for the decoder.
@@ -99,6 +103,9 @@ class Stream:
             device: where to compute.
         """
         groups = sharing_groups(self.plans)
+        if self.recipe.codec == "trellis":
+            self.books = self._normal_books(itertools.chain(*groups.values()))
+            return
         if not groups:
             return
         looking: list[Run] = [partial(encode_batch, self.model, part, device) for part in pictures]
@@ -114,6 +121,15 @@ class Stream:
             solved = solve(problems, self.recipe, seeded(self.recipe.seed, label))
             for problem, solution in zip(problems, solved, strict=True):
                 self.books |= books_of(problem, solution)
+
+    def _normal_books(self, matrices: Iterable[MatrixPlan]) -> dict[str, Codebook]:
+        """Return the tables of trellis-coded matrices by name."""
+        return {
+            name: first_table(stage.rate, stage.window, seeded(self.recipe.seed, name))
+            for matrix in matrices
+            for band, names in zip(matrix.layout.bands, matrix.tables, strict=True)
+            for stage, name in zip(band.stages, names, strict=True)
+        }
 
     def vision(self, batches: Sequence[Sequence[ImageInput]], device: torch.device) -> None:
         """Quantize the vision tower and the merger on batches of pictures."""

@@ -21,7 +21,7 @@ OURS = "MGVQ"
 """The label of the whole method."""
 
 CHANGES: Mapping[str, Mapping[str, Any]] = {
-    "trellis": {"codec": "trellis"},
+    "trellis": {"codec": "trellis", "refit_rounds": 2, "descent_sweeps": 1},
     "uniform": {"allocation": "uniform"},
     "layer-budget": {"allocation": "layer"},
     "global-only": {"global_share": 1.0},
