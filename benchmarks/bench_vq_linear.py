@@ -1,9 +1,10 @@
-"""vq_linear at 2 and 4 bits against dense F.linear, on the CPU, in turns.
+"""vq_linear at 2 and 4 bits, lookups and trellis, against dense F.linear, on the CPU, in turns.
 
     python benchmarks/bench_vq_linear.py [--rows 1] [--threads 1] [--json FILE]
 
 The dense weights are random; times do not depend on values. `ratio` is the bfloat16 time over the
-VQ time (medians), `memory` the packed bytes over the bfloat16 bytes.
+lookups' time (medians), `memory` their packed bytes over the bfloat16 bytes; `trellis_ratio` and
+`trellis_memory` likewise.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from harness import environment, report, time_in_turns
 
 from mgvq_kernels import ops
-from mgvq_kernels.layout import VQLayout, VQWeight
+from mgvq_kernels.layout import CODECS, VQLayout, VQWeight
 from mgvq_kernels.packing import pack
 
 SHAPES = (
@@ -32,9 +33,9 @@ SHAPES = (
 """(out_features, in_features, bits): the demonstration model's matrices, then a 1.5B decoder's."""
 
 
-def make_weight(out_features: int, in_features: int, bits: int) -> VQWeight:
+def make_weight(out_features: int, in_features: int, bits: int, codec: str) -> VQWeight:
     """Make a matrix with random codes."""
-    layout = VQLayout.uniform(out_features, in_features, bits)
+    layout = VQLayout.uniform(out_features, in_features, bits, codec=codec)
     stages = layout.bands[0].stages
     return VQWeight(
         layout,
@@ -45,7 +46,10 @@ def make_weight(out_features: int, in_features: int, bits: int) -> VQWeight:
             ),
         ),
         codebooks=(
-            tuple(torch.randint(-127, 128, (256, s.vector_dim), dtype=torch.int8) for s in stages),
+            tuple(
+                torch.randint(-127, 128, (s.codebook_size, s.vector_dim), dtype=torch.int8)
+                for s in stages
+            ),
         ),
         codebook_scales=(tuple(torch.tensor(0.01) for _ in stages),),
         scales=torch.ones(out_features, dtype=torch.float16),
@@ -54,7 +58,9 @@ def make_weight(out_features: int, in_features: int, bits: int) -> VQWeight:
 
 def measure(out_features: int, in_features: int, bits: int, rows: int) -> dict[str, Any]:
     """Time one shape."""
-    packed = pack(make_weight(out_features, in_features, bits), "cpu")
+    packed, trellis = (
+        pack(make_weight(out_features, in_features, bits, codec), "cpu") for codec in CODECS
+    )
     dense = torch.randn(out_features, in_features)
     dense16 = dense.bfloat16()
     x = torch.randn(rows, in_features)
@@ -63,6 +69,7 @@ def measure(out_features: int, in_features: int, bits: int, rows: int) -> dict[s
         times = time_in_turns(
             {
                 "vq": lambda: ops.vq_linear(x, packed),
+                "trellis": lambda: ops.vq_linear(x, trellis),
                 "bfloat16": lambda: F.linear(x16, dense16),
                 "float32": lambda: F.linear(x, dense),
             }
@@ -74,6 +81,8 @@ def measure(out_features: int, in_features: int, bits: int, rows: int) -> dict[s
         "times": times,
         "ratio": round(times["bfloat16"]["median_us"] / times["vq"]["median_us"], 2),
         "memory": round(packed.nbytes / dense16.nbytes, 3),
+        "trellis_ratio": round(times["bfloat16"]["median_us"] / times["trellis"]["median_us"], 2),
+        "trellis_memory": round(trellis.nbytes / dense16.nbytes, 3),
         "vq_code_gb_s": round(packed.num_codes / times["vq"]["median_us"] / 1e3, 2),
     }
 
@@ -89,7 +98,10 @@ def main() -> None:
     torch.manual_seed(0)
     ops.warm_up("cpu")
     machine = environment()
-    print(f"{'shape':>12} bits   vq us (min)      bf16 us (min)    fp32 us (min)    ratio  memory")
+    print(
+        f"{'shape':>12} bits   vq us (min)      trellis us (min) bf16 us (min)    fp32 us (min)    "
+        "ratio  memory"
+    )
     results = []
     for out_features, in_features, bits in SHAPES:
         result = measure(out_features, in_features, bits, arguments.rows)
