@@ -30,23 +30,20 @@ from mgvq_quantizer.recipe import QuantRecipe
 RESULTS = Path(__file__).parents[1] / "results" / "smollm2.json"
 README = Path(__file__).parent / "README.md"
 _COMMON = QuantRecipe(
-    allocation="uniform",
-    bits=2,
+    codec="trellis",
     refit_rounds=2,
     descent_sweeps=1,
-    codebook_iterations=10,
     max_samples=36,
     heldout_share=0.11,
     tuning_batch_tokens=512,
-    tuning_steps=60,
     codebook_lr=2e-3,
     scale_lr=1e-3,
 )
-"""Steps as cheap as they come; bands would add a survey of half an hour of one core."""
+"""Steps as cheap as they come."""
 RECIPES: Mapping[str, QuantRecipe] = {
-    "44": _COMMON,
-    "56": dataclasses.replace(_COMMON, bits=3),
-    "68": dataclasses.replace(_COMMON, bits=4),
+    "44": dataclasses.replace(_COMMON, bits=2.49, embedding_bits=3, tuning_steps=90),
+    "56": dataclasses.replace(_COMMON, bits=3, allocation="uniform", tuning_steps=60),
+    "68": dataclasses.replace(_COMMON, bits=3.98, tuning_steps=60),
 }
 """By megabytes (10^6 bytes) of the whole weight file."""
 _TABLE = re.compile(r"(<!-- table -->\n).*?(<!-- end of table -->)", re.DOTALL)

@@ -43,8 +43,41 @@ def encode(
 
 
 @functools.cache
-def _coder(rate: int) -> Any:  # noqa: C901 (one compiled unit)
-    """Compile the search of one rate; loops over its symbols are unrolled."""
+def _coder(rate: int) -> Any:
+    """Compile the search of one rate."""
+    forward = _forward(rate)
+
+    @compile_cached
+    def encode(goal, weights, table, rows, entries, first, last):  # type: ignore[no-untyped-def]
+        symbols, followers = table.shape
+        cost, best = np.empty(symbols * followers, np.float32), np.empty(followers, np.float32)
+        for s in range(first, last):
+            stream = goal[rows[s, 0] : rows[s, 1]].copy().reshape(-1)
+            n = stream.size
+            w = np.empty(n, np.float32)
+            for t in range(n):
+                w[t] = weights[t % weights.size]
+            near = min(n, CLOSING)
+            came_from = np.empty((max(n, 2 * near), followers), np.uint8)
+            found = np.empty(max(n, 2 * near), np.int64)
+            around = np.concatenate((stream[n - near :], stream[:near]))
+            w_around = np.concatenate((w[n - near :], w[:near]))
+            cost[:] = 0.0
+            forward(around, w_around, table, cost, best, came_from)
+            _walk_back(np.argmin(cost), rate, came_from, 2 * near, found)
+            closing = found[near - 1] % followers
+            cost[:] = _UNREACHABLE
+            cost[closing::followers] = 0.0
+            forward(stream, w, table, cost, best, came_from)
+            end = np.argmin(cost[closing::followers]) * followers + closing
+            _walk_back(end, rate, came_from, n, found)
+            entries[rows[s, 0] : rows[s, 1]] = found[:n].reshape(-1, goal.shape[1])
+
+    return encode
+
+
+def _forward(rate: int) -> Any:
+    """Make the pass over a stream; its loops over the symbols of one rate are unrolled."""
     symbols = 1 << rate
     keep, mask = np.int32(-symbols), np.int32(symbols - 1)
 
@@ -74,45 +107,12 @@ def _coder(rate: int) -> Any:  # noqa: C901 (one compiled unit)
             if t % _RELEASE == _RELEASE - 1:
                 cost -= cost.min()
 
-    @njit
-    def back(state, came_from, n, entries):  # type: ignore[no-untyped-def]
-        followers = came_from.shape[1]
-        for t in range(n - 1, -1, -1):
-            entries[t] = state
-            state = np.int64(came_from[t, state >> rate]) * followers + (state >> rate)
+    return forward
 
-    @njit
-    def best_end(cost, followers, end):  # type: ignore[no-untyped-def]
-        state = end
-        for j in range(1, symbols):
-            if cost[j * followers + end] < cost[state]:
-                state = j * followers + end
-        return state
 
-    @compile_cached
-    def encode(goal, weights, table, rows, entries, first, last):  # type: ignore[no-untyped-def]
-        followers = table.shape[1]
-        cost, best = np.empty(symbols * followers, np.float32), np.empty(followers, np.float32)
-        for s in range(first, last):
-            stream = goal[rows[s, 0] : rows[s, 1]].copy().reshape(-1)
-            n = stream.size
-            w = np.empty(n, np.float32)
-            for t in range(n):
-                w[t] = weights[t % weights.size]
-            near = min(n, CLOSING)
-            came_from = np.empty((max(n, 2 * near), followers), np.uint8)
-            found = np.empty(max(n, 2 * near), np.int64)
-            cost[:] = 0.0
-            around = np.concatenate((stream[n - near :], stream[:near]))
-            w_around = np.concatenate((w[n - near :], w[:near]))
-            forward(around, w_around, table, cost, best, came_from)
-            back(np.argmin(cost), came_from, 2 * near, found)
-            end = found[near - 1] % followers
-            cost[:] = _UNREACHABLE
-            for j in range(symbols):
-                cost[j * followers + end] = 0.0
-            forward(stream, w, table, cost, best, came_from)
-            back(best_end(cost, followers, end), came_from, n, found)
-            entries[rows[s, 0] : rows[s, 1]] = found[:n].reshape(-1, goal.shape[1])
-
-    return encode
+@njit
+def _walk_back(state, rate, came_from, n, entries):  # type: ignore[no-untyped-def]
+    followers = came_from.shape[1]
+    for t in range(n - 1, -1, -1):
+        entries[t] = state
+        state = np.int64(came_from[t, state >> rate]) * followers + (state >> rate)

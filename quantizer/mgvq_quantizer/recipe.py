@@ -172,22 +172,7 @@ class QuantRecipe:
             )
         if not 1.0 <= self.bits <= 8.0:
             raise ConfigError(f"bits must lie between 1.0 and 8.0, got {self.bits}")
-        if self.codec not in CODECS:
-            raise ConfigError(f"codec must be one of {', '.join(CODECS)}, got {self.codec!r}")
-        if self.window not in TRELLIS_WINDOWS:
-            raise ConfigError(f"window must lie between 8 and 12, got {self.window}")
-        whole = ["vision_bits", "embedding_bits"]
-        for name in [*whole, "bits"] if self.allocation == "uniform" else whole:
-            if getattr(self, name) not in self.known_rates:
-                raise ConfigError(
-                    f"{name} must be one of {', '.join(map(str, self.known_rates))}"
-                    f" with codec {self.codec}, got {getattr(self, name)}"
-                )
-        if self.codec == "trellis" and (self.two_sided or self.bits > TRELLIS_RATES[-1]):
-            raise ConfigError(
-                "a trellis takes up to 4 bits and no two_sided, whose rows are rounded in turn: "
-                "choose codec lookup, or less"
-            )
+        self._check_rates()
         if not self.permute and (self.allocation != "uniform" or self.channel_classes):
             raise ConfigError(
                 "bands of several rates need permute, and so do channel_classes: choose allocation "
@@ -205,6 +190,24 @@ class QuantRecipe:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ConfigError(f"{name} must be at least {least}, got {value}")
+
+    def _check_rates(self) -> None:
+        if self.codec not in CODECS:
+            raise ConfigError(f"codec must be one of {', '.join(CODECS)}, got {self.codec!r}")
+        if self.window not in TRELLIS_WINDOWS:
+            raise ConfigError(f"window must lie between 8 and 12, got {self.window}")
+        whole = ["vision_bits", "embedding_bits"]
+        for name in [*whole, "bits"] if self.allocation == "uniform" else whole:
+            if getattr(self, name) not in self.known_rates:
+                raise ConfigError(
+                    f"{name} must be one of {', '.join(map(str, self.known_rates))}"
+                    f" with codec {self.codec}, got {getattr(self, name)}"
+                )
+        if self.codec == "trellis" and (self.two_sided or self.bits > TRELLIS_RATES[-1]):
+            raise ConfigError(
+                "a trellis takes up to 4 bits and no two_sided, whose rows are rounded in turn: "
+                "choose codec lookup, or less"
+            )
 
     def to_json(self) -> dict[str, Any]:
         """Return the settings by name."""

@@ -233,7 +233,9 @@ def _round_block(
     rate: int,
 ) -> float:
     """Choose codes and value of a block for the goal `[O, b]`; return its form."""
-    chosen, new = assign_trellis(goal, metric, tables, rate) if rate else assign(goal, metric, tables)
+    chosen, new = (
+        assign_trellis(goal, metric, tables, rate) if rate else assign(goal, metric, tables)
+    )
     form = _form(goal - new, metric)  # [O]
     better = torch.ones_like(form, dtype=torch.bool)
     if keep_better:

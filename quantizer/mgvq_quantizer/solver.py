@@ -87,8 +87,7 @@ class Solution:
 
     weight: VQWeight
     error_nearest: float
-    """`tr(E A E^T) / tr(W A W^T)` of plain nearest codewords with the starting codebook; of a
-    trellis on the first segment of rows."""
+    """`tr(E A E^T) / tr(W A W^T)` of nearest codewords (a trellis: of the first segment)."""
     error: float
     """The same of what is stored."""
     bias: Tensor | None = None
@@ -187,11 +186,9 @@ def books_of(problem: Problem, solution: Solution) -> dict[str, Codebook]:
 
 def blocks_of(layout: VQLayout) -> list[Run]:
     """Cut every band into blocks as wide as its longest vector, or as a trellis's group."""
-    longest = [max(stage.vector_dim for stage in band.stages) for band in layout.bands]
-    is_trellis = layout.codec == "trellis"
     return [
-        Run(band.width, GROUP_WEIGHTS if is_trellis else length)
-        for band, length in zip(layout.bands, longest, strict=True)
+        Run(band.width, GROUP_WEIGHTS if rate else max(stage.vector_dim for stage in band.stages))
+        for band, rate in zip(layout.bands, trellis_rates(layout), strict=True)
     ]
 
 

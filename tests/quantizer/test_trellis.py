@@ -73,7 +73,10 @@ def test_a_path_between_two_states_is_the_best_of_all(rate: int) -> None:
 def test_compiled_and_plain_searches_find_paths_of_one_cost(
     rate: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    goal, weights = torch.randn(40, 8, generator=seeded(3)), torch.rand(8, generator=seeded(4)) + 0.1
+    goal, weights = (
+        torch.randn(40, 8, generator=seeded(3)),
+        torch.rand(8, generator=seeded(4)) + 0.1,
+    )
     table = first_table(rate, 8, seeded(5)).values
     costs = []
     for compiled in (True, False):
