@@ -38,7 +38,7 @@ from mgvq_runtime.checkpoint.files import digest
 _ROWS, _COLUMNS, _RATE = 1024, 256, 2
 """The matrix that is rounded on trial."""
 _FEW_ROWS = 32
-"""Its rows where a trellis is searched without compiled code: 73 to 86 us a weight on an AVX2 core."""
+"""Its rows where a trellis is searched without compiled code: 73 to 86 us a weight."""
 _FORWARD_ROWS = 512
 _VECTORS = 8192
 """That are searched for on trial."""
