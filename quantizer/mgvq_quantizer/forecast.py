@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from mgvq_kernels.layout import VQLayout
+from mgvq_kernels.layout import rate_stages
 from mgvq_quantizer import solver_work as work
 from mgvq_quantizer.allocation import MatrixPlan, plan
 from mgvq_quantizer.assumed_data import expected_data
@@ -163,10 +163,10 @@ def forecast(
     files = sum(file.stat().st_size for file in companions(source.path))
     stored = stored_bytes(graph, plans)
     stages = Stages(graph, plans, recipe, data)
-    dims = {s.vector_dim for p in plans.values() for band in p.layout.bands for s in band.stages}
-    dims |= {s.vector_dim for r in recipe.rates for s in VQLayout.uniform(8, 8, r).bands[0].stages}
+    coded = {stage for p in plans.values() for band in p.layout.bands for stage in band.stages}
+    coded |= {s for rate in recipe.rates for s in rate_stages(rate, recipe.codec, recipe.window)}
     widest = max(stages.linears.values(), key=lambda shape: shape[0] * shape[1])
-    speed = measure_speed(recipe, widest, dims, device)
+    speed = measure_speed(recipe, widest, coded, device)
     process = peak_memory_bytes() if device == "cpu" else 0  # with all that a run imports, too
     return Forecast(
         model=find_family(source.config).architecture,

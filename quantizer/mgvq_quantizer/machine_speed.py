@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from mgvq_kernels import ops
-from mgvq_kernels.layout import VQLayout
-from mgvq_quantizer import codebook, ldl, rounding, solver, solver_work
+from mgvq_kernels.layout import TRELLIS_WINDOWS, Band, Stage, VQLayout, rate_stages
+from mgvq_quantizer import codebook, ldl, rounding, solver, solver_work, trellis_search
 from mgvq_quantizer.recipe import QuantRecipe
 from mgvq_quantizer.solver_work import (
     FACTOR,
@@ -37,7 +37,11 @@ from mgvq_runtime.checkpoint.files import digest
 
 _ROWS, _COLUMNS, _RATE = 1024, 256, 2
 """The matrix that is rounded on trial."""
+_FEW_ROWS = 32
+"""Its rows where a trellis is searched without compiled code: 73 to 86 us a weight."""
 _FORWARD_ROWS = 512
+_VECTORS = 8192
+"""That are searched for on trial."""
 _MOST_COLUMNS = 4096
 """Of the matrices that are multiplied and factored on trial: a few GMAC, so that a plan of a large
 model takes no longer than one of a small model."""
@@ -65,14 +69,14 @@ class Speed:
 
 
 def measure_speed(
-    recipe: QuantRecipe, forward: tuple[int, int], dims: Iterable[int], device: str
+    recipe: QuantRecipe, forward: tuple[int, int], stages: Iterable[Stage], device: str
 ) -> Speed:
     """Time every kind of work.
 
     Args:
         recipe: the solver's settings that change its speed.
         forward: `(O, I)` of a matrix of the model's blocks.
-        dims: lengths of vectors that will be searched for.
+        stages: whose codes will be searched for, all of the recipe's codec.
         device: where the run will compute.
     """
     clock = _Clock(torch.device(device))
@@ -80,15 +84,14 @@ def measure_speed(
     seconds = {FORWARD: product, MATMUL: product, FLOW: _flow(clock, forward)}
     data = bytes(_DIGESTED)
     seconds[STORE] = clock(lambda: digest(data)) / _DIGESTED
-    for d in {*dims, 8 // _RATE}:
-        vectors, table = clock.randn(1, 8192, d), clock.randn(codebook.CODEBOOK_SIZE, d)
-        eye = torch.eye(d, device=device)[None]
-        spent = clock(lambda v=vectors, t=table, e=eye: codebook.nearest(v, t, e))  # type: ignore[misc]
-        seconds[solver_work.search(d)] = spent / (8192 * codebook.CODEBOOK_SIZE * d)
-    seconds |= _factor(clock)
-    seconds |= _training(clock, seconds)
-    seconds |= _sweep(clock, seconds)
-    seconds |= _refit(clock, seconds)
+    tried = rate_stages(_RATE, recipe.codec, recipe.window)
+    for stage in {*stages, *tried, *_quickly_swept(recipe)}:
+        seconds |= _search(clock, stage)
+    seconds |= _factor(clock, recipe)
+    if recipe.codec == "lookup":
+        seconds |= _training(clock, seconds)
+    seconds |= _sweep(clock, seconds, recipe)
+    seconds |= _refit(clock, seconds, tried[0])
     scale = _solve(clock, seconds, recipe)
     outside = (FLOW, FORWARD, STORE)
     seconds = {kind: s * (1.0 if kind in outside else scale) for kind, s in seconds.items()}
@@ -150,10 +153,36 @@ def _flow(clock: _Clock, forward: tuple[int, int]) -> float:
     return clock(run) / (_FORWARD_ROWS * 4 * width)
 
 
-def _factor(clock: _Clock) -> dict[str, float]:
+def _quickly_swept(recipe: QuantRecipe) -> tuple[Stage, ...]:
+    """The stages of the matrix whose sweeps are timed: a trellis's search is the least of them
+    where its window is the shortest, and the rest does not depend on it."""
+    return rate_stages(_RATE, recipe.codec, TRELLIS_WINDOWS[0])
+
+
+def _rows(codec: str) -> int:
+    """Rows of a matrix that is rounded on trial."""
+    return _FEW_ROWS if codec == "trellis" and not ops.has_numba() else _ROWS
+
+
+def _search(clock: _Clock, stage: Stage) -> dict[str, float]:
+    """Time the search for the codes of one stage."""
+    table = clock.randn(stage.codebook_size, stage.vector_dim)
+    if stage.codec == "trellis":
+        rows = _rows(stage.codec)
+        goal, even = clock.randn(rows, 8), torch.ones(8, device=clock.device)
+        spent = clock(lambda: trellis_search.encode(goal, even, table, stage.rate))
+        (count,) = solver_work.encode(rows, stage).values()
+        return {solver_work.path(stage): spent / count}
+    d = stage.vector_dim
+    vectors, eye = clock.randn(1, _VECTORS, d), torch.eye(d, device=clock.device)[None]
+    spent = clock(lambda: codebook.nearest(vectors, table, eye))
+    return {solver_work.search(d): spent / (_VECTORS * stage.codebook_size * d)}
+
+
+def _factor(clock: _Clock, recipe: QuantRecipe) -> dict[str, float]:
     width = 4 * _COLUMNS
     moment = ldl.damp(clock.moment(width), 0.01)
-    layout = VQLayout.uniform(_ROWS, width, _RATE)
+    layout = VQLayout.uniform(_ROWS, width, _RATE, codec=recipe.codec)
     runs = solver.blocks_of(layout)
     alone = clock(lambda: torch.linalg.cholesky(moment))
 
@@ -186,32 +215,39 @@ def _training(clock: _Clock, seconds: Mapping[str, float]) -> dict[str, float]:
     return {SPREAD: spread, TRAIN: rest(_ITERATIONS, TRAIN, clock(run(_ITERATIONS)) - first)}
 
 
-def _sweep(clock: _Clock, seconds: Mapping[str, float]) -> dict[str, float]:
-    few, many = (_swept(clock, rows, seconds) for rows in (8, _ROWS))
+def _sweep(clock: _Clock, seconds: Mapping[str, float], recipe: QuantRecipe) -> dict[str, float]:
+    few, many = (
+        _swept(clock, rows, seconds, _quickly_swept(recipe)) for rows in (8, _rows(recipe.codec))
+    )
     visited = few[1][VISIT], many[1][VISIT]
     visit = max(0.0, many[0] - few[0]) / (visited[1] - visited[0])
     return {VISIT: visit, STEP: max(0.0, few[0] - visited[0] * visit) / few[1][STEP]}
 
 
-def _swept(clock: _Clock, rows: int, seconds: Mapping[str, float]) -> tuple[float, Work]:
+def _swept(
+    clock: _Clock, rows: int, seconds: Mapping[str, float], stages: tuple[Stage, ...]
+) -> tuple[float, Work]:
     """Seconds of a sweep beyond its products and searches, and what it has to do."""
-    layout = VQLayout.uniform(rows, _COLUMNS, _RATE)
+    layout = VQLayout(rows, _COLUMNS, (Band(0, _COLUMNS, stages),))
     factors = ldl.factorize(clock.moment(_COLUMNS), solver.blocks_of(layout), 0.01)
-    feedback = rounding.ldl_feedback(factors)
-    weight, tables = clock.randn(rows, _COLUMNS), [[clock.randn(256, 8 // _RATE)]]
+    feedback, rates = rounding.ldl_feedback(factors), trellis_search.trellis_rates(layout)
+    tables = [[clock.randn(stage.codebook_size, stage.vector_dim) for stage in stages]]
+    weight = clock.randn(rows, _COLUMNS)
     state = rounding.empty(weight, tables, [_COLUMNS])
-    spent = clock(lambda: rounding.sweep(weight, state, tables, feedback, keep_better=True))
+    spent = clock(
+        lambda: rounding.sweep(weight, state, tables, feedback, keep_better=True, rates=rates)
+    )
     counted = solver_work.sweep(layout, keeps_better=True)
     known = sum(n * seconds.get(kind, 0.0) for kind, n in counted.items())
     return max(0.0, spent - known), counted
 
 
-def _refit(clock: _Clock, seconds: Mapping[str, float]) -> dict[str, float]:
-    d, passes = 8 // _RATE, 1 + _REFITS
+def _refit(clock: _Clock, seconds: Mapping[str, float], stage: Stage) -> dict[str, float]:
+    d, size, passes = stage.vector_dim, stage.codebook_size, 1 + _REFITS
     weight, moment = clock.randn(_ROWS, _COLUMNS), clock.moment(_COLUMNS).float()
-    codes = torch.randint(256, (_ROWS, _COLUMNS // d), generator=clock.generator)
+    codes = torch.randint(size, (_ROWS, _COLUMNS // d), generator=clock.generator)
     codes = codes.to(clock.device)
-    tables = {"0": clock.randn(256, d)}
+    tables = {"0": clock.randn(size, d)}
     spent = clock(
         lambda: codebook.refit_codebooks(
             [weight], [moment], [[[codes]]], [[["0"]]], tables, _REFITS, settled=0.0
@@ -226,8 +262,9 @@ def _solve(clock: _Clock, seconds: Mapping[str, float], recipe: QuantRecipe) -> 
     short = dataclasses.replace(
         recipe, refit_rounds=1, descent_sweeps=1, codebook_iterations=_ITERATIONS
     )
-    layout = VQLayout.uniform(_ROWS, _COLUMNS, _RATE)
-    problem = solver.Problem(clock.randn(_ROWS, _COLUMNS), clock.moment(_COLUMNS), None, layout)
+    rows, stages = _rows(recipe.codec), rate_stages(_RATE, recipe.codec, recipe.window)
+    layout = VQLayout(rows, _COLUMNS, (Band(0, _COLUMNS, stages),))
+    problem = solver.Problem(clock.randn(rows, _COLUMNS), clock.moment(_COLUMNS), None, layout)
     spent = clock(lambda: solver.solve([problem], short, torch.Generator().manual_seed(0)), 2)
     counted = solver_work.solve([layout], short)
     return spent / sum(n * seconds[kind] for kind, n in counted.items())

@@ -86,9 +86,7 @@ def measure(
     state = generator.get_state()
 
     def rounded(rows: Tensor, rate: int) -> Tensor:
-        layout = VQLayout.uniform(
-            len(rows), I, rate, has_permutation=True, codec=recipe.codec, window=recipe.window
-        )
+        layout = VQLayout.uniform(len(rows), I, rate, True, recipe.codec, recipe.window)
         problem = Problem(rows, inputs.weighted, order, layout)
         solution = solve([problem], quick(recipe), generator.set_state(state))[0]
         return ops.vq_dequantize(solution.weight)

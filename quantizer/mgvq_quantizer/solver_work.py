@@ -1,10 +1,11 @@
 """How much `solver.solve` has to do, counted from layouts alone (called by `stage_work`).
 
 A function here counts the function of the same name in `solver`, `codebook`, `rounding`,
-`two_sided`, `ldl`, `ordering` or `gate`: whoever changes one changes the other;
+`trellis_search`, `two_sided`, `ldl`, `ordering` or `gate`: whoever changes one changes the other;
 `tests/quantizer/test_solver_work.py` runs both. Work is counted by kind, as kinds run at speeds of
 their own (`machine_speed`): multiply-adds of products, of factorisations and of the search; vectors
-and codes that are moved about; steps that cost a call each, whatever their size.
+and codes that are moved about; steps that cost a call each, whatever their size. The search for a
+trellis has one multiply-add for every state at every weight.
 Not here: models, data, seconds.
 """
 
@@ -14,7 +15,8 @@ import dataclasses
 from collections import Counter
 from collections.abc import Sequence
 
-from mgvq_kernels.layout import Band, VQLayout
+from mgvq_kernels.layout import Band, Stage, VQLayout
+from mgvq_kernels.trellis import GROUP_WEIGHTS
 from mgvq_quantizer.codebook import (
     CODEBOOK_SIZE,
     DESCENT_SWEEPS,
@@ -24,6 +26,7 @@ from mgvq_quantizer.ordering import TRIAL_ROWS, quick
 from mgvq_quantizer.recipe import QuantRecipe
 from mgvq_quantizer.rounding import BUFFER
 from mgvq_quantizer.solver import MAX_TRAINING_VECTORS
+from mgvq_quantizer.trellis_search import CLOSING, segments
 from mgvq_quantizer.two_sided import ROWS
 
 Work = Counter[str]
@@ -56,6 +59,8 @@ REFIT_STEPS = {1: 7, 2: 5, 3: 11, 4: 4, 8: 3}
 """Conjugate gradient steps of a refit by rate, till it has settled: most of those that were counted
 on moments of uneven channels with a decaying spectrum, 256 and 768 wide. Moments of fewer tokens
 than channels take up to all that a refit may."""
+_TRELLIS_REFIT_STEPS = {8: 4, 9: 4, 10: 5, 11: 7, 12: 8}
+"""The same of a trellis by window, counted on the same moments: alike at 1 to 4 bits."""
 _TWO_SIDED_STEPS = 2.3
 """How many times as many a curvature of the outputs makes: 1.7 to 2.6 there."""
 _MOST_STEPS = 25
@@ -64,6 +69,11 @@ _MOST_STEPS = 25
 def search(vector_dim: int) -> str:
     """Return the kind of the multiply-adds of a search among vectors of one length."""
     return f"search {vector_dim}"
+
+
+def path(stage: Stage) -> str:
+    """Return the kind of the multiply-adds of a search for a trellis's path."""
+    return f"search of {stage.window} bits, {stage.rate} a weight"
 
 
 def macs(work: Work) -> int:
@@ -106,7 +116,8 @@ def solve(
         square = O * I * I
         work.update(factorize(layout))
         work.update(times(form(layout, is_two_sided), 1 + recipe.refit_rounds))
-        work.update(times(form(layout), 4))  # errors before and after, as shares
+        work.update(times(form(layout), 2))  # the error at the end, as a share
+        work.update(times(form(_plain_rows(layout)), 2))  # and that of plain codewords
         work.update(_plain(layout))
         work.update(times(_assign(layout, recipe, is_two_sided), recipe.refit_rounds))
         work[MATMUL] += recipe.refit_rounds * square  # _refit_scales
@@ -135,9 +146,10 @@ def some_rows(layout: VQLayout) -> VQLayout:
     return dataclasses.replace(layout, out_features=-(-layout.out_features // step))
 
 
-def uniform(layout: VQLayout, rate: int) -> VQLayout:
-    """Return the layout of one band for a matrix of the same shape."""
-    return VQLayout.uniform(layout.out_features, layout.in_features, rate, has_permutation=True)
+def uniform(layout: VQLayout, rate: int, recipe: QuantRecipe) -> VQLayout:
+    """Return the layout of one band for a matrix of the same shape, in the recipe's codec."""
+    O, I = layout.out_features, layout.in_features  # noqa: E741
+    return VQLayout.uniform(O, I, rate, True, recipe.codec, recipe.window)
 
 
 def factorize(layout: VQLayout) -> Work:
@@ -156,12 +168,20 @@ def refit_codebooks(layout: VQLayout, is_two_sided: bool = False) -> Work:
     """Count `codebook.refit_codebooks`: one image and one scatter more than steps."""
     passes = 1 + refit_steps(layout, is_two_sided)
     work = times(form(layout, is_two_sided), passes)
-    work[REFIT] += passes * layout.out_features * layout.codes_per_row
+    work[REFIT] += passes * entries(layout)
     return work
+
+
+def entries(layout: VQLayout) -> int:
+    """Return how many entries of tables a matrix's codes name."""
+    stages = [(band.width, stage) for band in layout.bands for stage in band.stages]
+    return layout.out_features * sum(width // stage.vector_dim for width, stage in stages)
 
 
 def refit_steps(layout: VQLayout, is_two_sided: bool = False) -> int:
     """Return how many steps a refit is expected to take; the slowest band decides."""
+    if layout.codec == "trellis":
+        return max(_TRELLIS_REFIT_STEPS[band.stages[0].window] for band in layout.bands)
     steps = max(REFIT_STEPS[band.rate] for band in layout.bands)
     return min(_MOST_STEPS, round(steps * _TWO_SIDED_STEPS)) if is_two_sided else steps
 
@@ -192,13 +212,17 @@ def nearest(vectors: int, blocks: int, vector_dim: int) -> Work:
 
 
 def block_of(band: Band) -> int:
-    """Return the columns of a band's block: its longest vector."""
+    """Return the columns of a band's block: its longest vector, or a trellis's group."""
+    if band.stages[0].codec == "trellis":
+        return GROUP_WEIGHTS
     return max(stage.vector_dim for stage in band.stages)
 
 
 def assign(rows: int, band: Band) -> Work:
-    """Count `codebook.assign` of one block of a band."""
+    """Count `codebook.assign` of one block of a band, or `trellis_search.assign_trellis`."""
     b = block_of(band)
+    if band.stages[0].codec == "trellis":
+        return Work({STEP: 1, VISIT: rows * b}) + encode(rows, band.stages[0])
     dims = [stage.vector_dim for stage in band.stages]
     vectors = sum(b // d for d in dims)
     rounds = 1 if vectors == 1 else 1 + DESCENT_SWEEPS
@@ -208,6 +232,14 @@ def assign(rows: int, band: Band) -> Work:
         if d < b:
             work[MATMUL] += (rounds - 1) * (b // d) * rows * b * b
     return work
+
+
+def encode(rows: int, stage: Stage) -> Work:
+    """Count `trellis_search.encode`: every segment's stream, and twice as far as it takes to fix
+    the state where it closes."""
+    weights = [(end - start) * GROUP_WEIGHTS for start, end in segments(rows)]
+    searched = sum(n + 2 * min(n, CLOSING) for n in weights)
+    return Work({path(stage): searched * stage.codebook_size})
 
 
 def sweep(layout: VQLayout, keeps_better: bool) -> Work:
@@ -253,14 +285,30 @@ def _row_feedback(layout: VQLayout) -> Work:
     return Work({FACTOR: layout.out_features**3 // 6, SQUARE: layout.out_features**2})
 
 
+def _plain_rows(layout: VQLayout) -> VQLayout:
+    """The rows that `solver._plain_error` rounds: all, or a trellis's first segment."""
+    if layout.codec == "trellis":
+        return dataclasses.replace(layout, out_features=segments(layout.out_features)[0][1])
+    return layout
+
+
 def _plain(layout: VQLayout) -> Work:
-    """One call a band, on all its blocks as rows."""
-    rows = [layout.out_features * (band.width // block_of(band)) for band in layout.bands]
-    return total([assign(n, band) for n, band in zip(rows, layout.bands, strict=True)])
+    """One call a band, on all its blocks as rows; one call a block of a trellis."""
+    rows, parts = _plain_rows(layout).out_features, []
+    for band in layout.bands:
+        blocks = band.width // block_of(band)
+        if layout.codec == "trellis":
+            parts.append(times(assign(rows, band), blocks))
+        else:
+            parts.append(assign(rows * blocks, band))
+    return total(parts)
 
 
 def _first_books(layouts: Sequence[VQLayout], recipe: QuantRecipe) -> Work:
-    """Tables are told apart by the stages of their band, as a matrix has one band a rate."""
+    """Tables are told apart by the stages of their band, as a matrix has one band a rate; those of
+    a trellis are drawn, not trained."""
+    if layouts[0].codec == "trellis":
+        return Work()
     widths: Counter[tuple[int, ...]] = Counter()
     for layout in layouts:
         for band in layout.bands:

@@ -11,19 +11,24 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
+import torch
+
+from mgvq_kernels.trellis import GROUP_WEIGHTS
 from mgvq_quantizer.allocation import MatrixPlan, sharing_groups
 from mgvq_quantizer.batches import MAX_TOKENS, picture_batches, split_batches, unique_pictures
 from mgvq_quantizer.calibration import Sample
 from mgvq_quantizer.planning import first_answers
 from mgvq_quantizer.residence import BLOCKS
 from mgvq_quantizer.solver import MAX_TRAINING_VECTORS
+from mgvq_quantizer.solver_work import entries
 from mgvq_quantizer.stage_work import Looking, Reading, Stages
 from mgvq_quantizer.teacher import LOGIT_ROWS
+from mgvq_quantizer.trellis_search import segments
 from mgvq_quantizer.witness import DRAWS
 from mgvq_runtime.checkpoint.writer import SHARD_BYTES
 from mgvq_runtime.request import ImageInput
 
-_FLOAT, _DOUBLE, _LONG = 4, 8, 8
+_INT, _FLOAT, _DOUBLE, _LONG = 4, 4, 8, 8
 _LOGIT_COPIES = 6
 """Of `[A, V]` while two sets of logits are compared: products, logarithms, their exponential,
 difference and product."""
@@ -127,10 +132,10 @@ class StageMemory:
             return self.held + self.solutions + look
         plans = [p for n, p in self.stages.plans.items() if not n.startswith("visual.")]
         weights = sum(plan.layout.num_weights for plan in plans)
-        codes = sum(plan.layout.out_features * plan.layout.codes_per_row for plan in plans)
+        codes = sum(entries(plan.layout) for plan in plans)
         batch, tokens = self._step()
         graph = self._graph(tokens, self.stages.layers) + self._all_logits(batch)
-        decoded = _FLOAT * 4 * weights + _LONG * codes
+        decoded = _FLOAT * 4 * weights + _INT * codes
         return self.held + self.solutions + decoded + max(graph, look)
 
     def write(self) -> int:
@@ -176,7 +181,7 @@ class StageMemory:
     def _kept(self, plan: MatrixPlan) -> int:
         """What the solver keeps of a matrix from round to round."""
         O, I = plan.layout.out_features, plan.layout.in_features  # noqa: E741
-        codes = O * plan.layout.codes_per_row
+        codes = entries(plan.layout)
         square = 2 * _DOUBLE + 3 * _FLOAT  # the moment twice; damped, and both feedbacks
         return square * I * I + 3 * _FLOAT * O * I + 2 * _LONG * codes
 
@@ -244,11 +249,21 @@ def _peak(plan: MatrixPlan) -> int:
     """What a rounding makes and drops: while factoring, or while refitting and searching."""
     O, I = plan.layout.out_features, plan.layout.in_features  # noqa: E741
     factoring = 5 * _DOUBLE * I * I
-    codes = O * plan.layout.codes_per_row
-    refitting = 5 * _FLOAT * O * I + _LONG * codes
+    codes = _LONG * entries(plan.layout)
+    refitting = 5 * _FLOAT * O * I + codes
+    if plan.layout.codec == "trellis":
+        return max(factoring, refitting, 2 * _FLOAT * O * I + codes + _paths(plan))
     longest = max(stage.vector_dim for band in plan.layout.bands for stage in band.stages)
     training = 6 * _DOUBLE * MAX_TRAINING_VECTORS * longest
     return max(factoring, refitting, training)
+
+
+def _paths(plan: MatrixPlan) -> int:
+    """What every thread notes of a segment's paths: for every weight, where each came from."""
+    lengths = [end - start for start, end in segments(plan.layout.out_features)]
+    states = max(s.codebook_size >> s.rate for band in plan.layout.bands for s in band.stages)
+    threads = min(torch.get_num_threads(), len(lengths))
+    return threads * max(lengths) * GROUP_WEIGHTS * states
 
 
 def _in_decoder(name: str) -> bool:

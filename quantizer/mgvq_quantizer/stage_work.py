@@ -260,7 +260,7 @@ class Stages:
         every = max(1, steps // CHECKS)
         looks = 1 + steps // every + (steps % every > 0)
         weights = sum(plan.layout.num_weights for plan in tuned)
-        codes = sum(plan.layout.out_features * plan.layout.codes_per_row for plan in tuned)
+        codes = sum(work.entries(plan.layout) for plan in tuned)
         decoded = Work({REFIT: steps * codes + looks * codes // 2, FLOW: steps * 8 * weights})
         return total([stepped, decoded, times(look, looks)])
 
@@ -281,7 +281,7 @@ class Stages:
         recipe, parts = quick(self.recipe), []
         for rate in self.recipe.rates:
             tried = layout if rate == self.recipe.reference_rate else few
-            one = work.uniform(tried, rate)
+            one = work.uniform(tried, rate, recipe)
             residual = few.out_features * layout.in_features**2
             parts += [work.solve([one], recipe), times(work.factorize(few), 2)]
             parts.append(Work({FACTOR: 2 * residual}))

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from mgvq_quantizer import cli, codebook, forecast, pipeline, planning
+from mgvq_quantizer import cli, codebook, forecast, machine_speed, pipeline, planning
 from mgvq_quantizer.assumed_data import expected_data
 from mgvq_quantizer.calibration import CalibrationError
 from mgvq_quantizer.machine_speed import Speed
@@ -24,7 +24,7 @@ from mgvq_quantizer.stream import Stream
 from mgvq_runtime.checkpoint.reader import open_checkpoint
 from mgvq_runtime.errors import CheckpointError, ConfigError
 from tests.quantizer.conftest import QUICK
-from tests.quantizer.test_solver_work import Products, never_settle
+from tests.quantizer.test_solver_work import Paths, Products, never_settle
 from tests.runtime.models.decoders import decoder_config
 from tests.runtime.models.published import PUBLISHED
 
@@ -65,14 +65,16 @@ class Counted:
         self.real: Counter[str] = Counter()
         self._monkeypatch = monkeypatch
 
-    def count(self, owner: Any, name: str, stage: str) -> None:
+    def count(self, owner: Any, name: str, stage: str, paths: Paths | None = None) -> None:
         function = getattr(owner, name)
 
         @functools.wraps(function)
         def counted(*args: Any, **kwargs: Any) -> Any:
+            before = paths.real.total() if paths else 0
             with Products() as products:
                 result = function(*args, **kwargs)
-            self.real[stage] += products.macs
+            searched = paths.real.total() - before if paths else 0
+            self.real[stage] += products.macs + searched
             return result
 
         self._monkeypatch.setattr(owner, name, counted)
@@ -134,6 +136,77 @@ def test_bytes_are_those_that_a_run_writes(
     assert planned.calibration["assumed"] == ""
     assert planned.calibration["conversations"] == 5
     assert planned.calibration["heldout"] == 1
+
+
+def test_a_trellis_is_planned_as_it_is_run(
+    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick_clock: None
+) -> None:
+    """Stages and bytes; the states of the search are counted, and what it finds is drawn."""
+    kept = "visual.patch_embed.proj, visual.blocks.0.*, *.gate_up_proj"
+    settings = {"codec": "trellis", "window": 8, "keep": kept, "tuning_steps": 2}
+    recipe = QuantRecipe(**{**QUICK, **settings})
+    counted, paths = Counted(monkeypatch), Paths(monkeypatch)
+    for name, stage in (
+        ("share_books", "shared tables"),
+        ("embedding", "embedding"),
+        ("decoder", "decoder rounding"),
+    ):
+        counted.count(Stream, name, stage, paths)
+    pipeline.quantize(dense, tmp_path / "out", recipe, show_progress=False)
+    planned = forecast.forecast(dense, recipe)
+    macs = {stage.name: stage.macs for stage in planned.stages}
+    for stage, real in counted.real.items():
+        assert macs[stage] == pytest.approx(real, rel=0.05), stage
+    files = open_checkpoint(tmp_path / "out").files
+    tensors = sum(file.places[name].size for name, file in files.items())
+    beside = sum(file.stat().st_size for file in pipeline.companions(dense))
+    assert planned.checkpoint_bytes == tensors + beside
+
+
+def test_a_longer_window_of_a_large_model_takes_what_its_search_takes(
+    tmp_path: Path, quick_clock: None
+) -> None:
+    folder = write_config(tmp_path / "7b")
+    recipe = QuantRecipe(bits=2, allocation="uniform", codec="trellis", window=8)
+    macs, longer = (
+        planned_macs(folder, dataclasses.replace(recipe, window=window))["decoder rounding"]
+        for window in (8, 9)
+    )
+    # By hand: four rounds of a rounding and two sweeps, with 256 states more at every weight. Some
+    # come on top: where streams close, trials of orders, plain codewords.
+    weights = 28 * (4608 * 3584 + 3584 * 3584 + 3 * 18944 * 3584)
+    searched = 12 * weights * 256
+    assert searched < longer - macs < 1.25 * searched
+
+
+def test_entries_of_a_trellis_take_more_memory_than_its_codes(
+    tmp_path: Path, quick_clock: None
+) -> None:
+    folder = write_config(tmp_path / "7b")
+    peaks = []
+    for codec in ("lookup", "trellis"):
+        planned = forecast.forecast(folder, QuantRecipe(bits=2, allocation="uniform", codec=codec))
+        peaks.append({stage.name: stage.peak_bytes for stage in planned.stages})
+    # By hand: eight bytes, three times, for each of two weights that a lookup of 4 bits names.
+    more = 3 * 8 * 152064 * 3584 // 2
+    assert peaks[1]["embedding"] - peaks[0]["embedding"] == pytest.approx(more, rel=0.05)
+
+
+@pytest.mark.parametrize("codec", ["lookup", "trellis"])
+def test_every_kind_of_work_has_a_speed(
+    codec: str, dense: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine_speed, "_ENOUGH_SECONDS", 0.0)
+    monkeypatch.setattr(machine_speed, "_LEAST_RUNS", 1)
+    monkeypatch.setattr(machine_speed, "_ROWS", 64)
+    rates = {"bits": 2, "vision_bits": 2, "embedding_bits": 2}
+    recipe = QuantRecipe(**{**QUICK, **rates, "codec": codec, "window": 8})
+    planned = forecast.forecast(dense, recipe)
+    assert planned.seconds > 0
+    speeds = planned.machine["seconds_a_unit"]
+    assert all(speed >= 0 for speed in speeds.values())
+    searches = [kind for kind in speeds if kind.startswith("search")]
+    assert all("bits" in kind for kind in searches) == (codec == "trellis")
 
 
 def test_a_large_model_is_planned_from_its_config_alone(
