@@ -167,10 +167,13 @@ def table_bits(rate: int, recipe: QuantRecipe) -> int:
 
 
 def sharing_groups(plans: Mapping[str, MatrixPlan]) -> dict[str, Sequence[MatrixPlan]]:
-    """Return the plans that share tables, by what the tables are named after."""
+    """Return the plans whose shared tables are trained together, by what these are named after.
+
+    Tables that a trellis shares are not trained.
+    """
     groups: dict[str, list[MatrixPlan]] = {}
     for matrix in plans.values():
-        if matrix.shared:
+        if matrix.shared and matrix.layout.codec == "lookup":
             groups.setdefault(matrix.label, []).append(matrix)
     return dict(groups)
 

@@ -11,8 +11,7 @@ Not here: data, files, end-to-end tuning.
 from __future__ import annotations
 
 import hashlib
-import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 
@@ -94,8 +93,6 @@ class Stream:
     ) -> None:
         """Train the tables that several matrices share, on the dense model.
 
-        Those of a trellis are normal from the start: only tuning moves them.
-
         Args:
             pictures: batches for the vision tower.
             batches: samples for the decoder.
@@ -103,9 +100,6 @@ class Stream:
             device: where to compute.
         """
         groups = sharing_groups(self.plans)
-        if self.recipe.codec == "trellis":
-            self.books = self._normal_books(itertools.chain(*groups.values()))
-            return
         if not groups:
             return
         looking: list[Run] = [partial(encode_batch, self.model, part, device) for part in pictures]
@@ -121,15 +115,6 @@ class Stream:
             solved = solve(problems, self.recipe, seeded(self.recipe.seed, label))
             for problem, solution in zip(problems, solved, strict=True):
                 self.books |= books_of(problem, solution)
-
-    def _normal_books(self, matrices: Iterable[MatrixPlan]) -> dict[str, Codebook]:
-        """Return the tables of trellis-coded matrices by name."""
-        return {
-            name: first_table(stage.rate, stage.window, seeded(self.recipe.seed, name))
-            for matrix in matrices
-            for band, names in zip(matrix.layout.bands, matrix.tables, strict=True)
-            for stage, name in zip(band.stages, names, strict=True)
-        }
 
     def vision(self, batches: Sequence[Sequence[ImageInput]], device: torch.device) -> None:
         """Quantize the vision tower and the merger on batches of pictures."""
@@ -248,9 +233,7 @@ class Stream:
 
     def _solve(self, plan: MatrixPlan, moment: Tensor, evidence: MatrixEvidence | None) -> Solution:
         """Quantize one matrix; with evidence in several ways, keeping the gate's verdict."""
-        books = None
-        if plan.shared:
-            books = {table: self.books[table] for band in plan.tables for table in band}
+        books = self._shared_books(plan) if plan.shared else None
 
         def solve_one(problem: Problem) -> Solution:
             return solve([problem], self.recipe, seeded(self.recipe.seed, plan.name), books)[0]
@@ -261,6 +244,18 @@ class Stream:
         solution, verdict = choose(problem, evidence, self.recipe, solve_one)
         self.work.save_facts(f"gate.{plan.name}", asdict(verdict))
         return solution
+
+    def _shared_books(self, plan: MatrixPlan) -> dict[str, Codebook]:
+        """Return the tables of a matrix that others read too; those of a trellis stay normal."""
+        named = [
+            (name, stage)
+            for names, band in zip(plan.tables, plan.layout.bands, strict=True)
+            for name, stage in zip(names, band.stages, strict=True)
+        ]
+        if plan.layout.codec == "trellis":
+            seed = self.recipe.seed
+            return {n: first_table(s.rate, s.window, seeded(seed, n)) for n, s in named}
+        return {name: self.books[name] for name, _ in named}
 
     def _bias(
         self,
