@@ -41,7 +41,9 @@ _COMMON = QuantRecipe(
 )
 """Steps as cheap as they come."""
 RECIPES: Mapping[str, QuantRecipe] = {
-    "44": dataclasses.replace(_COMMON, bits=2.49, embedding_bits=3, tuning_steps=90),
+    "44": dataclasses.replace(
+        _COMMON, bits=2.49, embedding_bits=3, max_codebook_overhead=0.16, tuning_steps=90
+    ),
     "56": dataclasses.replace(_COMMON, bits=3, allocation="uniform", tuning_steps=60),
     "68": dataclasses.replace(_COMMON, bits=3.98, tuning_steps=60),
 }
