@@ -127,16 +127,20 @@ def layers(rows: Sequence[Row]) -> Iterator[str]:
     timed = [row for row in rows if row["us"] is not None]
     if not timed:
         return
-    peers = list(
-        dict.fromkeys(row["variant"] for row in timed if not row["variant"].startswith(OURS))
-    )
+    peers: dict[str, float] = {}  # and the bits a column is for: a trellis is timed at others too
+    for row in timed:
+        if not row["variant"].startswith(OURS):
+            peers.setdefault(row["variant"], row["bits"])
     yield "## The linears of one decoder layer, us\n"
     yield f"| model | rows | ours, 2 bits | {' | '.join(peers)} |"
     yield "|---" * (3 + len(peers)) + "|"
     for model, count in dict.fromkeys((row["model"], row["rows"]) for row in timed):
         mine = [row for row in timed if (row["model"], row["rows"]) == (model, count)]
         ours = layer_us([row for row in mine if row["variant"] in OURS and row["bits"] == 2])
-        cells = [layer_us([row for row in mine if row["variant"] == peer]) for peer in peers]
+        cells = [
+            layer_us([row for row in mine if (row["variant"], row["bits"]) == peer])
+            for peer in peers.items()
+        ]
         words = ["" if us is None else f"{us:.1f}" for us in (ours, *cells)]
         yield f"| {model} | {count} | {' | '.join(words)} |"
     yield ""

@@ -15,10 +15,10 @@ from benchmarks.gpu_suite.check_steps import CASES
 from benchmarks.gpu_suite.place import Place, Timing
 from benchmarks.gpu_suite.shapes import MODELS, ROWS, TINY, Linear
 from benchmarks.gpu_suite.steps import Row, Step
-from benchmarks.gpu_suite.vq_cases import LINEARS
+from benchmarks.gpu_suite.vq_cases import linears_of
 from benchmarks.gpu_suite.weights import packed_copies
 from mgvq_kernels import ops
-from mgvq_kernels.layout import VQLayout
+from mgvq_kernels.layout import CODECS, VQLayout
 
 DTYPE = torch.float16
 
@@ -31,47 +31,59 @@ RATES = (1, 3, 4)
 
 def time_steps(place: Place) -> list[Step]:
     """List a step a matrix, a step for the other rates, a step for each other op."""
+    bind = functools.partial
     if not place.is_gpu:
-        steps = [Step("time tiny", 2, 5, functools.partial(linear_times, place, TINY[0], 2))]
+        steps = [
+            Step(f"time tiny {codec}", 2, 5, bind(linear_times, place, TINY[0], 2, codec))
+            for codec in CODECS
+        ]
     else:
         steps = [
             Step(
                 f"time {linear.model} {linear.name}",
                 2 + i,
                 15,
-                functools.partial(linear_times, place, linear, 2),
+                bind(linear_times, place, linear, 2, "lookup"),
             )
             for i, linears in enumerate(MODELS.values())
             for linear in linears
         ]
+        steps += [
+            Step(
+                f"time {linear.model} {linear.name} as a trellis",
+                3,
+                10,
+                bind(linear_times, place, linear, 2, "trellis"),
+            )
+            for linear in MODELS["Qwen2-VL-7B"]
+        ]
         o_proj = MODELS["Qwen2-VL-7B"][1]
         steps += [
             Step(
-                f"time {o_proj.model} {o_proj.name} at {bits} bits",
+                f"time {o_proj.model} {o_proj.name}, {codec} at {bits} bits",
                 5,
                 15,
-                functools.partial(linear_times, place, o_proj, bits),
+                bind(linear_times, place, o_proj, bits, codec),
             )
             for bits in RATES
+            for codec in CODECS
         ]
-        permuted = functools.partial(linear_times, place, o_proj, 2, has_permutation=True)
+        permuted = bind(linear_times, place, o_proj, 2, "lookup", has_permutation=True)
         steps.append(Step(f"time {o_proj.model} permuted {o_proj.name}", 4, 15, permuted))
     others = [op for op in ops.OPS if op != "vq_linear"]
-    return steps + [
-        Step(f"time {op}", 3, 6, functools.partial(op_times, place, op)) for op in others
-    ]
+    return steps + [Step(f"time {op}", 3, 6, bind(op_times, place, op)) for op in others]
 
 
 def linear_times(
-    place: Place, linear: Linear, bits: int, has_permutation: bool = False
+    place: Place, linear: Linear, bits: int, codec: str, has_permutation: bool = False
 ) -> Iterator[Row]:
     """Time one matrix by every way to multiply, at the row counts each takes."""
-    layout = VQLayout.uniform(linear.out_features, linear.in_features, bits, has_permutation)
+    layout = VQLayout.uniform(linear.out_features, linear.in_features, bits, has_permutation, codec)
     count = place.clock.copies(layout.code_bits() // 8)
     weights = packed_copies(layout, count, place.device)
     for rows in ROWS if place.is_gpu else ROWS[:1]:
         x = torch.randn(rows, linear.in_features, device=place.device).to(DTYPE)
-        for name, (multiply, _, most) in LINEARS.items():
+        for name, (multiply, _, most) in linears_of(layout).items():
             if rows > most:
                 continue
             calls = [functools.partial(multiply, x, weight, None, None) for weight in weights]

@@ -6,6 +6,7 @@ The decoding reads as the format's definition does and shares no code with the k
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import numpy as np
 import torch
@@ -35,6 +36,32 @@ TINY = VQLayout(
 """The same for the interpreter."""
 
 
+def _trellis(rate: int, window: int = 12) -> tuple[Stage, ...]:
+    return (Stage(1, "trellis", rate, window),)
+
+
+TRELLIS_MIXED = VQLayout(
+    out_features=600,
+    in_features=424,
+    bands=(
+        Band(0, 32, _trellis(1)),
+        Band(32, 160, _trellis(3, 10)),
+        Band(192, 96, _trellis(4)),
+        Band(288, 136, _trellis(2, 8)),
+    ),
+    has_permutation=True,
+)
+"""Every rate, shorter windows, two segments, ragged tiles and blocks, a permutation."""
+
+TRELLIS_TINY = VQLayout(
+    out_features=20,
+    in_features=72,
+    bands=(Band(0, 32, _trellis(3)), Band(32, 40, _trellis(1, 9))),
+    has_permutation=True,
+)
+"""A trellis for the interpreter."""
+
+
 def random_weight(layout: VQLayout, seed: int = 0, device: torch.device | str = "cpu") -> VQWeight:
     """Make a matrix with random codes, codebooks, scales and permutation on a device."""
     generator = torch.Generator(device).manual_seed(seed)
@@ -53,7 +80,10 @@ def random_weight(layout: VQLayout, seed: int = 0, device: torch.device | str = 
             for b, band in enumerate(layout.bands)
         ),
         codebooks=tuple(
-            tuple(integers(-127, 128, 256, s.vector_dim, dtype=torch.int8) for s in band.stages)
+            tuple(
+                integers(-127, 128, s.codebook_size, s.vector_dim, dtype=torch.int8)
+                for s in band.stages
+            )
             for band in layout.bands
         ),
         codebook_scales=tuple(
@@ -74,6 +104,8 @@ def decode(weight: VQWeight) -> torch.Tensor:
         for s, stage in enumerate(band.stages):
             codes, book = weight.codes[b][s].cpu().numpy(), weight.codebooks[b][s].cpu().numpy()
             scale = weight.codebook_scales[b][s].item()
+            if stage.codec == "trellis":
+                codes = stream_entries(codes, stage.rate, stage.window)
             entries = book[codes[:, local // stage.vector_dim], local % stage.vector_dim]
             permuted[:, band.start : band.start + band.width] += scale * entries
     dense = permuted
@@ -81,6 +113,30 @@ def decode(weight: VQWeight) -> torch.Tensor:
         dense = np.empty_like(permuted)
         dense[:, weight.permutation.cpu().numpy()] = permuted
     return torch.from_numpy(dense * weight.scales.cpu().double().numpy()[:, None])
+
+
+def stream_entries(codes: np.ndarray, rate: int, window: int) -> np.ndarray:
+    """Read a trellis bit by bit: the codebook entry of every weight, `[O, width]`.
+
+    Args:
+        codes: `[O, width * rate / 8]` uint8.
+        rate: bits a weight.
+        window: bits of an entry's number.
+    """
+    rows = codes.shape[0]
+    cuts = [256 * s for s in range(max(1, rows // 256))] + [rows]
+    parts = []
+    for first, end in itertools.pairwise(cuts):
+        cut = codes[first:end].reshape(end - first, -1, rate).transpose(1, 0, 2)
+        bits = np.unpackbits(cut.reshape(cut.shape[0], -1), axis=1)  # [groups, bits of the segment]
+        ends = np.arange(rate, bits.shape[1] + 1, rate)
+        entries = np.zeros((cut.shape[0], ends.size), dtype=np.int64)
+        for back in range(window, 0, -1):
+            entries = entries * 2 + bits[:, (ends - back) % bits.shape[1]]
+        parts.append(
+            entries.reshape(-1, end - first, 8).transpose(1, 0, 2).reshape(end - first, -1)
+        )
+    return np.concatenate(parts)
 
 
 def packed_copies(layout: VQLayout, count: int, device: torch.device) -> list[PackedVQ]:

@@ -37,6 +37,10 @@ GPU at hand. One H100, triton 3.6, 2026-11, us, GEMV / GEMM / decode + matmul at
 4608x3584 9.5 / 20.9 / 43, 28 / 22.5 / 43, 434 / 30 / 43; 37888x3584 37 / 98 / 299, 116 / 99 / 294,
 1,811 / 121 / 287."""
 
+TRITON_TRELLIS_ROWS = 4
+"""Most rows of x that are multiplied straight from a trellis on a GPU: those of one launch, which
+decodes once; more by slices of the decoded matrix. Set by design, not measured."""
+
 CHOSEN_OPS = ("vq_linear", "vq_dequantize", "vq_embedding")
 """Ops that have more than the reference path."""
 
@@ -52,23 +56,20 @@ class RowLimits:
 DEFAULT_LIMITS = RowLimits()
 
 
-def choose_pack(
-    device_type: str, numba_available: bool, triton_available: bool, codec: str = "lookup"
-) -> str:
+def choose_pack(device_type: str, numba_available: bool, triton_available: bool) -> str:
     """Choose the order a weight is packed in on a device.
 
     Args:
         device_type: "cpu", "cuda", ...
         numba_available: whether the cpu kernels can be compiled.
         triton_available: whether Triton kernels can be compiled.
-        codec: how the weight is coded, a name of `layout.CODECS`.
 
     Returns:
         A name of `layout.BACKENDS`.
     """
     if device_type == "cpu" and numba_available:
         return "cpu"
-    if device_type == "cuda" and triton_available and codec == "lookup":
+    if device_type == "cuda" and triton_available:
         return "triton"
     return "reference"
 
@@ -100,7 +101,7 @@ def choose_backend(  # noqa: PLR0913
     Returns:
         "cpu_lookup" (partial sums, codes only), "cpu_trellis" (weights decoded as they are
         multiplied), "cpu_decode" (decode with the cpu kernels, then torch), "triton_gemv" (partial
-        sums), "triton_gemm" (codewords on the tensor cores),
+        sums; a trellis decoded as it is multiplied), "triton_gemm" (codewords on the tensor cores),
         "triton_decode" (decode, then torch) or "reference".
 
     Raises:
@@ -108,13 +109,15 @@ def choose_backend(  # noqa: PLR0913
     """
     if op not in CHOSEN_OPS:
         raise ValueError(f"op must be one of {CHOSEN_OPS}, got {op!r}")
-    order = choose_pack(device_type, numba_available, triton_available, layout.codec)
+    order = choose_pack(device_type, numba_available, triton_available)
     if order == "cpu":
         if layout.codec == "trellis":
             return "cpu_trellis" if op == "vq_linear" and rows <= TRELLIS_ROWS else "cpu_decode"
         most = LOOKUP_ROWS if has_byte_permute else GATHER_ROWS
         return "cpu_lookup" if op == "vq_linear" and rows <= most else "cpu_decode"
     if order == "triton":
+        if layout.codec == "trellis":
+            limits = RowLimits(TRITON_TRELLIS_ROWS, TRITON_TRELLIS_ROWS)
         if op != "vq_linear" or not is_half or rows > limits.gemm:
             return "triton_decode"
         return "triton_gemv" if rows <= limits.gemv else "triton_gemm"

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mgvq_kernels import block_order, cpu_order, cpu_trellis_order
+from mgvq_kernels import block_order, cpu_order, cpu_trellis_order, trellis_order
 
 VECTOR_DIMS = (8, 4, 2, 1)
 """Vector dimensions a lookup stage may have: 1, 2, 4 and 8 bits a weight."""
@@ -324,12 +324,20 @@ class PackedVQ:
         object.__setattr__(self, "num_codes", layout.out_features * layout.codes_per_row)
         object.__setattr__(self, "strips", cpu_order.strip_count(layout.out_features))
         if self.backend == "triton":
-            block_order.check(self.tensors, layout.out_features, stage_list(layout))
+            self._check_triton()
         if self.backend != "cpu":
             return
         descriptor = self._described()
         object.__setattr__(self, "tensors", {**self.tensors, "descriptor": descriptor})
         object.__setattr__(self, "address", descriptor.data_ptr())
+
+    def _check_triton(self) -> None:
+        """Check the tensors of the Triton order."""
+        layout = self.layout
+        if layout.codec == "trellis":
+            trellis_order.check(self.tensors, layout.out_features, trellis_bands(layout))
+        else:
+            block_order.check(self.tensors, layout.out_features, stage_list(layout))
 
     def _described(self) -> Tensor:
         """Check the tensors of the cpu order and write down where they lie."""

@@ -62,7 +62,7 @@ def pack_for(weight: VQWeight, device: torch.device | str) -> PackedVQ:
     kind = torch.device(device).type
     numba = kind == "cpu" and has_numba()
     triton = kind == "cuda" and has_triton()
-    return pack(weight, dispatch.choose_pack(kind, numba, triton, weight.layout.codec), device)
+    return pack(weight, dispatch.choose_pack(kind, numba, triton), device)
 
 
 def warm_up(device: torch.device | str = "cpu") -> None:
@@ -102,7 +102,7 @@ def vq_dequantize(weight: VQWeight | PackedVQ, dtype: torch.dtype = torch.float3
         return reference.vq_dequantize(unpack(weight), dtype)
     if path == "cpu_decode":
         return _cpu().dequantize(weight).to(dtype)
-    return _triton("vq_dequant").vq_dequantize(weight, dtype)
+    return _triton("dequant", weight.layout.codec).vq_dequantize(weight, dtype)
 
 
 def vq_linear(
@@ -140,9 +140,11 @@ def vq_linear(
     path = _path("vq_linear", x.numel() // x.shape[-1], weight, x.element_size() == 2)
     gradient = x.requires_grad and torch.is_grad_enabled()
     if not gradient and path in ("triton_gemv", "triton_gemm"):
-        if int8_activations and path == "triton_gemv":
+        codec = weight.layout.codec
+        if int8_activations and path == "triton_gemv" and codec == "lookup":
             path = "triton_gemv_int8"
-        return _triton(path.replace("triton", "vq")).linear(x, weight, bias, residual)
+        kernel = _triton(path.removeprefix("triton_"), codec)
+        return kernel.linear(x, weight, bias, residual)
     if gated or residual is not None:
         y = vq_linear(swiglu(x) if gated else x, weight, bias)
         return y if residual is None else y + residual
@@ -157,7 +159,7 @@ def vq_linear(
         return _cpu().decode_linear(x, weight, bias)
     if path == "reference":
         return reference.vq_linear(x, unpack(weight), bias)
-    return _triton("vq_dequant").decode_linear(x, weight, bias)
+    return _triton("dequant", weight.layout.codec).decode_linear(x, weight, bias)
 
 
 def vq_embedding(ids: Tensor, weight: PackedVQ, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -196,7 +198,7 @@ def vq_embedding(ids: Tensor, weight: PackedVQ, dtype: torch.dtype = torch.float
         return _cpu().embedding(ids, weight).to(dtype)
     if path == "reference":
         return reference.vq_embedding(ids, unpack(weight), dtype)
-    return _triton("vq_embedding").vq_embedding(ids, weight, dtype)
+    return _triton("embedding", weight.layout.codec).vq_embedding(ids, weight, dtype)
 
 
 def _path(op: str, rows: int, weight: PackedVQ, is_half: bool = True) -> str:
@@ -226,9 +228,10 @@ def _cpu() -> Any:
 
 
 @functools.cache
-def _triton(name: str) -> Any:
-    """Import one file of the triton backend on first use."""
-    return importlib.import_module(f"mgvq_kernels.triton.{name}")
+def _triton(step: str, codec: str) -> Any:
+    """Import what does one step for one codec in the triton backend, on first use."""
+    prefix = "vq" if codec == "lookup" else codec
+    return importlib.import_module(f"mgvq_kernels.triton.{prefix}_{step}")
 
 
 def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -1,7 +1,7 @@
 """From the checkpoint's logical order to a backend's and back, bit for bit (called by all rooms).
 
-The orders themselves are `cpu_order`'s, `cpu_trellis_order`'s and `block_order`'s; this says which
-tensors a packed weight is made of. Runs no kernel.
+The orders themselves are `cpu_order`'s and `block_order`'s, of a trellis `cpu_trellis_order`'s and
+`trellis_order`'s; this says which tensors a packed weight is made of. Runs no kernel.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import itertools
 import torch
 from torch import Tensor
 
-from mgvq_kernels import block_order, cpu_order, cpu_trellis_order
+from mgvq_kernels import block_order, cpu_order, cpu_trellis_order, trellis_order
 from mgvq_kernels.layout import BACKENDS, PackedVQ, VQLayout, VQWeight, stage_list, trellis_bands
 
 
@@ -23,7 +23,7 @@ def pack(weight: VQWeight, backend: str = "cpu", device: torch.device | str = "c
     Args:
         weight: the matrix in logical order, on any device.
         backend: "reference" (logical order), "cpu" (strips of 64 rows in tiles of 32 groups) or
-            "triton" (blocks of 32 groups in atoms of 16 rows).
+            "triton" (blocks of 32 groups in atoms of 16 rows; a trellis in tiles of 256 rows).
         device: where the packed tensors go; "cpu" must be a CPU.
 
     Returns:
@@ -35,8 +35,6 @@ def pack(weight: VQWeight, backend: str = "cpu", device: torch.device | str = "c
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
     is_trellis = weight.layout.codec == "trellis"
-    if is_trellis and backend == "triton":
-        raise NotImplementedError(f"backend {backend!r} has no order for a trellis")
     device = torch.device(device)
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
@@ -49,6 +47,8 @@ def pack(weight: VQWeight, backend: str = "cpu", device: torch.device | str = "c
         tensors |= {f"codes.{i}": codes.contiguous() for i, codes in enumerate(flat)}
     elif backend == "cpu":
         tensors |= _cpu_trellis_tensors(weight, flat) if is_trellis else _cpu_tensors(weight, flat)
+    elif is_trellis:
+        tensors |= trellis_order.trellis_tensors(flat, trellis_bands(weight.layout))
     else:
         books = [book for books in weight.codebooks for book in books]
         stages = stage_list(weight.layout)
@@ -92,19 +92,19 @@ def _logical_codes(packed: PackedVQ) -> list[Tensor]:
     codes: list[Tensor] = []
     offset = 0
     for stage, (rows, groups) in zip(stages, _code_shapes(layout), strict=True):
-        if packed.backend == "triton":
-            size = block_order.block_bytes(rows, groups)
+        rest = tensors["codes"][offset:]
+        if stage.codec == "trellis" and packed.backend == "triton":
+            size = trellis_order.band_bytes(rows, groups)
+            codes.append(trellis_order.from_tiles(rest[:size], rows, stage.rate))
         elif stage.codec == "trellis":
             size = rows * groups
+            codes.append(cpu_trellis_order.from_planes(rest[:size], rows, stage.rate))
+        elif packed.backend == "triton":
+            size = block_order.block_bytes(rows, groups)
+            codes.append(block_order.from_blocks(rest[:size], rows, groups))
         else:
             size = cpu_order.strip_count(rows) * cpu_order.STRIP_ROWS * groups
-        flat = tensors["codes"][offset : offset + size]
-        if packed.backend == "triton":
-            codes.append(block_order.from_blocks(flat, rows, groups))
-        elif stage.codec == "trellis":
-            codes.append(cpu_trellis_order.from_planes(flat, rows, stage.rate))
-        else:
-            codes.append(cpu_order.from_strips(flat, rows, groups))
+            codes.append(cpu_order.from_strips(rest[:size], rows, groups))
         offset += size
     return codes
 

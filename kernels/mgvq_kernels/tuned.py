@@ -34,8 +34,9 @@ ALLOWED = {"num_warps": (1, 2, 4, 8, 16), "num_stages": (1, 2, 3, 4, 5, 6)}
 MOST_GEMM_ROWS = 64
 """Rows the largest tile of the GEMM holds."""
 
-NOT_LAUNCHED = ("aot.py", "variants.py", "__init__.py")
-"""Files beside the kernels that do not change what runs."""
+NOT_TIMED = ("aot.py", "variants.py", "__init__.py", "trellis_*.py")
+"""Files beside the kernels that no table rests on: they do not change what runs, or (a trellis has
+no tuned launches yet) no table names what they launch."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,10 +172,10 @@ def key_of(device: torch.device) -> Key:
 
 @functools.cache
 def source_hash() -> str:
-    """Hash the source of every kernel and launcher."""
+    """Hash the source of every kernel and launcher a table may rest on."""
     digest = hashlib.sha256()
     for path in sorted((Path(__file__).parent / "triton").glob("*.py")):
-        if path.name not in NOT_LAUNCHED:
+        if not any(path.match(pattern) for pattern in NOT_TIMED):
             digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:16]
 

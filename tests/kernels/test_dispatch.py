@@ -47,6 +47,23 @@ def test_path_follows_rows(op: str, rows: int, device: str, permute: bool, path:
     assert dispatch.choose_backend(op, rows, LAYOUT, device, True, True, permute) == path
 
 
+@pytest.mark.parametrize(
+    ("op", "rows", "path"),
+    [
+        ("vq_linear", dispatch.TRITON_TRELLIS_ROWS, "triton_gemv"),
+        ("vq_linear", dispatch.TRITON_TRELLIS_ROWS + 1, "triton_decode"),
+        ("vq_dequantize", 0, "triton_decode"),
+    ],
+)
+def test_a_trellis_on_a_gpu_has_no_kernel_between(op: str, rows: int, path: str) -> None:
+    """Nor does it heed limits that were tuned for lookups."""
+    layout = VQLayout.uniform(64, 128, 2, codec="trellis")
+    tuned = dispatch.RowLimits(16, 64)
+    for limits in (dispatch.DEFAULT_LIMITS, tuned):
+        chosen = dispatch.choose_backend(op, rows, layout, "cuda", True, True, limits=limits)
+        assert chosen == path
+
+
 def test_full_precision_is_not_for_the_tensor_cores() -> None:
     path = dispatch.choose_backend("vq_linear", 1, LAYOUT, "cuda", True, True, is_half=False)
     assert path == "triton_decode"

@@ -24,8 +24,9 @@ from benchmarks.gpu_suite.peers import PEERS, AbsentError, wanted
 from benchmarks.gpu_suite.place import NoClock, Place, find_place
 from benchmarks.gpu_suite.steps import Journal, Row, Step, run_steps
 from benchmarks.gpu_suite.vq_cases import LINEARS
-from benchmarks.gpu_suite.weights import MIXED, decode, random_weight
+from benchmarks.gpu_suite.weights import MIXED, TRELLIS_TINY, decode, random_weight
 from mgvq_kernels import ops
+from mgvq_kernels.layout import VQLayout
 from tests.kernels.random_weights import oracle
 
 CPU = Place(torch.device("cpu"), NoClock())
@@ -186,8 +187,13 @@ def test_errors_are_measured_in_the_last_place() -> None:
         measure_error(shape)
 
 
-def test_decoding_follows_the_definition() -> None:
-    weight = random_weight(MIXED, seed=4)
+@pytest.mark.parametrize(
+    "layout",
+    [MIXED, TRELLIS_TINY, VQLayout.uniform(600, 16, 3, codec="trellis", window=10)],
+    ids=["lookup", "trellis", "segments"],
+)
+def test_decoding_follows_the_definition(layout: VQLayout) -> None:
+    weight = random_weight(layout, seed=4)
     torch.testing.assert_close(decode(weight).numpy(), oracle(weight), rtol=1e-12, atol=0)
 
 

@@ -10,7 +10,9 @@ from concurrent.futures import ProcessPoolExecutor
 import pytest
 import torch
 
+from benchmarks.gpu_suite.weights import TRELLIS_MIXED
 from mgvq_kernels import ops, reference
+from mgvq_kernels.layout import VQLayout
 from mgvq_kernels.packing import pack
 from tests.kernels.random_weights import MIXED, random_weight
 
@@ -80,12 +82,13 @@ def test_a_loop_is_found_in_machine_code() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("rows", [1, 4, 5, 64, 65])
-def test_gpu_agrees_with_the_reference(rows: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("layout", [MIXED, TRELLIS_MIXED], ids=["lookup", "trellis"])
+def test_gpu_agrees_with_the_reference(layout: VQLayout, rows: int, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    weight = random_weight(MIXED)
+    weight = random_weight(layout)
     packed = ops.pack_for(weight, "cuda")
     assert packed.backend == "triton"
-    x, bias = torch.randn(rows, 424).to(dtype), torch.randn(150).to(dtype)
+    x, bias = torch.randn(rows, 424).to(dtype), torch.randn(layout.out_features).to(dtype)
     truth = reference.vq_linear(x.double(), weight, bias.double())
     y = ops.vq_linear(x.cuda(), packed, bias.cuda())
     again = ops.vq_linear(x.cuda(), packed, bias.cuda())
@@ -95,8 +98,9 @@ def test_gpu_agrees_with_the_reference(rows: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.gpu
-def test_gpu_decodes_the_same_bits() -> None:
-    weight = random_weight(MIXED)
+@pytest.mark.parametrize("layout", [MIXED, TRELLIS_MIXED], ids=["lookup", "trellis"])
+def test_gpu_decodes_the_same_bits(layout: VQLayout) -> None:
+    weight = random_weight(layout)
     packed = ops.pack_for(weight, "cuda")
     assert torch.equal(ops.vq_dequantize(packed).cpu(), ops.vq_dequantize(weight))
     ids = torch.tensor([149, 0, 63], device="cuda")
@@ -104,8 +108,9 @@ def test_gpu_decodes_the_same_bits() -> None:
     assert torch.equal(rows.cpu(), ops.vq_dequantize(weight, torch.bfloat16)[ids.cpu()])
 
 
-def test_the_block_order_runs_on_any_device_through_the_reference() -> None:
-    weight = random_weight(MIXED)
+@pytest.mark.parametrize("layout", [MIXED, TRELLIS_MIXED], ids=["lookup", "trellis"])
+def test_the_gpu_order_runs_on_any_device_through_the_reference(layout: VQLayout) -> None:
+    weight = random_weight(layout)
     x = torch.randn(2, 424, dtype=torch.float64)
     y = ops.vq_linear(x, pack(weight, "triton"))
     assert torch.equal(y, reference.vq_linear(x, weight, None))

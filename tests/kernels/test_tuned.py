@@ -47,6 +47,24 @@ def test_a_table_comes_back_as_it_was_written(tmp_path: Path) -> None:
     assert tuned.read(path, KEY) == TABLE
 
 
+def test_the_tables_that_are_shipped_are_for_these_kernels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Known answer: what a table was measured with; a trellis' kernels change nothing in it."""
+    measured = {
+        json.loads(path.read_text())["key"]["source"] for path in tuned.FOLDER.glob("*.json")
+    }
+    assert measured == {tuned.source_hash()}
+    (tmp_path / "triton").mkdir()
+    monkeypatch.setattr(tuned, "__file__", str(tmp_path / "tuned.py"))
+    hashes = []
+    for name in ("vq_gemv.py", "trellis_gemv.py", "aot.py", "split_k.py"):
+        (tmp_path / "triton" / name).write_text("1")
+        hashes.append(tuned.source_hash.__wrapped__())
+    assert len(set(hashes)) == 2
+    assert hashes[0] == hashes[2] != hashes[3]
+
+
 def test_a_table_of_anything_else_is_stale(tmp_path: Path) -> None:
     tuned.write(tmp_path / "a.json", KEY, TABLE, {})
     for field in dataclasses.fields(Key):

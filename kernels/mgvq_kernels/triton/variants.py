@@ -14,6 +14,7 @@ from mgvq_kernels.triton import (
     paged_prefill,
     rope_write,
     row_ops,
+    trellis_variants,
     vq_dequant,
     vq_embedding,
     vq_gemm,
@@ -60,6 +61,7 @@ def variants() -> Iterator[Variant]:
         yield gate(dtype)
         yield turn_and_store(dtype, False, "rope")
         yield norm(dtype, True, row_ops.MOST_NORM_WIDTH)
+    yield from trellis_variants.variants()
 
 
 def main_variants() -> Iterator[Variant]:
@@ -80,6 +82,7 @@ def main_variants() -> Iterator[Variant]:
     yield norm("fp16", True, row_ops.MOST_NORM_WIDTH)
     yield gate("fp16")
     yield turn_and_store("fp16", True, "rope_write_kv")
+    yield from trellis_variants.main_variants()
 
 
 def gemv(dtype: str, dims: int, fused: bool) -> Variant:
