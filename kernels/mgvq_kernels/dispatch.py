@@ -23,10 +23,11 @@ machine, torch 2.13, 2026-11, us, lookup / decode + matmul: 1536x256 95 / 622 at
 1,975 at 64, 1,300 / 2,355 at 128; 256x768 137 / 361, 765 / 888, 1,364 / 1,164; 1536x1536 744 /
 11,941 at 8 rows."""
 
-TRELLIS_ROWS = 2
-"""Most rows of x that a trellis is decoded for one by one on a CPU; more share a decoded matrix.
-One core (AVX2) of a busy machine, torch 2.13, 2026-11, ns a weight, one by one / decode + matmul at
-2 bits: 1536x8960 1.2 / 1.3 at 2 rows, 2.5 / 1.4 at 4; 256x768 1.5 / 1.6 and 2.8 / 2.5."""
+TRELLIS_ROWS = 8
+"""Most rows of x that a trellis is multiplied by as it is decoded, on a CPU. One core (AVX2) of a
+busy machine, torch 2.13, 2026-11, ns a weight at 2 bits, as it is decoded / decode + matmul:
+1536x8960 1.1 / 1.4 at 4 rows, 1.4 / 1.5 at 8, 2.5 / 1.7 at 16; 256x768 1.7 / 2.1 at 8, 2.4 / 2.3
+at 16."""
 
 TRITON_GEMV_ROWS = 4
 TRITON_GEMM_ROWS = 64
