@@ -97,5 +97,6 @@ def join_windows(words, RATE: tl.constexpr, FIRST: tl.constexpr, STRIDE: tl.cons
 def look_up(table, words, RATE: tl.constexpr, GROUPS: tl.constexpr):
     """Decode units: `[GROUPS, UNITS, UNIT_ROWS, 8]` float32, row scales not applied."""
     entries = join_windows(words, RATE, 0, 1)
-    weights = tl.gather(table, tl.reshape(entries, (GROUPS * UNITS * UNIT_WEIGHTS,)), 0)
+    flat = tl.reshape(table, (TABLE_SIZE,))
+    weights = tl.gather(flat, tl.reshape(entries, (GROUPS * UNITS * UNIT_WEIGHTS,)), 0)
     return tl.reshape(weights, (GROUPS, UNITS, UNIT_ROWS, 8))
