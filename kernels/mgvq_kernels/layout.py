@@ -235,13 +235,10 @@ class VQLayout:
         """Bits that name a channel in a stored permutation; lookups always take 32."""
         return 16 if self.codec == "trellis" and self.in_features <= 1 << 15 else 32
 
-    def permutation_bits(self) -> int:
-        """Count the bits of the permutation."""
-        return self.channel_bits * self.in_features if self.has_permutation else 0
-
     def side_bits(self) -> int:
         """Count the bits of row scales and permutation."""
-        return 16 * self.out_features + self.permutation_bits()
+        order = self.channel_bits * self.in_features if self.has_permutation else 0
+        return 16 * self.out_features + order
 
     def code_shape(self, band: int, stage: int) -> tuple[int, int]:
         """Return the shape `[O, width * rate / 8]` of one code tensor."""

@@ -125,5 +125,5 @@ def _count_matrix(matrix: MatrixSpec, counted: set[str]) -> BitCount:
         codes=layout.code_bits(),
         codebooks=codebooks,
         scales=16 * layout.out_features,
-        permutation=layout.permutation_bits(),
+        permutation=layout.channel_bits * layout.in_features if layout.has_permutation else 0,
     )
