@@ -200,8 +200,8 @@ class QuantRecipe:
         for name in [*whole, "bits"] if self.allocation == "uniform" else whole:
             if getattr(self, name) not in self.known_rates:
                 raise ConfigError(
-                    f"{name} must be one of {', '.join(map(str, self.known_rates))}"
-                    f" with codec {self.codec}, got {getattr(self, name)}"
+                    f"{name} must be one of {', '.join(map(str, self.known_rates))}, "
+                    f"got {getattr(self, name)} with codec {self.codec}"
                 )
         if self.codec == "trellis" and (self.two_sided or self.bits > TRELLIS_RATES[-1]):
             raise ConfigError(
