@@ -90,7 +90,7 @@ class QuantRecipe:
     """How the bits are spent: one budget for the model, one for each layer, or uniform."""
     codec: str = "lookup"
     """What a code names: a vector looked up in a table of 256, or a step of a trellis, which loses
-    about a quarter less at equal bits and takes longer to find and to decode."""
+    less on most matrices and takes longer to find and to decode."""
     window: int = TRELLIS_WINDOW
     """Bits of the code stream that name a weight's entry in the table of a trellis, 8 to 12."""
     global_share: float = 0.7
