@@ -40,7 +40,7 @@ _COMMON = QuantRecipe(
 )
 """Steps as cheap as they come."""
 _UNIFORM = dataclasses.replace(
-    _COMMON, allocation="uniform", codebook_iterations=10, tuning_steps=60
+    _COMMON, bits=3, allocation="uniform", codebook_iterations=10, tuning_steps=60
 )
 """Without the survey that bands take, an hour of one core with a trellis."""
 RECIPES: Mapping[str, QuantRecipe] = {
@@ -52,7 +52,7 @@ RECIPES: Mapping[str, QuantRecipe] = {
         max_codebook_overhead=0.16,
         tuning_steps=90,
     ),
-    "56": dataclasses.replace(_UNIFORM, bits=3),
+    "56": _UNIFORM,
     "68": dataclasses.replace(_UNIFORM, bits=4),
 }
 """By megabytes (10^6 bytes) of the whole weight file."""
