@@ -84,6 +84,15 @@ def check(tensors: Mapping[str, Tensor], rows: int, stages: Sequence[tuple[int, 
         "sources": size // padded_rows(rows) * dims,
         "scales": rows,
     }
+    check_aligned(tensors, sizes)
+
+
+def check_aligned(tensors: Mapping[str, Tensor], sizes: Mapping[str, int]) -> None:
+    """Ask for contiguous tensors of so many numbers, where 16 bytes can be loaded at a time.
+
+    Raises:
+        ValueError: if a tensor has another size or its memory is not aligned.
+    """
     for name, expected in sizes.items():
         tensor = tensors[name]
         if tensor.numel() != expected or not tensor.is_contiguous():

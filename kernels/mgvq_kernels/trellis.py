@@ -23,6 +23,12 @@ HISTORY_BYTES = 2
 """Bytes before a row's own that its windows reach into: 11 bits at most."""
 
 
+def segments(out_features: int) -> list[tuple[int, int]]:
+    """Return first row and end of every segment of a matrix."""
+    starts = [SEGMENT_ROWS * i for i in range(max(1, out_features // SEGMENT_ROWS))]
+    return list(zip(starts, [*starts[1:], out_features], strict=True))
+
+
 def previous_rows(out_features: int, device: torch.device | str = "cpu") -> Tensor:
     """Name the row whose bits come before each row's: the one above, or its segment's last.
 
@@ -34,10 +40,8 @@ def previous_rows(out_features: int, device: torch.device | str = "cpu") -> Tens
         `[O]` int64.
     """
     previous = torch.arange(-1, out_features - 1, device=device)  # [O]
-    segments = max(1, out_features // SEGMENT_ROWS)
-    for s in range(segments):
-        end = out_features if s == segments - 1 else (s + 1) * SEGMENT_ROWS
-        previous[s * SEGMENT_ROWS] = end - 1
+    for start, end in segments(out_features):
+        previous[start] = end - 1
     return previous
 
 

@@ -19,6 +19,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from mgvq_kernels.block_order import check_aligned
 from mgvq_kernels.trellis import GROUP_WEIGHTS, HISTORY_BYTES, SEGMENT_ROWS, previous_rows
 
 TILE_ROWS = SEGMENT_ROWS
@@ -76,18 +77,7 @@ def check(tensors: Mapping[str, Tensor], rows: int, bands: Bands) -> None:
         "counters": padded_rows(rows) // TILE_ROWS,
         "scales": rows,
     }
-    for name, expected in sizes.items():
-        tensor = tensors[name]
-        if tensor.numel() != expected or not tensor.is_contiguous():
-            raise ValueError(
-                f"{name} must be contiguous and hold {expected} numbers for this layout, got "
-                f"{list(tensor.shape)} with strides {list(tensor.stride())}"
-            )
-        if tensor.data_ptr() % 16:
-            raise ValueError(
-                f"{name} must start at a multiple of 16 bytes, got address {tensor.data_ptr():#x}; "
-                f"clone it"
-            )
+    check_aligned(tensors, sizes)
 
 
 def to_tiles(codes: Tensor, rate: int) -> Tensor:

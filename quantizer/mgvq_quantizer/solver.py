@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from mgvq_kernels.layout import VQLayout, VQWeight
-from mgvq_kernels.trellis import GROUP_WEIGHTS, pack_windows
+from mgvq_kernels.trellis import GROUP_WEIGHTS, pack_windows, segments
 from mgvq_quantizer.codebook import (
     Codebook,
     Names,
@@ -44,7 +44,7 @@ from mgvq_quantizer.rounding import (
     ldl_feedback,
     sweep,
 )
-from mgvq_quantizer.trellis_search import assign_trellis, first_table, segments, trellis_rates
+from mgvq_quantizer.trellis_search import assign_trellis, first_table, trellis_rates
 from mgvq_quantizer.two_sided import RowFeedback, descend_rows, form, round_rows, row_feedback
 
 MAX_TRAINING_VECTORS = 1 << 17

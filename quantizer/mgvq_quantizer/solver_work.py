@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from mgvq_kernels.layout import Band, Stage, VQLayout
-from mgvq_kernels.trellis import GROUP_WEIGHTS
+from mgvq_kernels.trellis import GROUP_WEIGHTS, segments
 from mgvq_quantizer.codebook import (
     CODEBOOK_SIZE,
     DESCENT_SWEEPS,
@@ -26,7 +26,7 @@ from mgvq_quantizer.ordering import TRIAL_ROWS, quick
 from mgvq_quantizer.recipe import QuantRecipe
 from mgvq_quantizer.rounding import BUFFER
 from mgvq_quantizer.solver import MAX_TRAINING_VECTORS
-from mgvq_quantizer.trellis_search import CLOSING, segments
+from mgvq_quantizer.trellis_search import CLOSING
 from mgvq_quantizer.two_sided import ROWS
 
 Work = Counter[str]

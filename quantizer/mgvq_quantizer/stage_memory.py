@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import torch
 
-from mgvq_kernels.trellis import GROUP_WEIGHTS
+from mgvq_kernels.trellis import GROUP_WEIGHTS, segments
 from mgvq_quantizer.allocation import MatrixPlan, sharing_groups
 from mgvq_quantizer.batches import MAX_TOKENS, picture_batches, split_batches, unique_pictures
 from mgvq_quantizer.calibration import Sample
@@ -23,7 +23,6 @@ from mgvq_quantizer.solver import MAX_TRAINING_VECTORS
 from mgvq_quantizer.solver_work import entries
 from mgvq_quantizer.stage_work import Looking, Reading, Stages
 from mgvq_quantizer.teacher import LOGIT_ROWS
-from mgvq_quantizer.trellis_search import segments
 from mgvq_quantizer.witness import DRAWS
 from mgvq_runtime.checkpoint.writer import SHARD_BYTES
 from mgvq_runtime.request import ImageInput

@@ -103,7 +103,11 @@ def decode_rows(weight: PackedVQ, dtype: torch.dtype, first: int, end: int) -> T
 
 
 def decode_linear(x: Tensor, weight: PackedVQ, bias: Tensor | None) -> Tensor:
-    """Multiply many rows `x [..., I]` by the matrix, decoded slice by slice: `[..., O]`."""
+    """Multiply many rows `x [..., I]` by the matrix, decoded slice by slice: `[..., O]`.
+
+    The loop of `vq_dequant` again: sharing it would touch that file, and the tables tuned on a GPU
+    hold for its source as it is. Make them one when those are tuned anew.
+    """
     layout = weight.layout
     rows = x.reshape(-1, layout.in_features)  # [T, I]
     if (permutation := weight.tensors.get("permutation")) is not None:
