@@ -30,30 +30,22 @@ from mgvq_quantizer.recipe import QuantRecipe
 RESULTS = Path(__file__).parents[1] / "results" / "smollm2.json"
 README = Path(__file__).parent / "README.md"
 _COMMON = QuantRecipe(
-    refit_rounds=2,
+    codec="trellis",
+    survey_bits=2.5,
+    refit_rounds=1,
     descent_sweeps=1,
     max_samples=36,
     heldout_share=0.11,
+    tuning_steps=60,
     tuning_batch_tokens=512,
     codebook_lr=2e-3,
     scale_lr=1e-3,
 )
-"""Steps as cheap as they come."""
-_UNIFORM = dataclasses.replace(
-    _COMMON, bits=3, allocation="uniform", codebook_iterations=10, tuning_steps=60
-)
-"""Without the survey that bands take, an hour of one core with a trellis."""
+"""Steps as cheap as they come, and one survey for all sizes."""
 RECIPES: Mapping[str, QuantRecipe] = {
-    "44": dataclasses.replace(
-        _COMMON,
-        codec="trellis",
-        bits=2.49,
-        embedding_bits=3,
-        max_codebook_overhead=0.16,
-        tuning_steps=90,
-    ),
-    "56": _UNIFORM,
-    "68": dataclasses.replace(_UNIFORM, bits=4),
+    "44": dataclasses.replace(_COMMON, bits=2.49, embedding_bits=3),
+    "56": dataclasses.replace(_COMMON, bits=3.12, embedding_bits=4),
+    "68": dataclasses.replace(_COMMON, bits=4, allocation="uniform", embedding_bits=4),
 }
 """By megabytes (10^6 bytes) of the whole weight file."""
 _TABLE = re.compile(r"(<!-- table -->\n).*?(<!-- end of table -->)", re.DOTALL)
@@ -69,7 +61,7 @@ def run(folder: Path, size: str, text: Path) -> dict[str, Any]:
     model = folder / "smollm2"
     started = time.process_time()
     if not output.exists():
-        quantize(model, output, recipe, folder / "calibration")
+        quantize(model, output, recipe, folder / "calibration", shared=folder / "shared")
     spent = time.process_time() - started
     report = json.loads((output / "quantization_report.json").read_text())
     found = evaluate_text(output, model, text)

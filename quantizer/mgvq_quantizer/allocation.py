@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 from torch import nn
@@ -17,12 +17,15 @@ from torch import nn
 from mgvq_kernels.layout import Band, VQLayout, rate_stages
 from mgvq_quantizer.channel_classes import SHARED, Channels, class_names, cut_bands
 from mgvq_quantizer.recipe import QuantRecipe
+from mgvq_quantizer.trellis_search import COMMON_TAIL, TAILS
 from mgvq_runtime.checkpoint.bits import group_of
 from mgvq_runtime.checkpoint.spec import MatrixSpec
 from mgvq_runtime.errors import ConfigError
 
 Bands = Sequence[tuple[int, int]]
 """Rate and width in channels of each band of a matrix, from left to right."""
+_TAILS_OVERHEAD = 0.01
+"""Bits a weight that matrices may spend on a choice of tables for a trellis they share."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,11 @@ class MatrixPlan:
     """[band]: of `channel_classes`; bands of one rate and class read the same tables."""
     channels: tuple[tuple[int, ...], ...] = ()
     """[band]: which ones it takes; empty where bands are cut from the order of all channels."""
+    tails: tuple[int, ...] = ()
+    """[band]: places in `trellis_search.TAILS`; empty where tables are not those of a shared
+    trellis."""
+    chooses_tails: bool = False
+    """Whether its bands take the tails that fit them, once their channels are known."""
 
     @property
     def shared(self) -> bool:
@@ -48,6 +56,8 @@ class MatrixPlan:
     def tables(self) -> tuple[tuple[str, ...], ...]:
         """[band][stage]: the name of the table its codes point into."""
         suffixes = ["" if name == SHARED else f"-{name}" for name in self.classes]
+        if self.tails:
+            suffixes = [f"-tail{tail}" for tail in self.tails]
         return tuple(
             tuple(f"{self.label}-{band.rate}bit{suffix}-{s}" for s in range(len(band.stages)))
             for band, suffix in zip(self.layout.bands, suffixes, strict=True)
@@ -94,7 +104,29 @@ def plan(
         mine = bands.get(name) or [(recipe.rates_of(group_of(name))[0], columns)]
         alike = siblings[kind_of(name), (rows, columns)]
         plans[name] = plan_matrix(name, rows, mine, recipe, alike, channels.get(name))
-    return plans
+    return _with_tails(plans, recipe)
+
+
+def _with_tails(plans: Mapping[str, MatrixPlan], recipe: QuantRecipe) -> dict[str, MatrixPlan]:
+    """Let the matrices of a shared trellis choose tails if they are enough to pay for the tables.
+
+    The others take the common one.
+    """
+    weights: dict[str, int] = defaultdict(int)
+    for matrix in plans.values():
+        weights[matrix.label] += matrix.layout.num_weights
+    settled = {}
+    for name, matrix in plans.items():
+        if matrix.shared and matrix.layout.codec == "trellis":
+            rates = recipe.rates_of(group_of(name))
+            cost = len(TAILS) * sum(table_bits(rate, recipe) for rate in rates)
+            matrix = replace(
+                matrix,
+                tails=(COMMON_TAIL,) * len(matrix.layout.bands),
+                chooses_tails=cost <= _TAILS_OVERHEAD * weights[matrix.label],
+            )
+        settled[name] = matrix
+    return settled
 
 
 def matrix_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:

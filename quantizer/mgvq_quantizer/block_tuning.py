@@ -120,7 +120,7 @@ class BlockTuner:
             if parameter.dim() == 1
         }
         mine = {name: self._plans[name] for name in weights}
-        others = (plan for name, plan in self._plans.items() if name not in weights)
+        others = (plan for name, plan in self._plans.items() if plan.tails or name not in weights)
         elsewhere = {table for plan in others for band in plan.tables for table in band}
         knobs = MatrixKnobs(mine, weights, vectors, elsewhere)
         label = f"tuned.{prefix}"

@@ -183,7 +183,7 @@ def _factor(clock: _Clock, recipe: QuantRecipe) -> dict[str, float]:
     width = 4 * _COLUMNS
     moment = ldl.damp(clock.moment(width), 0.01)
     layout = VQLayout.uniform(_ROWS, width, _RATE, codec=recipe.codec)
-    runs = solver.blocks_of(layout)
+    runs = rounding.blocks_of(layout)
     alone = clock(lambda: torch.linalg.cholesky(moment))
 
     def both() -> None:
@@ -229,7 +229,7 @@ def _swept(
 ) -> tuple[float, Work]:
     """Seconds of a sweep beyond its products and searches, and what it has to do."""
     layout = VQLayout(rows, _COLUMNS, (Band(0, _COLUMNS, stages),))
-    factors = ldl.factorize(clock.moment(_COLUMNS), solver.blocks_of(layout), 0.01)
+    factors = ldl.factorize(clock.moment(_COLUMNS), rounding.blocks_of(layout), 0.01)
     feedback, rates = rounding.ldl_feedback(factors), trellis_search.trellis_rates(layout)
     tables = [[clock.randn(stage.codebook_size, stage.vector_dim) for stage in stages]]
     weight = clock.randn(rows, _COLUMNS)

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from mgvq_kernels.layout import VQLayout
 from mgvq_quantizer.recipe import QuantRecipe
-from mgvq_quantizer.solver import Problem, blocks_of, solve
+from mgvq_quantizer.rounding import blocks_of
+from mgvq_quantizer.solver import Problem, solve
 
 _TRIAL_ITERATIONS = 4
 TRIAL_ROWS = 256

@@ -227,10 +227,10 @@ def _round(residence: Residence, recipe: QuantRecipe, work: Work, data: Data, ba
     tuner = None
     if originals is not None:
         blocks = BlockData(data.train, data.heldout, features, originals)
-        tuner = BlockTuner(graph, plans, blocks, recipe, work.rounding, bar.set_description)
+        tuner = BlockTuner(graph, stream.plans, blocks, recipe, work.rounding, bar.set_description)
     stream.decoder(train, features, testimony, tuner)
     did = stream.verdicts, stream.tuned_blocks
-    return _Rounded(plans, stream.solutions, features, reference, found, *did)
+    return _Rounded(stream.plans, stream.solutions, features, reference, found, *did)
 
 
 def _tune(

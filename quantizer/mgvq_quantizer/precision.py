@@ -18,6 +18,7 @@ from mgvq_quantizer.budget import Item, allocate
 from mgvq_quantizer.channel_classes import SHARED, Channels, cut_bands
 from mgvq_quantizer.recipe import QuantRecipe
 from mgvq_quantizer.sensitivity import Sensitivity
+from mgvq_quantizer.trellis_search import TAILS
 from mgvq_runtime.errors import ConfigError
 
 Tables = set[tuple[int, str]]
@@ -83,6 +84,7 @@ def _choose(
         plan = plans[sensitivity.name]
         label, layout = plan.label, plan.layout
         tables = sum(table_bits(rate, recipe) for rate, _ in counted[label]) / readers[label]
+        tables *= len(TAILS) if plan.chooses_tails else 1
         fixed = layout.side_bits()
         room += recipe.bits * layout.num_weights - fixed - tables
         allowed = {rate for rate, _ in counted[label]}

@@ -48,7 +48,8 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
 TUNING_ONLY = ("tuning_steps", "picture_swaps")
 """Settings that leave the rounded matrices as they are."""
 ROUNDING_ONLY = (
-    "bits",  # it decides `rates` and `reference_rate`
+    "bits",  # with the next it decides `rates` and `reference_rate`
+    "survey_bits",
     "allocation",
     "guided",
     "two_sided",
@@ -88,6 +89,9 @@ class QuantRecipe:
     with uniform allocation the bits of the codes alone."""
     allocation: str = "model"
     """How the bits are spent: one budget for the model, one for each layer, or uniform."""
+    survey_bits: float = 0.0
+    """The bits whose neighbouring rates a survey tries, so that runs with several bits can share
+    one; 0 stands for bits."""
     codec: str = "lookup"
     """What a code names: a vector looked up in a table of 256, or a step of a trellis, which loses
     less on most matrices and takes longer to find and to decode."""
@@ -172,6 +176,8 @@ class QuantRecipe:
             )
         if not 1.0 <= self.bits <= 8.0:
             raise ConfigError(f"bits must lie between 1.0 and 8.0, got {self.bits}")
+        if not 1.0 <= (self.survey_bits or self.bits) <= 8.0:
+            raise ConfigError(f"survey_bits must lie between 1.0 and 8.0, got {self.survey_bits}")
         self._check_rates()
         if not self.permute and (self.allocation != "uniform" or self.channel_classes):
             raise ConfigError(
@@ -233,13 +239,14 @@ class QuantRecipe:
         """Rates that bands of the decoder may get: those near the target."""
         if self.allocation == "uniform":
             return (int(self.bits),)
-        near = (self.bits / 2.5, 2.5 * self.bits)
+        bits = self.survey_bits or self.bits
+        near = (bits / 2.5, 2.5 * bits)
         return tuple(rate for rate in self.known_rates if near[0] <= rate <= near[1])
 
     @property
     def reference_rate(self) -> int:
         """The rate nearest to the target."""
-        return min(self.rates, key=lambda rate: abs(rate - self.bits))
+        return min(self.rates, key=lambda rate: abs(rate - (self.survey_bits or self.bits)))
 
     def rates_of(self, group: str) -> tuple[int, ...]:
         """Return the rates of a group of `mgvq_runtime.checkpoint.bits.group_of`."""

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from mgvq_kernels.layout import VQLayout, VQWeight
-from mgvq_kernels.trellis import GROUP_WEIGHTS, pack_windows, segments
+from mgvq_kernels.trellis import pack_windows, segments
 from mgvq_quantizer.codebook import (
     Codebook,
     Names,
@@ -34,17 +34,24 @@ from mgvq_quantizer.codebook import (
     snap,
     train_codebook,
 )
-from mgvq_quantizer.ldl import Run, factorize
+from mgvq_quantizer.ldl import factorize
 from mgvq_quantizer.recipe import QuantRecipe
 from mgvq_quantizer.rounding import (
     Feedback,
     Rounded,
+    blocks_of,
     descent_feedback,
     empty,
     ldl_feedback,
     sweep,
 )
-from mgvq_quantizer.trellis_search import assign_trellis, first_table, trellis_rates
+from mgvq_quantizer.trellis_search import (
+    assign_trellis,
+    first_table,
+    reaching_scales,
+    tail_of,
+    trellis_rates,
+)
 from mgvq_quantizer.two_sided import RowFeedback, descend_rows, form, round_rows, row_feedback
 
 MAX_TRAINING_VECTORS = 1 << 17
@@ -92,6 +99,8 @@ class Solution:
     """The same of what is stored."""
     bias: Tensor | None = None
     """`[O]` float32, every value a float16: the bias that goes with it, where that changed."""
+    tails: tuple[int, ...] = ()
+    """[band]: of `allocation.MatrixPlan`."""
 
 
 @dataclass(eq=False)
@@ -145,6 +154,9 @@ def solve(
     fixed = books is not None
     if books is None:
         books = _first_books(members, recipe, generator)
+    for m in members:
+        search = m.rounding.metrics, _values(m, books), trellis_rates(m.layout)
+        m.scales = reaching_scales(m.weight, m.scales, *search)
     nearest_errors = [_plain_error(m, books) for m in members]
     best_loss = float("inf")
     best: tuple[Books, list[Tensor], list[Rounded]] | None = None
@@ -170,26 +182,6 @@ def solve(
         weight = _to_weight(problem, rounded, best[0], scales)
         solutions.append(Solution(weight, first, _error(member, rounded.value)))
     return solutions
-
-
-def books_of(problem: Problem, solution: Solution) -> dict[str, Codebook]:
-    """Return the tables of a solved problem by name, to be reused by its siblings."""
-    weight = solution.weight
-    return {
-        name: Codebook(entries, float(scale))
-        for names, band, scales in zip(
-            problem.names, weight.codebooks, weight.codebook_scales, strict=True
-        )
-        for name, entries, scale in zip(names, band, scales, strict=True)
-    }
-
-
-def blocks_of(layout: VQLayout) -> list[Run]:
-    """Cut every band into blocks as wide as its longest vector, or as a trellis's group."""
-    return [
-        Run(band.width, GROUP_WEIGHTS if rate else max(stage.vector_dim for stage in band.stages))
-        for band, rate in zip(layout.bands, trellis_rates(layout), strict=True)
-    ]
 
 
 def _member(problem: Problem, recipe: QuantRecipe) -> _Member:
@@ -254,7 +246,10 @@ def _band_books(
     O = first.out_features  # noqa: E741
     stage = first.bands[pieces[0].band].stages[0]
     if stage.codec == "trellis":
-        return [first_table(stage.rate, stage.window, generator)]
+        parts = [piece.member.target()[:, piece.columns] for piece in pieces]
+        moments = [piece.member.hessian.diagonal()[piece.columns] for piece in pieces]
+        tail = tail_of(torch.cat(parts, dim=1), torch.cat(moments))
+        return [first_table(stage.rate, stage.window, tail, generator)]
     dims = [stage.vector_dim for stage in first.bands[pieces[0].band].stages]
     widths = [piece.columns.stop - piece.columns.start for piece in pieces]
     vectors_a_row = sum(widths) // min(dims)

@@ -30,7 +30,7 @@ from mgvq_quantizer.gradients import TokenWeights, weights_of
 from mgvq_quantizer.ldl import without_dead_inputs
 from mgvq_quantizer.ordering import channel_order
 from mgvq_quantizer.recipe import QuantRecipe
-from mgvq_quantizer.solver import Problem, Solution, books_of, solve
+from mgvq_quantizer.solver import Problem, Solution, solve
 from mgvq_quantizer.statistics import (
     Calls,
     Run,
@@ -39,7 +39,7 @@ from mgvq_quantizer.statistics import (
     input_moments,
     record_calls,
 )
-from mgvq_quantizer.trellis_search import first_table
+from mgvq_quantizer.trellis_search import first_table, tails_of
 from mgvq_quantizer.walk import walk_blocks
 from mgvq_quantizer.witness import Testimony, Witness
 from mgvq_quantizer.work_folder import WorkFolder
@@ -64,7 +64,8 @@ class Stream:
 
         Args:
             model: filled, dense; its weights are replaced one by one.
-            plans: what to do with each matrix.
+            plans: what to do with each matrix; `plans` of the stream are these, with the tails
+                that matrices chose once they are done.
             recipe: how.
             work: where finished matrices are kept, and found again.
             progress: told of each finished matrix.
@@ -76,7 +77,7 @@ class Stream:
         for name, parameter in model.named_parameters():
             if not parameter.is_meta and not bool(torch.isfinite(parameter).all()):
                 raise CheckpointError(f"{name} holds values that are not finite")
-        self.model, self.plans, self.recipe = model, plans, recipe
+        self.model, self.plans, self.recipe = model, dict(plans), recipe
         self.work, self.progress = work, progress
         self.token_weights = token_weights or {}
         self.books: dict[str, Codebook] = {}
@@ -224,6 +225,7 @@ class Stream:
             facts = self.work.load_facts(f"gate.{name}")
             assert facts is not None, "a verdict is written before its solution"
             self.verdicts[name] = Verdict(**facts)
+        self.plans[name] = replace(plan, tails=solution.tails)
         weight = solution.weight.to(module.weight.device)
         module.weight.copy_(ops.vq_dequantize(weight))
         if solution.bias is not None and isinstance(module.bias, Tensor):
@@ -233,12 +235,18 @@ class Stream:
 
     def _solve(self, plan: MatrixPlan, moment: Tensor, evidence: MatrixEvidence | None) -> Solution:
         """Quantize one matrix; with evidence in several ways, keeping the gate's verdict."""
+        problem = self._problem(plan, moment)
+        if plan.chooses_tails:
+            tails = tails_of(problem.weight, moment, problem.permutation, plan.layout)
+            plan = replace(plan, tails=tails)
+            problem = replace(problem, tables=plan.tables)
         books = self._shared_books(plan) if plan.shared else None
 
         def solve_one(problem: Problem) -> Solution:
-            return solve([problem], self.recipe, seeded(self.recipe.seed, plan.name), books)[0]
+            drawn = seeded(self.recipe.seed, plan.name)
+            solution = solve([problem], self.recipe, drawn, books)[0]
+            return replace(solution, tails=plan.tails)
 
-        problem = self._problem(plan, moment)
         if evidence is None:
             return solve_one(problem)
         solution, verdict = choose(problem, evidence, self.recipe, solve_one)
@@ -246,16 +254,14 @@ class Stream:
         return solution
 
     def _shared_books(self, plan: MatrixPlan) -> dict[str, Codebook]:
-        """Return the tables of a matrix that others read too; those of a trellis stay normal."""
-        named = [
-            (name, stage)
-            for names, band in zip(plan.tables, plan.layout.bands, strict=True)
-            for name, stage in zip(names, band.stages, strict=True)
-        ]
-        if plan.layout.codec == "trellis":
-            seed = self.recipe.seed
-            return {n: first_table(s.rate, s.window, seeded(seed, n)) for n, s in named}
-        return {name: self.books[name] for name, _ in named}
+        """Return the tables of a matrix that others read too; those of a trellis stay untrained."""
+        if plan.layout.codec == "lookup":
+            return {name: self.books[name] for band in plan.tables for name in band}
+        return {
+            name: first_table(stage.rate, stage.window, tail, seeded(self.recipe.seed, name))
+            for (name,), band, tail in zip(plan.tables, plan.layout.bands, plan.tails, strict=True)
+            for stage in band.stages
+        }
 
     def _bias(
         self,
@@ -309,6 +315,18 @@ class Stream:
                 weight, moment, plan.layout, self.recipe, generator, plan.channels
             )
         return Problem(weight, moment, order, plan.layout, plan.tables)
+
+
+def books_of(problem: Problem, solution: Solution) -> dict[str, Codebook]:
+    """Return the tables of a solved problem by name, to be reused by its siblings."""
+    weight = solution.weight
+    return {
+        name: Codebook(entries, float(scale))
+        for names, band, scales in zip(
+            problem.names, weight.codebooks, weight.codebook_scales, strict=True
+        )
+        for name, entries, scale in zip(names, band, scales, strict=True)
+    }
 
 
 def seeded(seed: int, label: str) -> torch.Generator:

@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import functools
 import importlib
+import math
 from collections.abc import Sequence
-from statistics import NormalDist
 from typing import Any
 
 import torch
@@ -25,30 +25,127 @@ from torch import Tensor
 from mgvq_kernels import ops
 from mgvq_kernels.layout import VQLayout
 from mgvq_kernels.trellis import segments
-from mgvq_quantizer.codebook import Codebook, snap
+from mgvq_quantizer.codebook import Codebook, Tables, snap
 
 CLOSING = 96
 """Weights on each side of the place where a stream closes that fix the state there."""
+TAILS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)
+"""How far the scales of a table's values spread, in natural logarithms: from a normal distribution
+to the kurtosis of 8 of the loudest channels in SmolLM2."""
+COMMON_TAIL = 2
+"""The place in `TAILS` of most matrices of SmolLM2: what serves all of them if one must."""
+_SCALE_STEPS = 17
+"""Quarters of an octave: up to 16 times a row's root mean square."""
+_SPREADING = 0.8
+"""Entries lie as dense as values do to this power. On 16 matrices of SmolLM2 the layer error of 1
+and 2 bits was .962 and .901 of a normal table's with a power of 1, .906 and .844 with .8, .899 and
+.845 with .7, which costs near-normal matrices 2 %."""
 
 
-def first_table(rate: int, window: int, generator: torch.Generator) -> Codebook:
-    """Return the table a refit starts from: the quantiles of a normal distribution, shuffled.
+def first_table(rate: int, window: int, tail: int, generator: torch.Generator) -> Codebook:
+    """Return the table a refit starts from: of normal values with scales of their own, shuffled.
 
     What follows a state must look like a random draw, which is what shuffling gives.
 
     Args:
         rate: bits a weight.
         window: bits that name an entry.
+        tail: a place in `TAILS`.
         generator: shuffles.
 
     Returns:
-        `2^window` entries of one weight, of variance `1 - 4^-rate`: what a code of that rate
-        reproduces of a variance of one.
+        `2^window` entries of one weight for values of variance one, drawn in by
+        `(1 - 4^-rate)^0.5`: what a code of that rate reproduces of them.
     """
-    size = 1 << window
-    normal = NormalDist(0.0, (1 - 4.0**-rate) ** 0.5)
-    quantiles = torch.tensor([normal.inv_cdf((i + 0.5) / size) for i in range(size)])
-    return snap(quantiles[torch.randperm(size, generator=generator)][:, None])
+    half = 1 << (window - 1)
+    x = torch.arange(0.0, 60.0, 0.002, dtype=torch.float64)
+    density = torch.zeros_like(x)
+    for step in range(-40, 41):  # the scales' own normal distribution, to four deviations
+        g = step / 10
+        scale = math.exp(TAILS[tail] * (g - TAILS[tail]))
+        density += math.exp(-g * g / 2) / scale * torch.exp(-((x / scale) ** 2) / 2)
+    mass = (density**_SPREADING).cumsum(0)
+    places = (torch.arange(half, dtype=torch.float64) + 0.5) / half
+    positive = x[torch.searchsorted(mass, places * mass[-1])].float()
+    entries = torch.cat([-positive, positive]) * (1 - 4.0**-rate) ** 0.5
+    return snap(entries[torch.randperm(2 * half, generator=generator)][:, None])
+
+
+def tail_of(weight: Tensor, moments: Tensor) -> int:
+    """Return the place in `TAILS` of the table that fits columns of a matrix.
+
+    A normal value times a scale with a spread of `t` has a kurtosis of `3 exp(4 t^2)`. Columns
+    count by the square root of their moments: that kurtosis names the best spread, within .1, of 25
+    of 28 matrices of SmolLM2.
+
+    Args:
+        weight: `[O, I]` rows divided by their scales.
+        moments: `[I]`: the second moments of the inputs.
+    """
+    counted = moments.double().clamp_min(0).sqrt()
+    second, fourth = ((weight.double() ** power).mean(0) @ counted for power in (2, 4))
+    kurtosis = fourth * counted.sum() / second.square().clamp_min(1e-30)
+    spread = math.sqrt(math.log(max(float(kurtosis) / 3, 1.0)) / 4)
+    return min(range(len(TAILS)), key=lambda place: abs(TAILS[place] - spread))
+
+
+def tails_of(
+    weight: Tensor, moment: Tensor, order: Tensor | None, layout: VQLayout
+) -> tuple[int, ...]:
+    """Return `tail_of` every band.
+
+    Args:
+        weight: `[O, I]` in the model's order.
+        moment: `[I, I]` of the inputs.
+        order: `[I]` int64: the original channel at each place; None for the model's.
+        layout: the bands.
+    """
+    normal = weight / weight.square().mean(1, keepdim=True).sqrt().clamp_min(1e-30)
+    moments = moment.diagonal()
+    if order is not None:
+        normal, moments = normal[:, order], moments[order]
+    widths = [band.width for band in layout.bands]
+    parts = zip(torch.split(normal, widths, dim=1), torch.split(moments, widths), strict=True)
+    return tuple(tail_of(*part) for part in parts)
+
+
+def reaching_scales(
+    weight: Tensor,
+    scales: Tensor,
+    metrics: Sequence[Tensor],
+    tables: Tables,
+    rates: Sequence[int],
+) -> Tensor:
+    """Raise the scales of rows whose largest weights a table would cut off at too high a cost.
+
+    One weight of 28 deviations on the channel of SmolLM2's massive activations (down_proj of block
+    28) made 95 % of that layer's error until its row's scale was large enough.
+
+    Args:
+        weight: `[O, I]` in permuted channels.
+        scales: `[O]` float32: the rows' root mean squares.
+        metrics: `[width/b, b, b]` a band: what an error costs; the diagonals are used.
+        tables: [band][stage].
+        rates: [band]; 0 leaves lookups, whose tables are trained, as they are.
+
+    Returns:
+        `[O]` float32, every value a float16.
+    """
+    if not any(rates):
+        return scales
+    costs = torch.cat([m.diagonal(dim1=1, dim2=2).flatten() for m in metrics])  # [I]
+    widths = [m.shape[0] * m.shape[1] for m in metrics]
+    reach = torch.cat(
+        [b[0].abs().max().expand(n) for b, n in zip(tables, widths, strict=True)]
+    )  # [I]
+    left = sum(4.0**-r * c.sum() for r, c in zip(rates, torch.split(costs, widths), strict=True))
+    best, least = scales, torch.full_like(scales, torch.inf)
+    for step in range(_SCALE_STEPS):
+        tried = scales * 2 ** (step / 4)
+        cut = (weight.abs() - tried[:, None] * reach).clamp_min(0)  # [O, I]
+        loss = cut.square() @ costs + tried.square() * left
+        best, least = torch.where(loss < least, tried, best), torch.minimum(loss, least)
+    return best.half().float()
 
 
 def trellis_rates(layout: VQLayout) -> list[int]:

@@ -105,7 +105,7 @@ class WorkFolder:
         kept = self.load_tensors(name)
         if kept is None:
             return None
-        tensors, errors = kept
+        tensors, words = kept
         try:
             weight = VQWeight(
                 layout,
@@ -115,8 +115,9 @@ class WorkFolder:
                 tensors["scales"],
                 tensors["permutation"] if layout.has_permutation else None,
             )
-            nearest, final = float(errors["error_nearest"]), float(errors["error"])
-            return Solution(weight, nearest, final, tensors.get("bias"))
+            nearest, final = float(words["error_nearest"]), float(words["error"])
+            tails = tuple(json.loads(words["tails"]))
+            return Solution(weight, nearest, final, tensors.get("bias"), tails)
         except (ValueError, KeyError, TypeError) as error:
             raise self._damaged(name, error) from error
 
@@ -137,8 +138,9 @@ class WorkFolder:
             tensors["permutation"] = weight.permutation
         if solution.bias is not None:
             tensors["bias"] = solution.bias
-        errors = {"error_nearest": repr(solution.error_nearest), "error": repr(solution.error)}
-        self.save_tensors(name, tensors, errors)
+        words = {"error_nearest": repr(solution.error_nearest), "error": repr(solution.error)}
+        words["tails"] = json.dumps(solution.tails)
+        self.save_tensors(name, tensors, words)
 
     def load_tensors(self, name: str) -> tuple[dict[str, Tensor], dict[str, str]] | None:
         """Return what `save_tensors` kept under a name, on the CPU, or None.

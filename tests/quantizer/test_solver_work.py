@@ -19,7 +19,7 @@ from mgvq_quantizer.ordering import channel_order
 from mgvq_quantizer.recipe import QuantRecipe
 from mgvq_quantizer.solver import Problem, books_of, solve
 from mgvq_quantizer.solver_work import SPREAD, TRAIN
-from mgvq_quantizer.trellis_search import first_table
+from mgvq_quantizer.trellis_search import COMMON_TAIL, first_table
 
 RECIPE = QuantRecipe(bits=2, allocation="uniform", refit_rounds=2, codebook_iterations=3)
 TRELLIS = dataclasses.replace(RECIPE, codec="trellis", window=8, refit_rounds=1, descent_sweeps=1)
@@ -130,7 +130,7 @@ def test_a_trellis_is_searched_as_often_as_is_counted(
     X = torch.randn(256, I, generator=g) @ torch.randn(I, I, generator=g)
     weight, moment = torch.randn(rows, I, generator=g), (X.T @ X).double()
     problem = Problem(weight, moment, torch.arange(I), layout)
-    fixed = {f"{b}.0": first_table(rate, 8, g) for b, (rate, _) in enumerate(bands)}
+    fixed = {f"{b}.0": first_table(rate, 8, COMMON_TAIL, g) for b, (rate, _) in enumerate(bands)}
     books = fixed if is_fixed else None
     paths = Paths(monkeypatch)
     real = real_macs(lambda: solve([problem], TRELLIS, g, books))

@@ -17,7 +17,7 @@ from mgvq_quantizer.codebook import decode, entries_of
 from mgvq_quantizer.pipeline import quantize
 from mgvq_quantizer.recipe import QuantRecipe
 from mgvq_quantizer.solver import Problem, solve
-from mgvq_quantizer.trellis_search import encode, first_table
+from mgvq_quantizer.trellis_search import COMMON_TAIL, encode, first_table
 from mgvq_runtime.checkpoint.reader import open_checkpoint
 from mgvq_runtime.errors import ConfigError
 from tests.quantizer.conftest import QUICK
@@ -35,7 +35,7 @@ def seeded(seed: int) -> torch.Generator:
 @pytest.mark.parametrize(("rate", "known"), [(1, 0.2803), (2, 0.0733), (3, 0.0198), (4, 0.0055)])
 def test_the_distortion_of_a_gaussian_is_the_known_one(rate: int, known: float) -> None:
     goal = torch.randn(512, 8, generator=seeded(0))
-    table = first_table(rate, 12, seeded(1)).values
+    table = first_table(rate, 12, COMMON_TAIL, seeded(1)).values
     entries = encode(goal, torch.ones(8), table, rate)
     error = float((goal - table[:, 0][entries]).square().mean())
     assert error == pytest.approx(known, rel=0.06)
@@ -45,7 +45,7 @@ def test_the_distortion_of_a_gaussian_is_the_known_one(rate: int, known: float) 
 @pytest.mark.parametrize("rows", [2, 5, 300, 515])
 def test_windows_follow_each_other_and_come_back_from_bytes(rows: int, rate: int) -> None:
     goal = torch.randn(rows, 8, generator=seeded(rows))
-    entries = encode(goal, torch.ones(8), first_table(rate, 8, seeded(1)).values, rate)
+    entries = encode(goal, torch.ones(8), first_table(rate, 8, COMMON_TAIL, seeded(1)).values, rate)
     assert torch.equal(windows(pack_windows(entries, rate), rate, 8), entries)
 
 
@@ -77,7 +77,7 @@ def test_compiled_and_plain_searches_find_paths_of_one_cost(
         torch.randn(40, 8, generator=seeded(3)),
         torch.rand(8, generator=seeded(4)) + 0.1,
     )
-    table = first_table(rate, 8, seeded(5)).values
+    table = first_table(rate, 8, COMMON_TAIL, seeded(5)).values
     costs = []
     for compiled in (True, False):
         if not compiled:
