@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import sys
 import traceback
 from collections import Counter
@@ -88,10 +89,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         print(f"mgvq-inspect: {error}", file=sys.stderr)
         return EXIT_BAD_FOLDER
-    for line in lines:
-        print(line)
-    if arguments.json:
-        print(json.dumps(report))
+    try:
+        print(*lines, sep="\n")
+        if arguments.json:
+            print(json.dumps(report))
+        sys.stdout.flush()
+    except BrokenPipeError:  # a reader like head has seen enough; nor may Python's exit write more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 

@@ -7,10 +7,12 @@ from random import Random
 import pytest
 from torch import nn
 
-from mgvq_quantizer.allocation import Bands, plan
+from mgvq_quantizer import allocation
+from mgvq_quantizer.allocation import Bands, plan, table_bits
 from mgvq_quantizer.precision import choose_bands
 from mgvq_quantizer.recipe import QuantRecipe
 from mgvq_quantizer.sensitivity import Sensitivity, run_widths
+from mgvq_quantizer.trellis_search import COMMON_TAIL, TAILS
 from mgvq_runtime.checkpoint.bits import count_bits
 from mgvq_runtime.errors import ConfigError
 from tests.quantizer.test_recipe_and_plan import decoder
@@ -53,6 +55,24 @@ def test_the_budget_is_met_in_full_to_the_last_block(
     assert recipe.bits * count.weights - block < count.bits <= recipe.bits * count.weights
     rates = {band.rate for p in plans.values() for band in p.layout.bands}
     assert len(rates) > 1
+
+
+@pytest.mark.parametrize("chooses", [False, True])
+def test_the_budget_counts_the_tables_a_shared_trellis_may_take(
+    chooses: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(allocation, "_TAILS_OVERHEAD", 1e9 if chooses else 0.0)
+    recipe = QuantRecipe(bits=2.25, codec="trellis", window=8, max_codebook_overhead=0.0)
+    plans = plan(MODEL, recipe, chosen(recipe, seed=0))
+    mine = [p for n, p in plans.items() if n.startswith("model.layers.")]
+    assert all(p.chooses_tails == chooses for p in mine)
+    assert {tail for p in mine for tail in p.tails} == {COMMON_TAIL}
+    count = count_bits({n: p.spec for n, p in plans.items()})["decoder"]
+    tables = len({table for p in mine for band in p.tables for table in band})
+    others = tables * (len(TAILS) - 1) * table_bits(2, recipe) if chooses else 0
+    block = max(32 * p.layout.out_features for p in mine)
+    target = recipe.bits * count.weights
+    assert target - block < count.bits + others <= target
 
 
 def test_each_layer_can_have_a_budget_of_its_own() -> None:

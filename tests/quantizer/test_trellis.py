@@ -5,19 +5,27 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from pathlib import Path
+from statistics import NormalDist
 
 import pytest
 import torch
 
 from mgvq_kernels import ops
-from mgvq_kernels.layout import VQLayout
+from mgvq_kernels.layout import Band, VQLayout, rate_stages
 from mgvq_kernels.trellis import pack_windows, windows
-from mgvq_quantizer import trellis_search
+from mgvq_quantizer import allocation, solver, trellis_search
 from mgvq_quantizer.codebook import decode, entries_of
 from mgvq_quantizer.pipeline import quantize
 from mgvq_quantizer.recipe import QuantRecipe
 from mgvq_quantizer.solver import Problem, solve
-from mgvq_quantizer.trellis_search import COMMON_TAIL, encode, first_table
+from mgvq_quantizer.trellis_search import (
+    COMMON_TAIL,
+    TAILS,
+    encode,
+    first_table,
+    tail_of,
+    tails_of,
+)
 from mgvq_runtime.checkpoint.reader import open_checkpoint
 from mgvq_runtime.errors import ConfigError
 from tests.quantizer.conftest import QUICK
@@ -39,6 +47,63 @@ def test_the_distortion_of_a_gaussian_is_the_known_one(rate: int, known: float) 
     entries = encode(goal, torch.ones(8), table, rate)
     error = float((goal - table[:, 0][entries]).square().mean())
     assert error == pytest.approx(known, rel=0.06)
+
+
+@pytest.mark.parametrize("rate", [1, 2, 4])
+def test_a_table_without_tails_is_a_normal_one_drawn_out(rate: int) -> None:
+    # A normal density to the power p is that of a deviation p^-0.5 times as large.
+    known = NormalDist(0.0, ((1 - 4.0**-rate) / 0.8) ** 0.5)
+    book = first_table(rate, 10, 0, seeded(1))
+    places = torch.tensor([known.inv_cdf((i + 0.5) / 1024) for i in range(1024)])
+    found = book.values[:, 0].sort().values
+    assert float((found - places).abs().max()) < 0.5 * book.scale + 0.02
+    assert not torch.equal(found, book.values[:, 0])
+
+
+def test_the_tail_of_columns_is_found_loud_ones_counting_most() -> None:
+    g = seeded(2)
+    spreads = torch.tensor(TAILS)[:, None, None]
+    scales = torch.exp(spreads * torch.randn(len(TAILS), 2000, 40, generator=g))
+    columns = scales * torch.randn(len(TAILS), 2000, 40, generator=g)
+    assert [tail_of(part, torch.ones(40)) for part in columns] == list(range(len(TAILS)))
+    both = torch.cat([columns[0], columns[-1]], dim=1)
+    loud = torch.cat([torch.ones(40), torch.full((40,), 1e6)])
+    assert tail_of(both, loud) == len(TAILS) - 1
+    assert tail_of(both, loud.flip(0)) == 0
+
+
+def test_every_band_has_a_tail_of_its_own() -> None:
+    heavy = torch.randn(600, 32, generator=seeded(3)) * torch.exp(
+        0.5 * torch.randn(600, 32, generator=seeded(4))
+    )
+    weight = torch.cat([torch.randn(600, 32, generator=seeded(5)), heavy], dim=1)
+    bands = (Band(0, 32, rate_stages(2, "trellis")), Band(32, 32, rate_stages(3, "trellis")))
+    layout, order = VQLayout(600, 64, bands, True), torch.arange(64)
+    light, loud = tails_of(weight, torch.eye(64), order, layout)
+    assert light < loud
+    assert tails_of(weight, torch.eye(64), order.flip(0), layout) == (loud, light)
+
+
+def test_a_row_with_one_loud_weight_gets_a_scale_that_reaches_it(
+    correlated: Moment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight = torch.randn(64, 512, generator=seeded(6))
+    weight[5, 511] = 60.0
+    moment = correlated(512, 9)
+    moment[511, 511] += 1000 * moment.diagonal().mean()
+    case = Problem(
+        weight, moment, torch.arange(512), VQLayout.uniform(64, 512, 3, True, codec="trellis")
+    )
+    table = {"0.0": first_table(3, 12, COMMON_TAIL, seeded(1))}
+    recipe = QuantRecipe(codec="trellis", refit_rounds=1, descent_sweeps=0)
+    with_reach = solve([case], recipe, seeded(0), table)[0]
+    monkeypatch.setattr(solver, "reaching_scales", lambda weight, scales, *rest: scales)
+    without = solve([case], recipe, seeded(0), table)[0]
+    assert with_reach.error < 0.2 * without.error
+    ratio = with_reach.weight.scales.float() / without.weight.scales.float()
+    assert ratio.argmax() == 5
+    others = torch.arange(64) != 5
+    assert float(ratio[others].median()) == pytest.approx(1.0, abs=0.2)
 
 
 @pytest.mark.parametrize("rate", [1, 2, 3, 4])
@@ -139,6 +204,21 @@ def test_every_matrix_of_a_checkpoint_is_a_trellis_and_it_is_written_alike_again
     recipe = QuantRecipe(**{**QUICK, "codec": "trellis", "window": 8, "embedding_bits": 3})
     quantize(dense, tmp_path / "again", recipe, show_progress=False)
     assert contents(tmp_path / "again") == contents(quantized)
+
+
+def test_matrices_that_choose_their_tails_find_them_again(
+    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(allocation, "_TAILS_OVERHEAD", 1e9)
+    recipe = QuantRecipe(**{**QUICK, "codec": "trellis", "window": 8, "max_codebook_overhead": 0.0})
+    for name in ("first", "again"):
+        quantize(dense, tmp_path / name, recipe, show_progress=False, shared=tmp_path / "kept")
+    assert contents(tmp_path / "again") == contents(tmp_path / "first")
+    quantization = open_checkpoint(tmp_path / "first").quantization
+    assert quantization is not None
+    tables = {t for m in quantization.matrices.values() for band in m.codebooks for t in band}
+    tails = {table.partition("-tail")[2] for table in tables if table is not None}
+    assert len(tails) > 1
 
 
 @pytest.mark.parametrize(

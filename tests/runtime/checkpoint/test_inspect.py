@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -83,3 +86,14 @@ def test_debug_variable(
     monkeypatch.setenv("MGVQ_DEBUG", "perhaps")
     assert main([str(GOLDEN)]) == 2
     assert "MGVQ_DEBUG is 'perhaps'; expected one of" in capsys.readouterr().err
+
+
+def test_a_reader_that_has_seen_enough_is_no_error() -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = (
+        f"import sys; from mgvq_runtime.inspect import main; sys.exit(main([{str(GOLDEN)!r}]))"
+    )
+    ran = subprocess.run([sys.executable, "-c", command], stdout=writing, stderr=subprocess.PIPE)
+    os.close(writing)
+    assert (ran.returncode, ran.stderr) == (0, b"")
