@@ -12,7 +12,8 @@ from mgvq_kernels import ops
 from mgvq_kernels.layout import RATE_STAGES, Band, Stage, VQLayout
 from mgvq_quantizer.ordering import channel_order
 from mgvq_quantizer.recipe import QuantRecipe
-from mgvq_quantizer.solver import Problem, Solution, books_of, solve
+from mgvq_quantizer.solver import Problem, Solution, solve
+from mgvq_quantizer.stream import books_of
 
 Moment = Callable[[int, int], torch.Tensor]
 RECIPE = QuantRecipe(codebook_iterations=8, refit_rounds=2)
