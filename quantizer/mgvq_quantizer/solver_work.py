@@ -26,7 +26,7 @@ from mgvq_quantizer.ordering import TRIAL_ROWS, quick
 from mgvq_quantizer.recipe import QuantRecipe
 from mgvq_quantizer.rounding import BUFFER
 from mgvq_quantizer.solver import MAX_TRAINING_VECTORS
-from mgvq_quantizer.trellis_search import CLOSING
+from mgvq_quantizer.trellis_search import CLOSING, SCALE_STEPS
 from mgvq_quantizer.two_sided import ROWS
 
 Work = Counter[str]
@@ -119,6 +119,8 @@ def solve(
         work.update(times(form(layout), 2))  # the error at the end, as a share
         work.update(times(form(_plain_rows(layout)), 2))  # and that of plain codewords
         work.update(_plain(layout))
+        if layout.codec == "trellis":
+            work[MATMUL] += SCALE_STEPS * O * I  # reaching_scales
         work.update(times(_assign(layout, recipe, is_two_sided), recipe.refit_rounds))
         work[MATMUL] += recipe.refit_rounds * square  # _refit_scales
         if is_two_sided:
@@ -306,9 +308,9 @@ def _plain(layout: VQLayout) -> Work:
 
 def _first_books(layouts: Sequence[VQLayout], recipe: QuantRecipe) -> Work:
     """Tables are told apart by the stages of their band, as a matrix has one band a rate; those of
-    a trellis are drawn, not trained."""
+    a trellis are drawn, not trained, once their tails are known."""
     if layouts[0].codec == "trellis":
-        return Work()
+        return Work({MATMUL: 2 * sum(layout.num_weights for layout in layouts)})
     widths: Counter[tuple[int, ...]] = Counter()
     for layout in layouts:
         for band in layout.bands:

@@ -34,7 +34,7 @@ TAILS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)
 to the kurtosis of 8 of the loudest channels in SmolLM2."""
 COMMON_TAIL = 2
 """The place in `TAILS` of most matrices of SmolLM2: what serves all of them if one must."""
-_SCALE_STEPS = 17
+SCALE_STEPS = 17
 """Quarters of an octave: up to 16 times a row's root mean square."""
 _SPREADING = 0.8
 """Entries lie as dense as values do to this power. On 16 matrices of SmolLM2 the layer error of 1
@@ -140,7 +140,7 @@ def reaching_scales(
     )  # [I]
     left = sum(4.0**-r * c.sum() for r, c in zip(rates, torch.split(costs, widths), strict=True))
     best, least = scales, torch.full_like(scales, torch.inf)
-    for step in range(_SCALE_STEPS):
+    for step in range(SCALE_STEPS):
         tried = scales * 2 ** (step / 4)
         cut = (weight.abs() - tried[:, None] * reach).clamp_min(0)  # [O, I]
         loss = cut.square() @ costs + tried.square() * left
