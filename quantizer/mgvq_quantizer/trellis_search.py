@@ -83,7 +83,9 @@ def tail_of(weight: Tensor, moments: Tensor) -> int:
         moments: `[I]`: the second moments of the inputs.
     """
     counted = moments.double().clamp_min(0).sqrt()
-    second, fourth = ((weight.double() ** power).mean(0) @ counted for power in (2, 4))
+    squares = weight.square()
+    second = squares.mean(0).double() @ counted
+    fourth = squares.square_().mean(0).double() @ counted
     kurtosis = fourth * counted.sum() / second.square().clamp_min(1e-30)
     spread = math.sqrt(math.log(max(float(kurtosis) / 3, 1.0)) / 4)
     return min(range(len(TAILS)), key=lambda place: abs(TAILS[place] - spread))
@@ -139,11 +141,11 @@ def reaching_scales(
         [b[0].abs().max().expand(n) for b, n in zip(tables, widths, strict=True)]
     )  # [I]
     left = sum(4.0**-r * c.sum() for r, c in zip(rates, torch.split(costs, widths), strict=True))
-    best, least = scales, torch.full_like(scales, torch.inf)
+    best, least, size = scales, torch.full_like(scales, torch.inf), weight.abs()
     for step in range(SCALE_STEPS):
         tried = scales * 2 ** (step / 4)
-        cut = (weight.abs() - tried[:, None] * reach).clamp_min(0)  # [O, I]
-        loss = cut.square() @ costs + tried.square() * left
+        cut = (size - tried[:, None] * reach).clamp_min_(0)  # [O, I]
+        loss = cut.square_() @ costs + tried.square() * left
         best, least = torch.where(loss < least, tried, best), torch.minimum(loss, least)
     return best.half().float()
 
