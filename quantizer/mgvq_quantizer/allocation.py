@@ -55,9 +55,8 @@ class MatrixPlan:
     @property
     def tables(self) -> tuple[tuple[str, ...], ...]:
         """[band][stage]: the name of the table its codes point into."""
-        suffixes = ["" if name == SHARED else f"-{name}" for name in self.classes]
-        if self.tails:
-            suffixes = [f"-tail{tail}" for tail in self.tails]
+        suffixes = [f"-tail{tail}" for tail in self.tails]  # untrained: alike for all classes
+        suffixes = suffixes or ["" if name == SHARED else f"-{name}" for name in self.classes]
         return tuple(
             tuple(f"{self.label}-{band.rate}bit{suffix}-{s}" for s in range(len(band.stages)))
             for band, suffix in zip(self.layout.bands, suffixes, strict=True)

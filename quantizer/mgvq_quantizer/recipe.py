@@ -176,7 +176,7 @@ class QuantRecipe:
             )
         if not 1.0 <= self.bits <= 8.0:
             raise ConfigError(f"bits must lie between 1.0 and 8.0, got {self.bits}")
-        if not 1.0 <= (self.survey_bits or self.bits) <= 8.0:
+        if not 1.0 <= self._surveyed_bits <= 8.0:
             raise ConfigError(f"survey_bits must lie between 1.0 and 8.0, got {self.survey_bits}")
         self._check_rates()
         if not self.permute and (self.allocation != "uniform" or self.channel_classes):
@@ -235,18 +235,21 @@ class QuantRecipe:
         return TRELLIS_RATES if self.codec == "trellis" else RATES
 
     @property
+    def _surveyed_bits(self) -> float:
+        return self.survey_bits or self.bits
+
+    @property
     def rates(self) -> tuple[int, ...]:
         """Rates that bands of the decoder may get: those near the target."""
         if self.allocation == "uniform":
             return (int(self.bits),)
-        bits = self.survey_bits or self.bits
-        near = (bits / 2.5, 2.5 * bits)
+        near = (self._surveyed_bits / 2.5, 2.5 * self._surveyed_bits)
         return tuple(rate for rate in self.known_rates if near[0] <= rate <= near[1])
 
     @property
     def reference_rate(self) -> int:
         """The rate nearest to the target."""
-        return min(self.rates, key=lambda rate: abs(rate - (self.survey_bits or self.bits)))
+        return min(self.rates, key=lambda rate: abs(rate - self._surveyed_bits))
 
     def rates_of(self, group: str) -> tuple[int, ...]:
         """Return the rates of a group of `mgvq_runtime.checkpoint.bits.group_of`."""

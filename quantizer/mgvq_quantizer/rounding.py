@@ -21,11 +21,11 @@ import torch
 from torch import Tensor
 
 from mgvq_kernels import ops
-from mgvq_kernels.layout import VQLayout
+from mgvq_kernels.layout import Band, VQLayout
 from mgvq_kernels.trellis import GROUP_WEIGHTS
 from mgvq_quantizer.codebook import DESCENT_SWEEPS, Tables, assign, compiled_search
 from mgvq_quantizer.ldl import BlockLDL, Run
-from mgvq_quantizer.trellis_search import assign_trellis, trellis_rates, whole_segments
+from mgvq_quantizer.trellis_search import assign_trellis, whole_segments
 
 BUFFER = 64
 """Columns whose mutual feedback is applied at once; beyond them it is one matmul a buffer."""
@@ -63,12 +63,16 @@ class Rounded:
                 code.copy_(new)
 
 
+def block_of(band: Band) -> int:
+    """Return the columns of a band's block: its longest vector, or a trellis's group."""
+    if band.stages[0].codec == "trellis":
+        return GROUP_WEIGHTS
+    return max(stage.vector_dim for stage in band.stages)
+
+
 def blocks_of(layout: VQLayout) -> list[Run]:
-    """Cut every band into blocks as wide as its longest vector, or as a trellis's group."""
-    return [
-        Run(band.width, GROUP_WEIGHTS if rate else max(stage.vector_dim for stage in band.stages))
-        for band, rate in zip(layout.bands, trellis_rates(layout), strict=True)
-    ]
+    """Cut every band into its blocks."""
+    return [Run(band.width, block_of(band)) for band in layout.bands]
 
 
 def ldl_feedback(factors: BlockLDL) -> Feedback:

@@ -24,7 +24,7 @@ from mgvq_quantizer.codebook import (
 )
 from mgvq_quantizer.ordering import TRIAL_ROWS, quick
 from mgvq_quantizer.recipe import QuantRecipe
-from mgvq_quantizer.rounding import BUFFER
+from mgvq_quantizer.rounding import BUFFER, block_of
 from mgvq_quantizer.solver import MAX_TRAINING_VECTORS
 from mgvq_quantizer.trellis_search import CLOSING, SCALE_STEPS
 from mgvq_quantizer.two_sided import ROWS
@@ -211,13 +211,6 @@ def nearest(vectors: int, blocks: int, vector_dim: int) -> Work:
     """Count `codebook.nearest`; `vectors` are those of all blocks."""
     d = vector_dim
     return Work({search(d): vectors * CODEBOOK_SIZE * d, MATMUL: blocks * CODEBOOK_SIZE * d * d})
-
-
-def block_of(band: Band) -> int:
-    """Return the columns of a band's block: its longest vector, or a trellis's group."""
-    if band.stages[0].codec == "trellis":
-        return GROUP_WEIGHTS
-    return max(stage.vector_dim for stage in band.stages)
 
 
 def assign(rows: int, band: Band) -> Work:

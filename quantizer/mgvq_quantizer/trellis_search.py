@@ -31,7 +31,7 @@ CLOSING = 96
 """Weights on each side of the place where a stream closes that fix the state there."""
 TAILS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)
 """How far the scales of a table's values spread, in natural logarithms: from a normal distribution
-to the kurtosis of 8 of the loudest channels in SmolLM2."""
+to a kurtosis of 8. Bands of the loudest channels in SmolLM2 have one of 3.8 to 18.5."""
 COMMON_TAIL = 2
 """The place in `TAILS` of most matrices of SmolLM2: what serves all of them if one must."""
 SCALE_STEPS = 17
@@ -57,6 +57,13 @@ def first_table(rate: int, window: int, tail: int, generator: torch.Generator) -
         `2^window` entries of one weight for values of variance one, drawn in by
         `(1 - 4^-rate)^0.5`: what a code of that rate reproduces of them.
     """
+    entries = _quantiles(window, tail) * (1 - 4.0**-rate) ** 0.5
+    return snap(entries[torch.randperm(len(entries), generator=generator)][:, None])
+
+
+@functools.cache
+def _quantiles(window: int, tail: int) -> Tensor:
+    """`[2^window]` float32: where the entries of `first_table` lie at variance one."""
     half = 1 << (window - 1)
     x = torch.arange(0.0, 60.0, 0.002, dtype=torch.float64)
     density = torch.zeros_like(x)
@@ -67,16 +74,15 @@ def first_table(rate: int, window: int, tail: int, generator: torch.Generator) -
     mass = (density**_SPREADING).cumsum(0)
     places = (torch.arange(half, dtype=torch.float64) + 0.5) / half
     positive = x[torch.searchsorted(mass, places * mass[-1])].float()
-    entries = torch.cat([-positive, positive]) * (1 - 4.0**-rate) ** 0.5
-    return snap(entries[torch.randperm(2 * half, generator=generator)][:, None])
+    return torch.cat([-positive, positive])
 
 
 def tail_of(weight: Tensor, moments: Tensor) -> int:
     """Return the place in `TAILS` of the table that fits columns of a matrix.
 
     A normal value times a scale with a spread of `t` has a kurtosis of `3 exp(4 t^2)`. Columns
-    count by the square root of their moments: that kurtosis names the best spread, within .1, of 25
-    of 28 matrices of SmolLM2.
+    count by the square root of their moments: that kurtosis names the best spread (of .2 to .65)
+    to within .1 for 26 of 28 matrices of SmolLM2, at 2 and at 3 bits.
 
     Args:
         weight: `[O, I]` rows divided by their scales.
