@@ -8,10 +8,11 @@ Not here: questions about pictures (`evaluate`).
 
 from __future__ import annotations
 
+import hashlib
 import math
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from mgvq_quantizer.batches import TokenBatch, embed, make_batch
 from mgvq_quantizer.evaluate import bits_by_group, to_dense
 from mgvq_quantizer.plain_text import Passage, read_passages, text_sample
 from mgvq_quantizer.teacher import divergence
-from mgvq_runtime.checkpoint.reader import Checkpoint, open_checkpoint
+from mgvq_runtime.checkpoint.reader import open_checkpoint
 from mgvq_runtime.models.causal_lm import CausalLM
 from mgvq_runtime.models.loading import fill_model
 from mgvq_runtime.tokenizer import Tokenizer
@@ -36,8 +37,8 @@ _LOGIT_ROWS = 512
 
 
 @dataclass(frozen=True)
-class TextEvaluation:
-    """The outcome for a checkpoint; fields are the keys of the JSON line."""
+class TextMarks:
+    """What a model said about a text."""
 
     kl: float
     """KL(reference || checkpoint) in nats, mean over predicted tokens."""
@@ -52,6 +53,12 @@ class TextEvaluation:
     """Windows."""
     n_tokens: int
     """Predicted tokens."""
+
+
+@dataclass(frozen=True)
+class TextEvaluation(TextMarks):
+    """The outcome for a checkpoint; fields are the keys of the JSON line."""
+
     bits_per_weight: float
     """Of the decoder's linear layers, in full."""
     bits_per_weight_by_group: dict[str, float]
@@ -97,41 +104,75 @@ def evaluate_text(
     """
     started = time.monotonic()
     opened = open_checkpoint(checkpoint)
-    models = [to_dense(fill_model(c, device)) for c in (opened, open_checkpoint(reference))]
-    batches = read_windows(text, reference, max_tokens, device)
-    _check_vocabularies(models[0], models[1])
-    bar = tqdm(batches, unit="window", disable=not show_progress)
-    return _finish([_read(models, batch) for batch in bar], opened, started)
+    model = to_dense(fill_model(opened, device))
+    marks = TextExaminer(reference, text, max_tokens, device, show_progress).examine(model)
+    bits = bits_by_group(opened)
+    return TextEvaluation(
+        **vars(marks),
+        bits_per_weight=bits["decoder"],
+        bits_per_weight_by_group=bits,
+        file_bytes=sum(f.stat().st_size for f in opened.path.glob("*.safetensors")),
+        seconds=time.monotonic() - started,
+    )
 
 
-def read_windows(
-    text: Path, model: Path, max_tokens: int, device: torch.device | str
-) -> list[TokenBatch]:
-    """Return windows evenly drawn from a text, one a batch.
+class TextExaminer:
+    """Lets one model after another read the same text, beside one reference."""
 
-    Args:
-        text: see `evaluate_text`.
-        model: the folder whose tokenizer cuts it.
-        max_tokens: tokens to read at most.
-        device: where the batches lie.
+    def __init__(
+        self,
+        reference: Path,
+        text: Path,
+        max_tokens: int = DEFAULT_TOKENS,
+        device: str = "cpu",
+        show_progress: bool = True,
+    ) -> None:
+        """Load the reference and draw the windows.
 
-    Raises:
-        DataError: if the text cannot be used.
-    """
-    passages = draw(read_passages(text, Tokenizer.from_folder(model)), max_tokens)
-    return [make_batch([text_sample(passage)], device) for passage in passages]
+        Args:
+            reference: as in `evaluate_text`.
+            text: as in `evaluate_text`.
+            max_tokens: as in `evaluate_text`.
+            device: as in `evaluate_text`.
+            show_progress: as in `evaluate_text`.
 
+        Raises:
+            CheckpointError: if the reference cannot be loaded.
+            DataError: if the text cannot be used.
+        """
+        self._silent = not show_progress
+        self._reference = to_dense(fill_model(open_checkpoint(reference), device))
+        passages = draw(read_passages(text, Tokenizer.from_folder(reference)), max_tokens)
+        self._windows = [make_batch([text_sample(passage)], device) for passage in passages]
+        self._reference_states: dict[int, Tensor] = {}
 
-@torch.no_grad()
-def perplexity(model: CausalLM, windows: Sequence[TokenBatch]) -> float:
-    """Return `exp` of a model's mean negative log-likelihood of some windows of text."""
-    loss, tokens = 0.0, 0
-    for batch in windows:
-        targets = batch.token_ids[batch.answer_rows + 1]  # [A]
-        parts = zip(_log_probs(model, batch), torch.split(targets, _LOGIT_ROWS), strict=True)
-        loss -= sum(_sum_at(rows, part) for rows, part in parts)
-        tokens += len(targets)
-    return math.exp(loss / tokens)
+    @property
+    def fingerprint(self) -> str:
+        """Tells apart draws of windows, by their tokens."""
+        digest = hashlib.blake2b(digest_size=16)
+        for batch in self._windows:
+            digest.update(batch.token_ids.cpu().numpy().tobytes())
+        return digest.hexdigest()
+
+    @torch.no_grad()
+    def examine(self, model: CausalLM) -> TextMarks:
+        """Let a model read everything; the reference reads the first time only.
+
+        Args:
+            model: in dense arithmetic, on the examiner's device.
+
+        Raises:
+            DataError: if model and reference have other numbers of tokens.
+        """
+        _check_vocabularies(model, self._reference)
+        windows = []
+        for i, batch in enumerate(tqdm(self._windows, unit="window", disable=self._silent)):
+            if i not in self._reference_states:
+                self._reference_states[i] = _states(self._reference, batch)
+            states = (_states(model, batch), self._reference_states[i])
+            targets = batch.token_ids[batch.answer_rows + 1]  # [A]
+            windows.append(_mark((model, self._reference), states, targets))
+        return _finish(windows)
 
 
 def draw(passages: Sequence[Passage], max_tokens: int) -> list[Passage]:
@@ -154,12 +195,21 @@ def _check_vocabularies(model: CausalLM, reference: CausalLM) -> None:
         )
 
 
-def _read(models: Sequence[CausalLM], batch: TokenBatch) -> _Window:
-    """Let the checkpoint and the reference predict one window."""
-    targets = batch.token_ids[batch.answer_rows + 1]  # [A]
+def _states(model: CausalLM, batch: TokenBatch) -> Tensor:
+    """Return the final hidden states `[A, D]` behind each token of a window but the last."""
+    return model(embed(model, batch, {}), batch.forward)[batch.answer_rows]
+
+
+def _mark(
+    models: tuple[CausalLM, CausalLM], states: tuple[Tensor, Tensor], targets: Tensor
+) -> _Window:
+    """Add up what checkpoint and reference say, given their states `[A, D]`, and targets `[A]`."""
     kl, loss, reference_loss, agreed = 0.0, 0.0, 0.0, 0
-    said = (_log_probs(model, batch) for model in models)
-    for mine, other, target in zip(*said, torch.split(targets, _LOGIT_ROWS), strict=True):
+    for ours, theirs, target in zip(
+        *(torch.split(rows, _LOGIT_ROWS) for rows in (*states, targets)), strict=True
+    ):
+        mine = models[0].logits(ours).log_softmax(-1)  # [a, V]
+        other = models[1].logits(theirs).log_softmax(-1)
         kl += float(divergence(other, mine).double().sum())
         loss -= _sum_at(mine, target)
         reference_loss -= _sum_at(other, target)
@@ -167,23 +217,15 @@ def _read(models: Sequence[CausalLM], batch: TokenBatch) -> _Window:
     return _Window(len(targets), kl, loss, reference_loss, agreed)
 
 
-def _log_probs(model: CausalLM, batch: TokenBatch) -> Iterator[Tensor]:
-    """Yield what a model predicts behind each token of a window, some rows `[a, V]` at a time."""
-    hidden = model(embed(model, batch, {}), batch.forward)[batch.answer_rows]  # [A, D]
-    for rows in torch.split(hidden, _LOGIT_ROWS):
-        yield model.logits(rows).log_softmax(-1)
-
-
 def _sum_at(log_probs: Tensor, targets: Tensor) -> float:
     return float(log_probs.gather(1, targets[:, None]).double().sum())
 
 
-def _finish(windows: Sequence[_Window], opened: Checkpoint, started: float) -> TextEvaluation:
+def _finish(windows: Sequence[_Window]) -> TextMarks:
     tokens = sum(window.tokens for window in windows)
     means = [window.kl / window.tokens for window in windows]
-    bits = bits_by_group(opened)
     spread = statistics.stdev(means) / math.sqrt(len(means)) if len(means) > 1 else math.nan
-    return TextEvaluation(
+    return TextMarks(
         kl=sum(window.kl for window in windows) / tokens,
         kl_se=spread,
         perplexity=math.exp(sum(window.loss for window in windows) / tokens),
@@ -191,8 +233,4 @@ def _finish(windows: Sequence[_Window], opened: Checkpoint, started: float) -> T
         top1_agreement=sum(window.agreed for window in windows) / tokens,
         n=len(windows),
         n_tokens=tokens,
-        bits_per_weight=bits["decoder"],
-        bits_per_weight_by_group=bits,
-        file_bytes=sum(f.stat().st_size for f in opened.path.glob("*.safetensors")),
-        seconds=time.monotonic() - started,
     )

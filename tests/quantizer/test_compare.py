@@ -65,9 +65,10 @@ def test_the_command_compares_and_adds_to_what_is_there(
         evaluate(quantized[0], dense, limit=6, show_progress=False).kl, rel=1e-6
     )
     read = evaluate_text(quantized[0], dense, text, show_progress=False)
-    assert by_key["ours", 2.0]["perplexity"] == pytest.approx(read.perplexity, rel=1e-6)
+    assert by_key["ours", 2.0]["text"]["kl"] == pytest.approx(read.kl, rel=1e-6)
+    assert by_key["ours", 2.0]["text"]["perplexity"] == pytest.approx(read.perplexity, rel=1e-6)
     for row in first:
-        found, original = row["perplexity"], row["reference_perplexity"]
+        found, original = row["text"]["perplexity"], row["text"]["reference_perplexity"]
         assert original == pytest.approx(read.reference_perplexity, rel=1e-6)
         assert found != original
     coarse, fine = (by_key["RTN, clip search", bits]["marks"]["kl"] for bits in (2.25, 4.25))
@@ -310,7 +311,8 @@ def test_rows_of_one_label_are_averaged_and_checkpoints_replaced(tmp_path: Path)
     assert lines[4] == "| ours | 2.000 | 0.10000 | 0.50 | 90.00% | 80.00% | 1 |"
     assert lines[5].startswith("| **A** | 2.062 | 0.20000 ± 0.14142 | 1.00 |")
     assert lines[6] == "| B | not defined | | | | | |"
-    assert "85.00%" in lines[-1]
+    assert "85.00%" in lines[-2]
+    assert "over questions is up to 10% of it" in lines[-1]
     with pytest.raises(ResumeError, match="model = 'm', this run has 'n'"):
         Comparison(tmp_path, {"model": "n"})
     (tmp_path / "compare.json").write_text("{")

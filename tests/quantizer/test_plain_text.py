@@ -166,6 +166,32 @@ def test_figures_are_those_counted_by_hand(
     assert any(line.startswith("perplexity") for line in lines)
 
 
+def test_quantizers_are_compared_on_text_where_a_model_brings_no_questions(
+    llama: tuple[Path, Any],
+    two_bit: Path,
+    text: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    output = tmp_path / "compared"
+    words = ["compare", "--model", str(llama[0]), "--output", str(output), "--device", "cpu"]
+    words += ["--calibration", str(text), "--methods", "rtn", "--bits", "2.25,4.25"]
+    words += ["--checkpoint", f"ours={two_bit}"]
+    assert evaluate_cli.main(words) == 2
+    assert "brings a questions.zip" in capsys.readouterr().err
+    assert evaluate_cli.main([*words, "--text", str(text)]) == 0
+    printed = capsys.readouterr().out
+    assert "| same first choice | perplexity | seeds |" in printed
+    assert "standard error over windows of text" in printed
+    rows = json.loads((output / "compare.json").read_text())["rows"]
+    kl = {(row["label"], row["target"]): row["text"]["kl"] for row in rows}
+    read = evaluate_text(two_bit, llama[0], text, show_progress=False)
+    assert kl["ours", 2.0] == pytest.approx(read.kl, rel=1e-6)
+    assert 0.0 < kl["RTN, clip search", 4.25] < 0.5 * kl["RTN, clip search", 2.25]
+    assert evaluate_cli.main([*words, "--text", str(text)]) == 0
+    assert json.loads((output / "compare.json").read_text())["rows"] == rows, "nothing ran again"
+
+
 def test_a_model_against_itself_and_against_another(
     llama: tuple[Path, Any], dense: Path, text: Path, tmp_path: Path
 ) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import hashlib
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,22 +16,17 @@ from pathlib import Path
 
 import torch
 
-from mgvq_quantizer.archive import Archive
+from mgvq_quantizer.archive import Archive, DataError
 from mgvq_quantizer.baselines.interface import Fisher, NotDefined, Quantized
 from mgvq_quantizer.baselines.methods import Method
 from mgvq_quantizer.baselines.ours import Variant, all_but_the_decoder
 from mgvq_quantizer.baselines.rows import Row
 from mgvq_quantizer.baselines.through_model import bits_per_weight, fishers_of, quantize_decoder
 from mgvq_quantizer.baselines.tuned import tune_decoder
-from mgvq_quantizer.batches import (
-    TokenBatch,
-    encode_pictures,
-    length_batches,
-    unique_pictures,
-)
+from mgvq_quantizer.batches import encode_pictures, length_batches, unique_pictures
 from mgvq_quantizer.dataset import read_data
 from mgvq_quantizer.evaluate import Examiner, bits_by_group, to_dense
-from mgvq_quantizer.evaluate_text import DEFAULT_TOKENS, perplexity, read_windows
+from mgvq_quantizer.evaluate_text import TextExaminer
 from mgvq_quantizer.pipeline import ROUNDED, quantize
 from mgvq_quantizer.questions import find_questions
 from mgvq_quantizer.recipe import QuantRecipe
@@ -58,7 +52,7 @@ class Options:
     tuning_steps: tuple[int, ...] = (0,)
     """Steps of end-to-end tuning that every quantizer gets, a row for each number."""
     text: Path | None = None
-    """Plain text whose perplexity is measured too."""
+    """Plain text to be read too; it is enough where there are no questions."""
     device: str = "cpu"
 
 
@@ -68,7 +62,7 @@ class Bench:
     def __init__(
         self, model: Path, scratch: Path, options: Options, progress: Callable[[str], None]
     ) -> None:
-        """Read calibration data and draw the questions.
+        """Read calibration data, questions and text.
 
         Args:
             model: a dense checkpoint folder.
@@ -79,7 +73,8 @@ class Bench:
 
         Raises:
             CheckpointError: if the model cannot be used.
-            DataError: if calibration data or questions cannot be used.
+            DataError: if calibration data, questions or text cannot be used, or there are neither
+                questions nor text.
         """
         self._source = open_checkpoint(model)
         if self._source.quantization is not None:
@@ -93,25 +88,23 @@ class Bench:
             keep=all_but_the_decoder(graph),
         )
         data = read_data(model, graph, self._recipe, options.calibration)
-        questions = find_questions(options.questions, [model])
-        self._examiner = Examiner(
-            model, Archive(questions), options.limit, 0, options.device, show_progress=False
-        )
-        self._windows: list[TokenBatch] = []
-        self._reference_perplexity: float | None = None
+        questions, device = _find_questions(model, options), options.device
+        self._examiner = self._reader = None
+        if questions is not None:
+            archive = Archive(questions)
+            self._examiner = Examiner(model, archive, options.limit, 0, device, show_progress=False)
         if options.text is not None:
-            self._windows = read_windows(options.text, model, DEFAULT_TOKENS, options.device)
-            self._reference_perplexity = perplexity(graph, self._windows)
+            self._reader = TextExaminer(model, options.text, device=device, show_progress=False)
         self.facts = {
             "model": model.name,
             "model_fingerprint": fingerprint_folder(model),
             "calibration": data.name,
             "calibration_fingerprint": data.fingerprint,
             "max_samples": options.max_samples,
-            "questions": questions.name,
+            "questions": questions.name if questions else None,
             "limit": options.limit,
-            "questions_fingerprint": self._examiner.fingerprint,
-            "text_fingerprint": _digest(self._windows) if self._windows else None,
+            "questions_fingerprint": self._examiner.fingerprint if self._examiner else None,
+            "text_fingerprint": self._reader.fingerprint if self._reader else None,
             "tool_version": __version__,
         }
         self._data = data
@@ -219,9 +212,8 @@ class Bench:
         """Ask the questions, let the text be read; return the row with what came of it."""
         return dataclasses.replace(
             row,
-            marks=self._examiner.examine(model),
-            perplexity=perplexity(model, self._windows) if self._windows else None,
-            reference_perplexity=self._reference_perplexity,
+            marks=self._examiner.examine(model) if self._examiner else None,
+            text=self._reader.examine(model) if self._reader else None,
         )
 
     def _tune(
@@ -245,12 +237,14 @@ class Bench:
         return fill_model(self._source, self._device)
 
 
-def _digest(windows: Sequence[TokenBatch]) -> str:
-    """Return a digest of the tokens of some windows."""
-    digest = hashlib.blake2b(digest_size=16)
-    for batch in windows:
-        digest.update(batch.token_ids.cpu().numpy().tobytes())
-    return digest.hexdigest()
+def _find_questions(model: Path, options: Options) -> Path | None:
+    """Return the question file, or None where a text has to do because the model brings none."""
+    try:
+        return find_questions(options.questions, [model])
+    except DataError:
+        if options.questions is not None or options.text is None:
+            raise
+        return None
 
 
 class _Clock:

@@ -61,7 +61,7 @@ def plot(rows: Sequence[Row], file: Path) -> None:
         if changed:
             _ablations(panels[1, column], [x for x in lines if x.tuning_steps == number])
             panels[1, column].set_title(f"{_WHOLE} with one change, {title}")
-    panels[0, 0].set_ylabel("KL from the unquantized model, nats an answer token")
+    panels[0, 0].set_ylabel("KL from the unquantized model, nats a token")
     handles = {
         name: handle
         for axes in panels.flat

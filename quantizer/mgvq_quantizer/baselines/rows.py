@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mgvq_quantizer.evaluate import Marks
+from mgvq_quantizer.evaluate_text import TextMarks
 from mgvq_quantizer.work_folder import ResumeError
 
 FILE_NAME = "compare.json"
@@ -41,14 +42,18 @@ class Row:
     is_ours: bool = False
     """Whether this is MGVQ, in whole or in part, rather than a baseline."""
     marks: Marks | None = None
-    perplexity: float | None = None
-    """Of the text, where one was given."""
-    reference_perplexity: float | None = None
-    """The unquantized model's."""
+    """For the questions, where there are any."""
+    text: TextMarks | None = None
+    """For the text, where one was given."""
     seconds: float = 0.0
     """Quantization and examination; of a checkpoint, the examination alone."""
     processor_seconds: float = 0.0
     """The same in processor time. What rows share is in the first row that needs it."""
+
+    @property
+    def judged(self) -> Marks | TextMarks | None:
+        """What the row is compared by: the questions, or the text where there are none."""
+        return self.marks or self.text
 
     @property
     def key(self) -> tuple[str, float, int]:
@@ -103,5 +108,9 @@ class Comparison:
 
 
 def _row(values: dict[str, Any]) -> Row:
-    marks = values.pop("marks")
-    return Row(**values, marks=None if marks is None else Marks(**marks))
+    marks, text = values.pop("marks"), values.pop("text")
+    return Row(
+        **values,
+        marks=None if marks is None else Marks(**marks),
+        text=None if text is None else TextMarks(**text),
+    )

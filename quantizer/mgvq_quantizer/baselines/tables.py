@@ -9,9 +9,9 @@ from itertools import groupby
 
 from mgvq_quantizer.baselines.rows import Row
 
-_COLUMNS = ("bits in full", "KL", "of best baseline", "same first choice", "accuracy", "seeds")
-_PERPLEXITY = "perplexity"
-"""A column of its own where a text was given."""
+_COLUMNS = ("bits in full", "KL", "of best baseline", "same first choice")
+_ACCURACY, _PERPLEXITY = "accuracy", "perplexity"
+"""Columns where there were questions, and where a text was given."""
 
 
 @dataclass(frozen=True)
@@ -31,19 +31,24 @@ class Line:
 
     @property
     def measured(self) -> list[Row]:
-        """The rows with marks."""
-        return [row for row in self.rows if row.marks is not None]
+        """The rows of which anything is known."""
+        return [row for row in self.rows if row.judged is not None]
 
     def mean_and_spread(self, name: str) -> tuple[float, float | None]:
-        """Return mean and standard deviation over seeds of a mark, or of a number of the rows."""
-        of_row = name in ("bits_per_weight", _PERPLEXITY)
-        values = [float(getattr(row if of_row else row.marks, name)) for row in self.measured]
+        """Return mean and standard deviation over seeds of a mark, or of the bits a weight."""
+        values = [_value(row, name) for row in self.measured]
         return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
 
     @property
     def kl(self) -> float:
         """The mean KL; infinite where nothing was measured."""
         return self.mean_and_spread("kl")[0] if self.is_defined else float("inf")
+
+
+def _value(row: Row, name: str) -> float:
+    """Return a number by name: perplexity is the text's, other marks are of what judges the row."""
+    source = {"bits_per_weight": row, _PERPLEXITY: row.text}.get(name, row.judged)
+    return float(getattr(source, name))
 
 
 def lines_of(rows: Sequence[Row]) -> list[Line]:
@@ -76,7 +81,7 @@ def markdown(rows: Sequence[Row]) -> str:
     """Return the tables, with what their columns mean."""
     text: list[str] = []
     lines = lines_of(rows)
-    has_text = any(row.perplexity is not None for row in rows)
+    columns = _columns(rows)
     alike = groupby(lines, key=lambda line: (line.target, line.tuning_steps))
     for (target, steps), group in alike:
         best = best_baseline(lines, target, steps)
@@ -85,7 +90,6 @@ def markdown(rows: Sequence[Row]) -> str:
         if best is not None and best.target < target:
             bits, _ = best.mean_and_spread("bits_per_weight")
             text += [f"The best baseline is {best.label} at {bits:.3f} bits, KL {best.kl:.5f}.", ""]
-        columns = (*_COLUMNS[:-1], _PERPLEXITY, _COLUMNS[-1]) if has_text else _COLUMNS
         text += [
             f"| quantizer | {' | '.join(columns)} |",
             f"|---|{'---:|' * len(columns)}",
@@ -93,6 +97,12 @@ def markdown(rows: Sequence[Row]) -> str:
             "",
         ]
     return "\n".join([*text, *_notes(rows)]) + "\n"
+
+
+def _columns(rows: Sequence[Row]) -> tuple[str, ...]:
+    asked = (_ACCURACY,) * any(row.marks is not None for row in rows)
+    read = (_PERPLEXITY,) * any(row.text is not None for row in rows)
+    return (*_COLUMNS, *asked, *read, "seeds")
 
 
 def _table_row(line: Line, best: Line | None, columns: Sequence[str]) -> str:
@@ -103,11 +113,11 @@ def _table_row(line: Line, best: Line | None, columns: Sequence[str]) -> str:
         "KL": _cell(*line.mean_and_spread("kl"), "{:.5f}"),
         "of best baseline": f"{line.kl / best.kl:.2f}" if best is not None and best.kl > 0 else "",
         "same first choice": _cell(*line.mean_and_spread("top1_agreement"), "{:.2%}"),
-        "accuracy": _cell(*line.mean_and_spread("accuracy"), "{:.2%}"),
         "seeds": str(len(line.measured)),
     }
-    if _PERPLEXITY in columns:
-        cells[_PERPLEXITY] = _cell(*line.mean_and_spread(_PERPLEXITY), "{:.2f}")
+    for name, form in ((_ACCURACY, "{:.2%}"), (_PERPLEXITY, "{:.2f}")):
+        if name in columns:
+            cells[name] = _cell(*line.mean_and_spread(name), form)
     label = f"**{line.label}**" if line is best else line.label
     return f"| {label} | {' | '.join(cells[column] for column in columns)} |"
 
@@ -118,26 +128,29 @@ def _cell(mean: float, spread: float | None, form: str) -> str:
 
 def _notes(rows: Sequence[Row]) -> list[str]:
     """Return what has to be known to read the tables."""
-    measured = [row.marks for row in rows if row.marks is not None]
     notes = [
         "Bits a weight of the decoder's matrices, in full: codes, scales, offsets, codebooks,",
-        "signs, permutations. KL(unquantized || quantized) in nats an answer token, least first.",
+        "signs, permutations. KL(unquantized || quantized) in nats a token, least first.",
         "The best baseline within the target is bold, or named above the table if it is one of a",
         "lower rate. ± is the standard deviation over seeds. A baseline may cost up to 5 % more",
         "than its target; MGVQ keeps within it, but where its allocation is uniform: the target is",
         "then the bits of its codes alone.",
     ]
-    if measured:
-        first = measured[0]
-        error = max(marks.kl_se / marks.kl for marks in measured if marks.kl > 0)
+    judged = [row.judged for row in rows if row.judged is not None]
+    error = max((mark.kl_se / mark.kl for mark in judged if mark.kl_se > 0), default=0.0)
+    if marks := [row.marks for row in rows if row.marks is not None]:
         notes.append(
-            f"{first.n} questions, {first.n_tokens} answer tokens: a KL's standard error over them "
-            f"is up to {error:.0%} of it; the unquantized model answers "
-            f"{first.reference_accuracy:.2%}."
+            f"{marks[0].n} questions, {marks[0].n_tokens} answer tokens; the unquantized model "
+            f"answers {marks[0].reference_accuracy:.2%}."
         )
-    texts = [row.reference_perplexity for row in rows if row.reference_perplexity is not None]
-    if texts:
-        notes.append(f"Perplexity is that of the text; the unquantized model's is {texts[0]:.2f}.")
+    if texts := [row.text for row in rows if row.text is not None]:
+        notes.append(
+            f"Perplexity is that of {texts[0].n_tokens} tokens of text; the unquantized model's is "
+            f"{texts[0].reference_perplexity:.2f}."
+        )
+    if error:
+        what = "questions" if marks else "windows of text"
+        notes.append(f"A KL's standard error over {what} is up to {error:.0%} of it.")
     others = sorted({row.quantized for row in rows if row.quantized != "decoder"})
     if others:
         notes.append(f"MGVQ checkpoints have more quantized than the decoder: {'; '.join(others)}.")
