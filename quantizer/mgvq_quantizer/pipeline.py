@@ -202,7 +202,7 @@ def _round(residence: Residence, recipe: QuantRecipe, work: Work, data: Data, ba
     pictures = unique_pictures(data.train)
     check_pictures(data, graph)
     features = encode_pictures(graph, unique_pictures(data.all), device)
-    reference, head_moment = ask_teacher(graph, length_batches(data.all, device), features)
+    reference = ask_teacher(graph, length_batches(data.all, device), features)
     plans, weights, found = make_plans(graph, recipe, work.survey, data, features, reference, bar)
     train = length_batches(data.train, device)
     stream = Stream(graph, plans, recipe, work.rounding, done, weights)
@@ -219,7 +219,7 @@ def _round(residence: Residence, recipe: QuantRecipe, work: Work, data: Data, ba
     if any(name.startswith("visual.") for name in plans):
         stream.vision(list(picture_batches(shown)), device)
     features = encode_pictures(graph, unique_pictures(data.all), device)
-    stream.embedding(head_moment)
+    stream.embedding(reference, length_batches(data.heldout, device), features)
     testimony = None
     if recipe.gated:
         asked = [backward_batches(part, recipe, device) for part in (data.train, data.heldout)]

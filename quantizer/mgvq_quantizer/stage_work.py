@@ -102,8 +102,7 @@ class Stages:
     def ask_teacher(self) -> Work:
         """Count `encode_pictures` and `teacher.ask_teacher`, over all samples."""
         asked = Reading.of(self.data.all)
-        answers = Work({FORWARD: asked.answers * self.graph.config.text_config.hidden_size**2})
-        return total([self.encode_pictures(), self.decoder_forward(asked), answers])
+        return total([self.encode_pictures(), self.decoder_forward(asked)])
 
     def squared_gradients(self) -> Work:
         """Count `gradients.squared_gradients`: every block runs forward twice, and no weight has a
@@ -161,9 +160,18 @@ class Stages:
         return total([*parts, self.encode_pictures()])
 
     def embedding(self) -> Work:
-        """Count `Stream.embedding`: the moment is known."""
+        """Count `Stream.embedding`, with `tied_table.tied_moment`."""
         name = "model.embed_tokens"
-        return self._round(name) if name in self.plans else Work()
+        if name not in self.plans:
+            return Work()
+        asked = Work()
+        if self.graph.config.tie_word_embeddings:
+            said = Reading.of(self.data.all).answers
+            head = (said + 3 * self.heldout.answers) * self.head
+            moment = said * self.graph.config.text_config.hidden_size**2
+            forwards = times(self.decoder_forward(self.heldout), 2)
+            asked = total([forwards, Work({FORWARD: head + moment})])
+        return total([asked, self._round(name)])
 
     def decoder(self) -> Work:
         """Count `Stream.decoder`; `Witness.enter`, `gate.choose` and `BlockTuner` where the recipe

@@ -39,6 +39,8 @@ from mgvq_quantizer.statistics import (
     input_moments,
     record_calls,
 )
+from mgvq_quantizer.teacher import Reference
+from mgvq_quantizer.tied_table import tied_moment
 from mgvq_quantizer.trellis_search import first_table, tails_of
 from mgvq_quantizer.walk import walk_blocks
 from mgvq_quantizer.witness import Testimony, Witness
@@ -128,18 +130,27 @@ class Stream:
         for name in self._linears("visual.merger"):
             self._matrix(name, ends)
 
-    def embedding(self, head_moment: Tensor) -> None:
+    def embedding(
+        self, reference: Reference, asked: Sequence[TokenBatch], features: Features
+    ) -> None:
         """Quantize the token table.
 
-        A tied table is also the output head: it then answers for both uses with equal weight.
+        A tied table is also the output head: it then answers for both uses (`tied_table`).
 
         Args:
-            head_moment: `[D, D]`: the moment of what enters the head.
+            reference: what the unquantized model says about all samples.
+            asked: samples on which both uses are weighed.
+            features: rows of every picture.
         """
         name = "model.embed_tokens"
-        moment = torch.eye(len(head_moment), dtype=torch.float64, device=head_moment.device)
+        if name not in self.plans or self.work.holds(name):
+            self._matrix(name)
+            return
+        rows = self._module(name).weight
+        moment = torch.eye(rows.shape[1], dtype=torch.float64, device=rows.device)
         if self.model.config.tie_word_embeddings:
-            moment = moment + head_moment / head_moment.diagonal().mean()
+            drawn = seeded(self.recipe.seed, f"noise of {name}")
+            moment = tied_moment(self.model, reference, asked, features, drawn)
         self._matrix(name, moment=moment)
 
     def decoder(

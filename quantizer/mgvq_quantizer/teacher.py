@@ -59,9 +59,7 @@ class Student(nn.Module):
         return state_divergences(self.model, hidden[batch.answer_rows], batch.samples, reference)
 
 
-def ask_teacher(
-    graph: CausalLM, batches: Sequence[TokenBatch], features: Features
-) -> tuple[Reference, Tensor]:
+def ask_teacher(graph: CausalLM, batches: Sequence[TokenBatch], features: Features) -> Reference:
     """Ask the unquantized model about every sample.
 
     Args:
@@ -69,14 +67,10 @@ def ask_teacher(
         batches: samples.
         features: rows of every picture.
 
-    Returns:
-        What it says, and the moment `[D, D]` float64 (a sum) of the states that enter its head.
-
     Raises:
         CalibrationError: if its states are not finite.
     """
     hidden: dict[int, Tensor] = {}
-    moment: Tensor | None = None
     for batch in batches:
         rows = graph(embed(graph, batch, features), batch.forward)[batch.answer_rows]  # [A, D]
         if not bool(torch.isfinite(rows).all()):
@@ -84,13 +78,10 @@ def ask_teacher(
         counts = [int(sample.is_answer.sum()) for sample in batch.samples]
         for sample, part in zip(batch.samples, torch.split(rows, counts), strict=True):
             hidden[id(sample)] = part
-        product = (rows.T @ rows).double()
-        moment = product if moment is None else moment + product
-    assert moment is not None
     tied = graph.config.tie_word_embeddings
     head = graph.model.embed_tokens.weight if tied else graph.lm_head.weight
     assert isinstance(head, Tensor)
-    return Reference(hidden, head.clone()), moment
+    return Reference(hidden, head.clone())
 
 
 def _blame(batch: TokenBatch, rows: Tensor, features: Features) -> str:

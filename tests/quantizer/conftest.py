@@ -1,4 +1,4 @@
-"""A tiny Qwen2-VL folder with calibration data and questions, and a quantized checkpoint of it."""
+"""A tiny Qwen2-VL folder with calibration data and questions, one quantized, and a tiny Llama."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ from PIL import Image
 from mgvq_quantizer.pipeline import quantize
 from mgvq_quantizer.recipe import QuantRecipe
 from mgvq_quantizer.report import Report
-from tests.runtime.conftest import SPECIAL_TOKENS, hub_config, write_hub_folder
+from mgvq_runtime.tokenizer import Tokenizer
+from tests.runtime.conftest import SPECIAL_TOKENS, hub_config, write_hub_folder, write_tokenizer
+from tests.runtime.models.decoders import write_decoder_folder
 
 QUICK = {
     "bits": 2,
@@ -125,3 +127,12 @@ def correlated() -> Callable[[int, int], torch.Tensor]:
         return spread[:, None] * (basis * spectrum @ basis.T) * spread
 
     return make
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """A folder of a tiny text-only Llama with a tied head, and transformers' model of it."""
+    folder = tmp_path_factory.mktemp("llama")
+    write_tokenizer(folder)
+    size = Tokenizer.from_folder(folder).vocab_size
+    return folder, write_decoder_folder(folder, "llama-tied-mqa", vocab_size=size)

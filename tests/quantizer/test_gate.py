@@ -116,7 +116,7 @@ def test_both_sides_of_every_sample_make_its_gradient(dense: Path) -> None:
     batch = make_batch(samples, "cpu")
     with torch.no_grad():
         features = encode_pictures(graph, unique_pictures(samples), "cpu")
-        reference, _ = ask_teacher(graph, [batch], features)
+        reference = ask_teacher(graph, [batch], features)
         graph.model.layers[0].mlp.down_proj.weight.mul_(0.5)
     found = sample_gradients(
         graph, [name], [batch], features, reference, torch.Generator().manual_seed(0), draws=3

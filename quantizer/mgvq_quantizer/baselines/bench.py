@@ -228,7 +228,7 @@ class Bench:
         if self._reference is None:
             everything = length_batches(data.all, self._batches[0].token_ids.device)
             with torch.no_grad():
-                self._reference, _ = ask_teacher(self._dense(), everything, self._features)
+                self._reference = ask_teacher(self._dense(), everything, self._features)
         samples = ([*data.train, *data.swapped], data.heldout)
         recipe = dataclasses.replace(self._recipe, seed=row.seed, tuning_steps=row.tuning_steps)
         tune_decoder(graph, results, self._reference, samples, self._features, recipe, progress)
