@@ -112,7 +112,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--methods",
         default=",".join([*METHODS, "mgvq"]),
         metavar="NAMES",
-        help="with commas between; mgvq-PART is MGVQ with one part changed, 'mgvq-*' all of them; "
+        help="with commas between; mgvq-PART is MGVQ with one part changed, mgvq-trellis and "
+        "mgvq-trellis-PART the same with a trellis, 'mgvq-*' all of them; "
         f"parts: {', '.join(CHANGES)} (default: %(default)s)",
     )
     add(

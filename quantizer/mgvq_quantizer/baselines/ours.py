@@ -1,14 +1,15 @@
 """MGVQ under the conditions of its baselines, whole and with one setting changed (for `bench`).
 
 The decoder alone is quantized; calibration, bits in full, tuning and questions are the baselines'.
-Each entry of `CHANGES` takes a part out, or puts one in that is off by default.
+Each entry of `CHANGES` takes a part out, or puts one in that is off by default; with lookups, and
+with a trellis.
 
 Source: method memo F.3.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,9 +20,11 @@ from mgvq_runtime.checkpoint.bits import group_of
 
 OURS = "MGVQ"
 """The label of the whole method."""
+TRELLIS: Mapping[str, Any] = {"codec": "trellis", "refit_rounds": 2, "descent_sweeps": 1}
+"""Settings of the whole method with a trellis for lookups."""
+_LOOKUPS_ONLY = {"two-sided"}
 
 CHANGES: Mapping[str, Mapping[str, Any]] = {
-    "trellis": {"codec": "trellis", "refit_rounds": 2, "descent_sweeps": 1},
     "uniform": {"allocation": "uniform"},
     "layer-budget": {"allocation": "layer"},
     "global-only": {"global_share": 1.0},
@@ -49,19 +52,28 @@ class Variant:
     label: str
     """What tables and plots call it."""
     settings: Mapping[str, Any]
+    change: str = ""
+    """A name of `CHANGES`; empty for the whole method."""
+    base: str = ""
+    """The label of the whole that the change is made to."""
     is_random: bool = True
 
 
-VARIANTS = {
-    variant.name: variant
-    for variant in (
-        Variant("mgvq", OURS, {}),
-        *(
-            Variant(f"mgvq-{name}", f"{OURS}, {name.replace('-', ' ')}", changes)
-            for name, changes in CHANGES.items()
-        ),
-    )
-}
+def _variants() -> Iterator[Variant]:
+    """Yield the whole method with lookups and with a trellis, each with its changes."""
+    for name, label, settings in (
+        ("mgvq", OURS, {}),
+        ("mgvq-trellis", f"{OURS}, trellis", TRELLIS),
+    ):
+        yield Variant(name, label, settings)
+        for change, changed in CHANGES.items():
+            if settings is TRELLIS and change in _LOOKUPS_ONLY:
+                continue
+            words = f"{label}, {change.replace('-', ' ')}"
+            yield Variant(f"{name}-{change}", words, {**settings, **changed}, change, label)
+
+
+VARIANTS = {variant.name: variant for variant in _variants()}
 
 
 def all_but_the_decoder(model: nn.Module) -> str:

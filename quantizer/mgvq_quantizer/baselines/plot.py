@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mgvq_quantizer.baselines.ours import VARIANTS
+from mgvq_quantizer.baselines.ours import CHANGES, OURS, VARIANTS, Variant
 from mgvq_quantizer.baselines.rows import Row
 from mgvq_quantizer.baselines.tables import Line, lines_of
 from mgvq_runtime.errors import ConfigError
@@ -19,7 +19,7 @@ from mgvq_runtime.errors import ConfigError
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_WHOLE = VARIANTS["mgvq"].label
+_CHANGED = {variant.label: variant for variant in VARIANTS.values() if variant.base}
 _MARKERS = "osD^vPX<>h"
 
 
@@ -46,8 +46,8 @@ def plot(rows: Sequence[Row], file: Path) -> None:
 
     lines = [line for line in lines_of(rows) if line.is_defined]
     steps = sorted({line.tuning_steps for line in lines}) or [0]
-    whole = {(line.target, line.tuning_steps) for line in lines if _name(line) == _WHOLE}
-    ablations = [x for x in lines if _is_ablation(x) and (x.target, x.tuning_steps) in whole]
+    there = {(_name(line), line.target, line.tuning_steps) for line in lines}
+    ablations = [x for x in lines if (_base(x), x.target, x.tuning_steps) in there]
     curves = [line for line in lines if line not in ablations]
     changed = bool(ablations)
     figure = Figure(figsize=(6.0 * len(steps) + 2.0, 9.6 if changed else 4.8), dpi=150)
@@ -60,7 +60,7 @@ def plot(rows: Sequence[Row], file: Path) -> None:
         panels[0, column].set_title(title)
         if changed:
             _ablations(panels[1, column], [x for x in lines if x.tuning_steps == number])
-            panels[1, column].set_title(f"{_WHOLE} with one change, {title}")
+            panels[1, column].set_title(f"{OURS} with one change, {title}")
     panels[0, 0].set_ylabel("KL from the unquantized model, nats a token")
     handles = {
         name: handle
@@ -76,9 +76,15 @@ def _name(line: Line) -> str:
     return line.label.partition(", tuned ")[0]
 
 
-def _is_ablation(line: Line) -> bool:
-    """Whether this is MGVQ with something changed."""
-    return line.is_ours and _name(line).startswith(f"{_WHOLE}, ")
+def _variant(line: Line) -> Variant | None:
+    """The variant of MGVQ with one change that this is, if it is one."""
+    return _CHANGED.get(_name(line)) if line.is_ours else None
+
+
+def _base(line: Line) -> str:
+    """The label of the whole that this changes; empty if it is none."""
+    variant = _variant(line)
+    return "" if variant is None else variant.base
 
 
 def _curves(axes: Axes, lines: Sequence[Line], names: Sequence[str]) -> None:
@@ -100,7 +106,7 @@ def _curves(axes: Axes, lines: Sequence[Line], names: Sequence[str]) -> None:
             label=name,
             marker="*" if is_ours else _MARKERS[names.index(name) % len(_MARKERS)],
             markersize=12 if is_ours else 6,
-            color="black" if name == _WHOLE else f"C{names.index(name)}",
+            color="black" if name == OURS else f"C{names.index(name)}",
             linewidth=1.2,
             capsize=3,
             zorder=3 if is_ours else 2,
@@ -111,24 +117,27 @@ def _curves(axes: Axes, lines: Sequence[Line], names: Sequence[str]) -> None:
 
 
 def _ablations(axes: Axes, lines: Sequence[Line]) -> None:
-    """One row a change, one mark a rate: the change's KL as a multiple of the whole method's."""
-    whole = {line.target: line.kl for line in lines if _name(line) == _WHOLE and line.kl > 0}
-    changes = [line for line in lines if _is_ablation(line) and line.target in whole]
-    labels = [variant.label for variant in VARIANTS.values() if variant.label != _WHOLE]
-    for i, target in enumerate(sorted(whole)):
-        mine = [line for line in changes if line.target == target]
-        shift = 0.2 * (i - (len(whole) - 1) / 2)
+    """One row a change, one mark a whole and rate: KL as a multiple of that whole's."""
+    kl = {(_name(line), line.target): line.kl for line in lines if line.kl > 0}
+    groups: dict[tuple[str, float], list[tuple[int, Line]]] = {}
+    for line in lines:
+        variant = _variant(line)
+        if variant is not None and (key := (variant.base, line.target)) in kl:
+            groups.setdefault(key, []).append((list(CHANGES).index(variant.change), line))
+    for i, (whole, target) in enumerate(sorted(groups)):
+        places, mine = zip(*groups[whole, target], strict=True)
+        shift = 0.2 * (i - (len(groups) - 1) / 2)
         axes.errorbar(
-            [line.kl / whole[target] for line in mine],
-            [labels.index(_name(line)) + shift for line in mine],
-            xerr=[(line.mean_and_spread("kl")[1] or 0.0) / whole[target] for line in mine],
+            [line.kl / kl[whole, target] for line in mine],
+            [place + shift for place in places],
+            xerr=[(line.mean_and_spread("kl")[1] or 0.0) / kl[whole, target] for line in mine],
             fmt=_MARKERS[i % len(_MARKERS)],
             color=f"C{i}",
-            label=f"{_WHOLE} changed, {target:g} bits",
+            label=f"{whole} changed, {target:g} bits",
             capsize=3,
         )
     axes.axvline(1.0, color="black", linewidth=1.2)
-    axes.set_yticks(range(len(labels)), [text.removeprefix(f"{_WHOLE}, ") for text in labels])
-    axes.set_ylim(len(labels) - 0.5, -0.5)
-    axes.set_xlabel(f"KL as a multiple of {_WHOLE}'s")
+    axes.set_yticks(range(len(CHANGES)), [change.replace("-", " ") for change in CHANGES])
+    axes.set_ylim(len(CHANGES) - 0.5, -0.5)
+    axes.set_xlabel("KL as a multiple of the whole's")
     axes.grid(visible=True, axis="x", alpha=0.25)
