@@ -36,7 +36,8 @@ _COMMON = QuantRecipe(
     descent_sweeps=1,
     max_samples=36,
     heldout_share=0.11,
-    tuning_steps=60,
+    guided=True,
+    tuning_steps=30,
     tuning_batch_tokens=512,
     codebook_lr=2e-3,
     scale_lr=1e-3,
@@ -44,10 +45,8 @@ _COMMON = QuantRecipe(
 """Steps as cheap as they come, and one survey for all sizes."""
 RECIPES: Mapping[str, QuantRecipe] = {
     "44": dataclasses.replace(_COMMON, bits=2.49, embedding_bits=3),
-    "56": dataclasses.replace(_COMMON, bits=3.12, embedding_bits=4),
-    "68": dataclasses.replace(
-        _COMMON, bits=4, allocation="uniform", embedding_bits=4, tuning_steps=0
-    ),
+    "56": dataclasses.replace(_COMMON, bits=3.135, embedding_bits=4),
+    "68": dataclasses.replace(_COMMON, bits=4, allocation="uniform", embedding_bits=4),
 }
 """By megabytes (10^6 bytes) of the whole weight file."""
 _TABLE = re.compile(r"(<!-- table -->\n).*?(<!-- end of table -->)", re.DOTALL)

@@ -67,11 +67,12 @@ def head_moment(reference: Reference) -> Tensor:
     Independent errors `e_v` of the head's rows make a divergence of `1/2 sum_v p_v (1 - p_v)
     (e_v h)^2` in second order; all rows share one moment, so that a state's weight is the sum.
     """
-    moment = torch.zeros(1, dtype=torch.float64, device=reference.head.device)
+    width = reference.head.shape[1]
+    moment = torch.zeros(width, width, dtype=torch.float64, device=reference.head.device)
     for states in torch.split(torch.cat(list(reference.hidden.values())), LOGIT_ROWS):
         sure = reference.log_probs_of(states).exp().square().sum(-1)  # [a]
         doubt = (1.0 - sure).clamp_min(_SMALLEST)
-        moment = moment + ((states * doubt[:, None]).T @ states).double()
+        moment += ((states * doubt[:, None]).T @ states).double()
     return moment
 
 
