@@ -46,7 +46,9 @@ _COMMON = QuantRecipe(
 RECIPES: Mapping[str, QuantRecipe] = {
     "44": dataclasses.replace(_COMMON, bits=2.49, embedding_bits=3),
     "56": dataclasses.replace(_COMMON, bits=3.135, embedding_bits=4),
-    "68": dataclasses.replace(_COMMON, bits=4, allocation="uniform", embedding_bits=4),
+    "68": dataclasses.replace(
+        _COMMON, bits=4, allocation="uniform", embedding_bits=4, tuning_steps=0
+    ),
 }
 """By megabytes (10^6 bytes) of the whole weight file."""
 _TABLE = re.compile(r"(<!-- table -->\n).*?(<!-- end of table -->)", re.DOTALL)
