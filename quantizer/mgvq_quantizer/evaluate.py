@@ -125,14 +125,7 @@ def evaluate(
     model = to_dense(fill_model(opened, device))
     examiner = Examiner(reference, archive, limit, seed, device, show_progress)
     marks = examiner.examine(model)
-    bits = bits_by_group(opened)
-    return Evaluation(
-        **vars(marks),
-        bits_per_weight=bits["decoder"],
-        bits_per_weight_by_group=bits,
-        file_bytes=sum(f.stat().st_size for f in opened.path.glob("*.safetensors")),
-        seconds=time.monotonic() - started,
-    )
+    return Evaluation(**vars(marks), **sizes_of(opened), seconds=time.monotonic() - started)
 
 
 class Examiner:
@@ -306,6 +299,16 @@ def _finish(sums: _Sums) -> Marks:
         n=n,
         n_tokens=tokens,
     )
+
+
+def sizes_of(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return what an evaluation says of a checkpoint's size, by field."""
+    bits = bits_by_group(checkpoint)
+    return {
+        "bits_per_weight": bits["decoder"],
+        "bits_per_weight_by_group": bits,
+        "file_bytes": sum(f.stat().st_size for f in checkpoint.path.glob("*.safetensors")),
+    }
 
 
 def bits_by_group(checkpoint: Checkpoint) -> dict[str, float]:

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from mgvq_quantizer.archive import DataError
 from mgvq_quantizer.batches import TokenBatch, embed, make_batch
-from mgvq_quantizer.evaluate import bits_by_group, to_dense
+from mgvq_quantizer.evaluate import sizes_of, to_dense
 from mgvq_quantizer.plain_text import Passage, read_passages, text_sample
 from mgvq_quantizer.teacher import divergence
 from mgvq_runtime.checkpoint.reader import open_checkpoint
@@ -106,14 +106,7 @@ def evaluate_text(
     opened = open_checkpoint(checkpoint)
     model = to_dense(fill_model(opened, device))
     marks = TextExaminer(reference, text, max_tokens, device, show_progress).examine(model)
-    bits = bits_by_group(opened)
-    return TextEvaluation(
-        **vars(marks),
-        bits_per_weight=bits["decoder"],
-        bits_per_weight_by_group=bits,
-        file_bytes=sum(f.stat().st_size for f in opened.path.glob("*.safetensors")),
-        seconds=time.monotonic() - started,
-    )
+    return TextEvaluation(**vars(marks), **sizes_of(opened), seconds=time.monotonic() - started)
 
 
 class TextExaminer:
