@@ -129,7 +129,7 @@ def evaluate(
 
 
 class Examiner:
-    """Puts the same questions to one model after another, beside one reference."""
+    """Puts the same questions to one model after another, beside one `reference`."""
 
     def __init__(
         self,
@@ -157,8 +157,8 @@ class Examiner:
         self._archive, self._device, self._silent = archive, device, not show_progress
         self._questions = load_questions(archive, limit, seed)
         opened = open_checkpoint(reference)
-        self._reference = to_dense(fill_model(opened, device))
-        self._processor = ChatProcessor.from_checkpoint(opened, self._reference.config)
+        self.reference = to_dense(fill_model(opened, device))
+        self._processor = ChatProcessor.from_checkpoint(opened, self.reference.config)
         self._reference_states: dict[int, Tensor] = {}
 
     @property
@@ -184,9 +184,9 @@ class Examiner:
                 asked = _prepare(self._archive, chunk, self._processor)
                 exam = make_exam(asked, self._processor.config.image_token_id, self._device)
                 if i not in self._reference_states:
-                    self._reference_states[i] = answer_states(self._reference, exam)
+                    self._reference_states[i] = answer_states(self.reference, exam)
                 states = (answer_states(model, exam), self._reference_states[i])
-                _mark(exam, (model, self._reference), states, sums)
+                _mark(exam, (model, self.reference), states, sums)
                 bar.update(len(chunk))
         return _finish(sums)
 

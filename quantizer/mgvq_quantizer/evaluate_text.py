@@ -104,8 +104,9 @@ def evaluate_text(
     """
     started = time.monotonic()
     opened = open_checkpoint(checkpoint)
-    model = to_dense(fill_model(opened, device))
-    marks = TextExaminer(reference, text, max_tokens, device, show_progress).examine(model)
+    models = [to_dense(fill_model(c, device)) for c in (opened, open_checkpoint(reference))]
+    tokenizer = Tokenizer.from_folder(reference)
+    marks = TextExaminer(models[1], tokenizer, text, max_tokens, show_progress).examine(models[0])
     return TextEvaluation(**vars(marks), **sizes_of(opened), seconds=time.monotonic() - started)
 
 
@@ -114,28 +115,27 @@ class TextExaminer:
 
     def __init__(
         self,
-        reference: Path,
+        reference: CausalLM,
+        tokenizer: Tokenizer,
         text: Path,
         max_tokens: int = DEFAULT_TOKENS,
-        device: str = "cpu",
         show_progress: bool = True,
     ) -> None:
-        """Load the reference and draw the windows.
+        """Draw the windows.
 
         Args:
-            reference: as in `evaluate_text`.
+            reference: in dense arithmetic.
+            tokenizer: the reference's.
             text: as in `evaluate_text`.
             max_tokens: as in `evaluate_text`.
-            device: as in `evaluate_text`.
             show_progress: as in `evaluate_text`.
 
         Raises:
-            CheckpointError: if the reference cannot be loaded.
             DataError: if the text cannot be used.
         """
-        self._silent = not show_progress
-        self._reference = to_dense(fill_model(open_checkpoint(reference), device))
-        passages = draw(read_passages(text, Tokenizer.from_folder(reference)), max_tokens)
+        self._reference, self._silent = reference, not show_progress
+        passages = draw(read_passages(text, tokenizer), max_tokens)
+        device = reference.device
         self._windows = [make_batch([text_sample(passage)], device) for passage in passages]
         self._reference_states: dict[int, Tensor] = {}
 
@@ -152,7 +152,7 @@ class TextExaminer:
         """Let a model read everything; the reference reads the first time only.
 
         Args:
-            model: in dense arithmetic, on the examiner's device.
+            model: in dense arithmetic, on the reference's device.
 
         Raises:
             DataError: if model and reference have other numbers of tokens.

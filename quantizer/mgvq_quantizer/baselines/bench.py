@@ -37,6 +37,7 @@ from mgvq_runtime.checkpoint.reader import Checkpoint, open_checkpoint
 from mgvq_runtime.errors import CheckpointError, ConfigError
 from mgvq_runtime.models.causal_lm import CausalLM
 from mgvq_runtime.models.loading import fill_model
+from mgvq_runtime.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,9 @@ class Bench:
             archive = Archive(questions)
             self._examiner = Examiner(model, archive, options.limit, 0, device, show_progress=False)
         if options.text is not None:
-            self._reader = TextExaminer(model, options.text, device=device, show_progress=False)
+            dense = self._examiner.reference if self._examiner else graph
+            tokenizer = Tokenizer.from_folder(model)
+            self._reader = TextExaminer(dense, tokenizer, options.text, show_progress=False)
         self.facts = {
             "model": model.name,
             "model_fingerprint": fingerprint_folder(model),
