@@ -46,7 +46,8 @@ TRELLIS_MIXED = VQLayout(
     bands=(
         Band(0, 32, _trellis(1)),
         Band(32, 160, _trellis(3, 10)),
-        Band(192, 96, _trellis(4)),
+        Band(192, 32, _trellis(4)),
+        Band(224, 64, _trellis(5)),
         Band(288, 136, _trellis(2, 8)),
     ),
     has_permutation=True,

@@ -82,10 +82,16 @@ def _fill_words(head: Any, band: Any, row: int, low: Any, high: Any) -> None:
     elif rate == 3:
         for g in range(groups):
             low[g] = high[g] << uint32(8) | own[2 * groups + g]
-    else:
+    elif rate == 4:
         for g in range(groups):
             last = uint32(own[2 * groups + g]) << uint32(8) | own[3 * groups + g]
             low[g] = high[g] << uint32(16) | last
+    else:
+        for g in range(groups):
+            last = uint32(own[2 * groups + g]) << uint32(16) | uint32(
+                own[3 * groups + g]
+            ) << uint32(8)
+            low[g] = high[g] << uint32(24) | last | own[4 * groups + g]
 
 
 @njit
@@ -127,7 +133,9 @@ def _make_dot_words(rate: int) -> Any:
     return dot_words
 
 
-_dot_words_1, _dot_words_2, _dot_words_3, _dot_words_4 = map(_make_dot_words, TRELLIS_RATES)
+_dot_words_1, _dot_words_2, _dot_words_3, _dot_words_4, _dot_words_5 = map(
+    _make_dot_words, TRELLIS_RATES
+)
 
 
 @njit
@@ -141,7 +149,9 @@ def _dot_words(band: Any, low: Any, high: Any, table: Any, x: Any) -> Any:
         return _dot_words_2(groups, mask, low, high, table, x)
     if rate == 3:
         return _dot_words_3(groups, mask, low, high, table, x)
-    return _dot_words_4(groups, mask, low, high, table, x)
+    if rate == 4:
+        return _dot_words_4(groups, mask, low, high, table, x)
+    return _dot_words_5(groups, mask, low, high, table, x)
 
 
 @njit(fastmath={"reassoc", "contract"})

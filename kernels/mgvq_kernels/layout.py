@@ -29,7 +29,7 @@ LOOKUP_WINDOW = 8
 RATE_STAGES: Mapping[int, tuple[int, ...]] = {1: (8,), 2: (4,), 3: (4, 8), 4: (2,), 8: (1,)}
 """Lookup stages (by vector dimension) that spend a whole number of bits a weight."""
 
-TRELLIS_RATES = (1, 2, 3, 4)
+TRELLIS_RATES = (1, 2, 3, 4, 5)
 """Bits a weight a trellis may spend."""
 
 TRELLIS_WINDOWS = (8, 9, 10, 11, 12)
@@ -94,7 +94,7 @@ def rate_stages(
     """Make the stages that spend a whole number of bits a weight.
 
     Args:
-        rate: bits a weight: 1, 2, 3, 4, or 8 with lookups only.
+        rate: bits a weight: 1, 2, 3, 4, 5 in a trellis only, 8 with lookups only.
         codec: a name of `CODECS`.
         window: bits that name a codeword of a trellis; lookups have no choice.
 

@@ -5,7 +5,7 @@ groups of a band one after the other; of a group, its 4-row units of 32 weights:
 bits, which say all of a unit's windows but for the bits that come in from the word before. The
 first words of a tile's 64 units lie together, then the second ones: neighbouring units are
 neighbours in memory, a thread loads 16 bytes and 32 threads whole cache lines. What comes in from
-above a tile is its halo, a word a group (1.6 % of the codes at 1 bit a weight, 0.4 % at 4): so no
+above a tile is its halo, a word a group (1.6 % of the codes at 1 bit a weight, 0.3 % at 5): so no
 kernel knows of segments, and none takes a row modulo anything.
 
 A word is an integer whose highest bit is the stream's first. Plain torch; compiles nothing.

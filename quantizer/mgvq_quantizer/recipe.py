@@ -211,8 +211,8 @@ class QuantRecipe:
                 )
         if self.codec == "trellis" and (self.two_sided or self.bits > TRELLIS_RATES[-1]):
             raise ConfigError(
-                "a trellis takes up to 4 bits and no two_sided, whose rows are rounded in turn: "
-                "choose codec lookup, or less"
+                f"a trellis takes up to {TRELLIS_RATES[-1]} bits and no two_sided, whose rows are "
+                "rounded in turn: choose codec lookup, or less"
             )
 
     def to_json(self) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from tests.kernels.edge_cases import assert_product, between_guards
 from tests.kernels.random_weights import random_weight
 from tests.kernels.test_trellis import MIXED
 
+WIDTH = MIXED.in_features
 ROWS = (2, 3, 63, 64, 65, 255, 256, 257, 511, 512, 513, 700)
 
 
@@ -74,11 +75,11 @@ def test_products(weight: VQWeight, tokens: int, dtype: torch.dtype) -> None:
 def test_bias_residual_gate_and_gradient() -> None:
     weight = random_weight(MIXED)
     packed, dense = pack(weight, "cpu"), reference.vq_dequantize(weight, torch.float32)
-    x, bias, residual = torch.randn(2, 2 * 176), torch.randn(300), torch.randn(2, 300)
+    x, bias, residual = torch.randn(2, 2 * WIDTH), torch.randn(300), torch.randn(2, 300)
     y = ops.vq_linear(x, packed, bias, residual, gated=True)
     truth = ops.swiglu(x).double() @ dense.T.double() + bias + residual
     torch.testing.assert_close(y.double(), truth, rtol=1e-4, atol=1e-3)
-    x = torch.randn(1, 176, requires_grad=True)
+    x = torch.randn(1, WIDTH, requires_grad=True)
     ops.vq_linear(x, packed).sum().backward()
     torch.testing.assert_close(x.grad, dense.sum(0, keepdim=True), rtol=1e-4, atol=1e-3)
 
@@ -98,7 +99,7 @@ def test_threads_do_not_change_the_result(tokens: int, monkeypatch: pytest.Monke
 def test_nothing_around_the_weight_is_read_or_written(tokens: int) -> None:
     packed = pack(random_weight(MIXED), "cpu")
     guarded, guards = between_guards(packed)
-    x, ids = torch.randn(tokens, 176), torch.tensor([299, 0, 256])
+    x, ids = torch.randn(tokens, WIDTH), torch.tensor([299, 0, 256])
     assert torch.equal(ops.vq_linear(x, guarded), ops.vq_linear(x, packed))
     assert torch.equal(ops.vq_dequantize(guarded), ops.vq_dequantize(packed))
     assert torch.equal(ops.vq_embedding(ids, guarded), ops.vq_embedding(ids, packed))
@@ -124,7 +125,7 @@ def test_nothing_around_the_output_is_written(out_features: int) -> None:
 
 def test_poison_stays_in_its_row() -> None:
     packed = pack(random_weight(MIXED), "cpu")
-    x = torch.randn(2, 176)
+    x = torch.randn(2, WIDTH)
     clean = ops.vq_linear(x, packed)
     x[1, 100] = float("nan")
     y = ops.vq_linear(x, packed)
@@ -147,7 +148,8 @@ def test_copies_own_their_memory_and_the_memory_is_counted() -> None:
     assert twin.tensors["codes"].data_ptr() == int(twin.tensors["descriptor"][0])
     assert all(map(torch.equal, flat(unpack(twin)), flat(weight)))
     books = sum(stage.codebook_size for band in MIXED.bands for stage in band.stages)
-    scales, order, bands = 300 * (2 + 4), 2 * 4 * 176, 4 * (6 * 8 + 4)
+    scales, order = 300 * (2 + 4), 2 * 4 * WIDTH
+    bands = len(MIXED.bands) * (6 * 8 + 4)
     codes = 300 * MIXED.codes_per_row
     assert packed.num_codes == codes
     assert packed.nbytes == codes + books + scales + order + bands + 9 * 8
@@ -158,7 +160,7 @@ def test_a_flattened_weight_comes_back(backend: str) -> None:
     weight = pack(random_weight(MIXED), backend)
     back = torch_ops.unflatten(*torch_ops.flatten(weight))
     assert (back.backend, back.layout) == (backend, MIXED)
-    x = torch.randn(2, 176)
+    x = torch.randn(2, WIDTH)
     flattened = torch.ops.mgvq.vq_linear(x, *torch_ops.flatten(weight), None, None, False)
     assert torch.equal(flattened, ops.vq_linear(x, weight))
 
@@ -178,7 +180,7 @@ def test_paths(op: str, rows: int, device: str, path: str) -> None:
 
 
 def test_without_numba_the_reference_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    weight, x = random_weight(MIXED), torch.randn(1, 176)
+    weight, x = random_weight(MIXED), torch.randn(1, WIDTH)
     assert ops.pack_for(weight, "cpu").backend == "cpu"
     monkeypatch.setattr(ops, "has_numba", lambda: False)
     packed = ops.pack_for(weight, "cpu")

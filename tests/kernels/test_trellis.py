@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from mgvq_kernels import ops, reference, trellis
-from mgvq_kernels.layout import Band, Stage, VQLayout, VQWeight, rate_stages
+from mgvq_kernels.layout import TRELLIS_RATES, Band, Stage, VQLayout, VQWeight, rate_stages
 from mgvq_kernels.packing import pack, unpack
 from tests.kernels.random_weights import oracle, random_weight, stream_windows
 
 ROWS = (2, 3, 255, 256, 257, 511, 512, 700)
 
 
-@pytest.mark.parametrize("rate", [1, 2, 3, 4])
+@pytest.mark.parametrize("rate", TRELLIS_RATES)
 @pytest.mark.parametrize("out_features", ROWS)
 def test_windows_are_the_last_bits_of_the_stream(out_features: int, rate: int) -> None:
     generator = torch.Generator().manual_seed(out_features * rate)
@@ -46,12 +46,13 @@ def test_the_row_before_a_segment_is_its_last(rows: int, starts: dict[int, int])
 
 MIXED = VQLayout(
     300,
-    176,
+    208,
     (
         Band(0, 32, rate_stages(1, "trellis")),
         Band(32, 64, rate_stages(2, "trellis", 10)),
         Band(96, 64, rate_stages(3, "trellis", 8)),
-        Band(160, 16, rate_stages(4, "trellis", 11)),
+        Band(160, 32, rate_stages(5, "trellis")),
+        Band(192, 16, rate_stages(4, "trellis", 11)),
     ),
     has_permutation=True,
 )
@@ -106,7 +107,7 @@ def test_a_trellis_costs_what_its_codes_and_table_hold() -> None:
     [
         ("vector_dim must be 1", lambda: Stage(2, "trellis", 2, 12)),
         ("rate must be one of .* got 0", lambda: Stage(1, "trellis")),
-        ("rate must be one of .* got 5", lambda: rate_stages(5, "trellis")),
+        ("rate must be one of .* got 6", lambda: rate_stages(6, "trellis")),
         ("window must be one of .* got 13", lambda: rate_stages(2, "trellis", 13)),
         ("window must be one of .* got 7", lambda: rate_stages(2, "trellis", 7)),
         ("has rate 2 and window 8, got rate 3", lambda: Stage(4, rate=3)),

@@ -5,9 +5,9 @@ by block of 128 channels; each weight meets up to four rows of x while it is in 
 decoding is what takes the time. Permutation, bias and residual are done on the way; SwiGLU is a
 launch of its own, as 16 threads would each do it again.
 
-A launch for each rate among the bands: code for all four in one kernel takes 20 to 80 s to compile.
-Their splits are combined as in `vq_gemv`, in one order, by whoever comes last in the last launch. A
-row's sums depend neither on the rows beside it nor on their number. Takes half precision;
+A launch for each rate among the bands: code for four rates in one kernel takes 20 to 80 s to
+compile. Their splits are combined as in `vq_gemv`, in one order, by whoever comes last in the last
+launch. A row's sums depend neither on the rows beside it nor on their number. Takes half precision;
 registered with torch.library.
 """
 

@@ -51,7 +51,7 @@ def load_words(
     RATE: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
-    """Load the words of GROUPS groups and what came before each unit: five `[GROUPS, UNITS]`."""
+    """Load the words of GROUPS groups and what came before each unit: six `[GROUPS, UNITS]`."""
     group = first_group + tl.arange(0, GROUPS)[:, None]
     unit = tl.arange(0, UNITS)[None, :]
     place = group * (UNITS * RATE) + unit
@@ -59,14 +59,16 @@ def load_words(
     above = codes_ptr + place + ((RATE - 1) * UNITS - 1)
     before = tl.load(tl.where(unit == 0, halos_ptr + group, above), mask=present, other=0)
     word0 = tl.load(codes_ptr + place, mask=present, other=0)
-    word1, word2, word3 = word0, word0, word0
+    word1, word2, word3, word4 = word0, word0, word0, word0
     if RATE > 1:
         word1 = tl.load(codes_ptr + place + UNITS, mask=present, other=0)
     if RATE > 2:
         word2 = tl.load(codes_ptr + place + 2 * UNITS, mask=present, other=0)
     if RATE > 3:
         word3 = tl.load(codes_ptr + place + 3 * UNITS, mask=present, other=0)
-    return before, word0, word1, word2, word3
+    if RATE > 4:
+        word4 = tl.load(codes_ptr + place + 4 * UNITS, mask=present, other=0)
+    return before, word0, word1, word2, word3, word4
 
 
 @triton.jit

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from mgvq_kernels.layout import TRELLIS_RATES
 from mgvq_kernels.trellis_order import BAND_FIELDS
 from mgvq_kernels.triton import trellis_dequant, trellis_embedding, trellis_gemv
 from mgvq_kernels.triton.aot import Variant
@@ -23,12 +24,10 @@ WEIGHT = {
 }
 """Arguments that describe a packed trellis, in every kernel that takes them."""
 
-RATES = (1, 2, 3, 4)
-
 
 def variants() -> Iterator[Variant]:
     """List every kernel over dtypes, rates, rows of x and options."""
-    for rate in RATES:
+    for rate in TRELLIS_RATES:
         for dtype in ("fp16", "bf16", "fp32"):
             yield dequant(dtype, rate)
         for dtype in ("fp16", "bf16"):

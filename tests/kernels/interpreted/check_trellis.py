@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from mgvq_kernels import ops, reference
-from mgvq_kernels.layout import Band, Stage, VQLayout, VQWeight
+from mgvq_kernels.layout import TRELLIS_RATES, Band, Stage, VQLayout, VQWeight
 from mgvq_kernels.packing import pack, unpack
 from mgvq_kernels.triton import trellis_dequant, trellis_embedding, trellis_gemv
 from tests.kernels import edge_cases
@@ -29,9 +29,10 @@ BANDS = (
     Band(32, 64, stage(3, 8)),
     Band(96, 32, stage(4, 10)),
     Band(128, 160, stage(2)),
-    Band(288, 40, stage(1, 9)),
+    Band(288, 32, stage(5, 11)),
+    Band(320, 40, stage(1, 9)),
 )
-MIXED = VQLayout(130, 328, BANDS, has_permutation=True)
+MIXED = VQLayout(130, 360, BANDS, has_permutation=True)
 """Every rate, one of them twice; short windows; ragged blocks and rows; a permutation."""
 SHAPES = [(2, 8), (64, 136), (255, 24), (600, 24)]
 """Less bits than a window; part of a tile; a segment of two tiles, the second one ragged."""
@@ -73,10 +74,10 @@ def relative_error(y: torch.Tensor, truth: np.ndarray) -> float:
     return float(np.linalg.norm(y.double().numpy() - truth) / np.linalg.norm(truth))
 
 
-@pytest.mark.parametrize("splits", [(1, 1, 1, 1), (2, 1, 1, 2)])
+@pytest.mark.parametrize("splits", [(1, 1, 1, 1, 1), (2, 1, 1, 2, 1)])
 def test_bands_bias_and_residual_in_one(splits: tuple[int, ...]) -> None:
     weight = random_weight(MIXED)
-    x, residual = torch.randn(3, 328).half(), torch.randn(3, 130).half() * 100
+    x, residual = torch.randn(3, 360).half(), torch.randn(3, 130).half() * 100
     bias = torch.randn(130)
     y = linear(x, weight, splits, bias=bias, residual=residual)
     truth = x.double().numpy() @ oracle(weight).T + bias.double().numpy()
@@ -86,7 +87,7 @@ def test_bands_bias_and_residual_in_one(splits: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize(("out_features", "in_features"), SHAPES)
-@pytest.mark.parametrize("rate", [1, 2, 3, 4])
+@pytest.mark.parametrize("rate", TRELLIS_RATES)
 def test_every_rate_and_shape(rate: int, out_features: int, in_features: int) -> None:
     window = (12, 8, 10)[rate % 3]
     layout = VQLayout.uniform(out_features, in_features, rate, codec="trellis", window=window)
@@ -106,13 +107,13 @@ def test_one_hot_reads_a_column() -> None:
     """Every index in one test: a wrong place gives another column."""
     weight = random_weight(MIXED)
     column = oracle(weight).astype(np.float32)
-    channels = (0, 31, 137, 327)
-    y = linear(torch.eye(328)[list(channels)].half(), weight, (1, 1, 1, 1))
+    channels = (0, 31, 137, 300, 359)
+    y = linear(torch.eye(360)[list(channels)].half(), weight, (1, 1, 1, 1, 1))
     truth = column[:, channels].T.astype(np.float16)
     np.testing.assert_allclose(y.numpy(), truth, rtol=1e-3)
 
 
-@pytest.mark.parametrize("rate", [1, 2, 3, 4])
+@pytest.mark.parametrize("rate", TRELLIS_RATES)
 def test_the_order_goes_back(rate: int) -> None:
     for rows in (2, 3, 255, 256, 257, 512, 600, 1025):
         layout = VQLayout.uniform(rows, 48, rate, codec="trellis", window=8)
@@ -129,7 +130,7 @@ def test_numbers_stay_in_their_rows() -> None:
     packed = pack(weight, "triton")
     weight.scales.mul_(2e-3)
     small = pack(weight, "triton")
-    x = torch.randn(5, 328).half()
+    x = torch.randn(5, 360).half()
     x[1, 50], x[2] = math.nan, 0.0
     y = trellis_gemv.linear(x, packed, None, None)
     assert y[1].isnan().all()
@@ -137,7 +138,7 @@ def test_numbers_stay_in_their_rows() -> None:
     assert not y[2].any()
     for i in (0, 3, 4):
         assert torch.equal(trellis_gemv.linear(x[i], packed, None, None), y[i])
-    extreme = torch.zeros(1, 328).half()
+    extreme = torch.zeros(1, 360).half()
     extreme[0, ::7] = 6e4
     truth = extreme.double().numpy() @ oracle(weight).T
     scaled = trellis_gemv.linear(extreme, small, None, None).double().numpy()
@@ -150,7 +151,7 @@ def test_nothing_around_the_weight_is_read_or_written(monkeypatch: pytest.Monkey
     weight = random_weight(MIXED)
     packed = pack(weight, "triton")
     guarded, guards = edge_cases.between_guards(packed)
-    x, ids = torch.randn(2, 328).half(), torch.tensor([129, 0, 77])
+    x, ids = torch.randn(2, 360).half(), torch.tensor([129, 0, 77])
     clean = trellis_gemv.linear(x, packed, None, None)
     empty = torch.empty
 
@@ -184,10 +185,10 @@ def test_many_rows_are_multiplied_slice_by_slice(monkeypatch: pytest.MonkeyPatch
 
 def test_the_custom_op_is_well_formed() -> None:
     weight = random_weight(MIXED)
-    rest = arguments(weight, dict(pack(weight, "triton").tensors), (2, 1, 1, 2))
+    rest = arguments(weight, dict(pack(weight, "triton").tensors), (2, 1, 1, 2, 1))
     checks = ("test_schema", "test_faketensor")
     op = trellis_gemv.triton_trellis_gemv
-    torch.library.opcheck(op, (torch.randn(2, 328).half(), *rest), test_utils=checks)
+    torch.library.opcheck(op, (torch.randn(2, 360).half(), *rest), test_utils=checks)
 
 
 def test_the_front_door_takes_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
