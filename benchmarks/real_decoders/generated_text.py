@@ -1,4 +1,4 @@
-"""Text that a model writes itself, to calibrate it on (called by `table`).
+"""Conversations in which a model answers itself, to calibrate and to judge it on (for `texts`).
 
 What a model says by itself is where its own probabilities matter, and no data set is needed for it.
 The prompts are drawn from short lists; the answers are sampled, so they differ between processors.
@@ -6,6 +6,8 @@ The prompts are drawn from short lists; the answers are sampled, so they differ 
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 
@@ -49,28 +51,77 @@ _SUBJECTS = (
     "a doctor in a small town",
     "the night sky",
 )
+_QUESTIONS = (
+    "What is the capital of France?",
+    "Who wrote Hamlet?",
+    "What is two plus two?",
+    "Name three colours of the rainbow.",
+    "How do I boil an egg?",
+    "Why is the sky blue?",
+    "What is a computer?",
+    "Which is the largest ocean?",
+    "Who painted the Mona Lisa?",
+    "How many legs has a spider?",
+    "What does a thermometer measure?",
+    "Translate 'good morning' into French.",
+    "Give me three tips for sleeping well.",
+    "What is the opposite of cold?",
+    "In which year did the First World War begin?",
+    "How do I greet a stranger politely?",
+    "Name a fruit that is yellow.",
+    "What is photosynthesis?",
+    "How far is the moon from the earth?",
+    "Write a sentence with the word river.",
+    "What do cows eat?",
+    "Who was Isaac Newton?",
+    "What is the freezing point of water?",
+    "How many days are there in a leap year?",
+    "What language is spoken in Brazil?",
+    "Give me a synonym for happy.",
+    "How does a bicycle stay upright?",
+    "What is a prime number?",
+    "List the primary colours.",
+    "What is the tallest mountain?",
+    "How can I save water at home?",
+    "What is democracy?",
+)
 _TOKENS = 224
 
 
-def prompts(count: int) -> list[str]:
-    """Draw prompts, at most all pairs of a form and a subject; the same ones every time."""
+def prompts(is_judged: bool) -> list[str]:
+    """Return prompts, every third a short question; the same ones every time.
+
+    Args:
+        is_judged: whether to take every fourth of all, or the others.
+    """
     pairs = [form.format(subject) for form, subject in product(_FORMS, _SUBJECTS)]
-    return [pairs[i] for i in np.random.default_rng(0).permutation(len(pairs))[:count]]
+    order = iter(np.random.default_rng(0).permutation(len(pairs)))
+    mixed = [
+        prompt
+        for question in _QUESTIONS
+        for prompt in (question, pairs[next(order)], pairs[next(order)])
+    ]
+    return [prompt for i, prompt in enumerate(mixed) if (i % 4 == 0) is is_judged]
 
 
-def generate(folder: Path, count: int) -> str:
-    """Sample answers to `count` prompts, at temperature 1.
+def converse(folder: Path, questions: Sequence[str]) -> str:
+    """Let a model answer at temperature 1.
 
     Args:
         folder: of the dense checkpoint.
-        count: see `prompts`.
+        questions: one conversation each.
 
     Returns:
-        The answers, with empty lines between them.
+        LLaVA rows, one JSON line a question.
     """
-    asked = [[{"role": "user", "content": prompt}] for prompt in prompts(count)]
+    asked = [[{"role": "user", "content": prompt}] for prompt in questions]
     settings = [
         SamplingParams(temperature=1.0, max_tokens=_TOKENS, seed=i) for i in range(len(asked))
     ]
     with LLM(folder, device="cpu", dtype="float32", max_model_len=512, max_num_seqs=32) as llm:
-        return "\n\n".join(reply.text for reply in llm.chat(asked, settings)) + "\n"
+        replies = llm.chat(asked, settings)
+    turns = [
+        [{"from": "human", "value": prompt}, {"from": "gpt", "value": reply.text}]
+        for prompt, reply in zip(questions, replies, strict=True)
+    ]
+    return "".join(json.dumps({"conversations": turn}) + "\n" for turn in turns)

@@ -34,7 +34,7 @@ _COMMON = QuantRecipe(
     survey_bits=2.5,
     refit_rounds=1,
     descent_sweeps=1,
-    max_samples=36,
+    max_samples=56,
     heldout_share=0.11,
     guided=True,
     tuning_steps=30,
@@ -46,15 +46,14 @@ _COMMON = QuantRecipe(
 RECIPES: Mapping[str, QuantRecipe] = {
     "44": dataclasses.replace(_COMMON, bits=2.49, embedding_bits=3),
     "56": dataclasses.replace(_COMMON, bits=3.135, embedding_bits=4),
-    "68": dataclasses.replace(
-        _COMMON, bits=4, allocation="uniform", embedding_bits=4, tuning_steps=0
-    ),
+    "68": dataclasses.replace(_COMMON, bits=4.035, embedding_bits=4, tuning_steps=0),
 }
 """By megabytes (10^6 bytes) of the whole weight file."""
+_OF_ANSWERS = ("kl", "kl_se", "top1_agreement", "n", "n_tokens")
 _TABLE = re.compile(r"(<!-- table -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
 
-def run(folder: Path, size: str, text: Path) -> dict[str, Any]:
+def run(folder: Path, size: str) -> dict[str, Any]:
     """Quantize to one size and evaluate, or as much of it as is not done yet; return the row."""
     output, row_file = folder / f"{size}mb", folder / f"{size}mb.json"
     if row_file.exists():
@@ -67,11 +66,13 @@ def run(folder: Path, size: str, text: Path) -> dict[str, Any]:
         quantize(model, output, recipe, folder / "calibration", shared=folder / "shared")
     spent = time.process_time() - started
     report = json.loads((output / "quantization_report.json").read_text())
-    found = evaluate_text(output, model, text)
+    found = evaluate_text(output, model, folder / "austen.txt")
+    answers = evaluate_text(output, model, folder / "conversations.jsonl")
     row = {
         "size": size,
         "recipe": recipe.to_json(),
         **dataclasses.asdict(found),
+        "answers": {name: getattr(answers, name) for name in _OF_ANSWERS},
         "kl_heldout_rounded": report["kl_rounded"],
         "kl_heldout": report["kl"],
         "tuning_steps_kept": report["tuning_steps_kept"],
@@ -86,16 +87,17 @@ def run(folder: Path, size: str, text: Path) -> dict[str, Any]:
 def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
     """Return the markdown table of what was run to its end."""
     lines = [
-        "| MB | bits decoder / embedding | KL | same first choice | perplexity "
-        "(original) | tuning steps | processor time |",
-        "|---|---|---|---|---|---|---|",
+        "| MB | bits decoder / embedding | KL | same first choice | perplexity (original) | KL of "
+        "answers | tuning steps | processor time |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows.values():
-        bits = row["bits_per_weight_by_group"]
+        bits, answers = row["bits_per_weight_by_group"], row["answers"]
         lines.append(
             f"| {row['file_bytes'] / 1e6:.1f} | {bits['decoder']:.2f} / {bits['embedding']:.2f} "
             f"| {row['kl']:.3f} ± {row['kl_se']:.3f} | {row['top1_agreement']:.1%} "
             f"| {row['perplexity']:.2f} ({row['reference_perplexity']:.2f}) "
+            f"| {answers['kl']:.3f} ± {answers['kl_se']:.3f} "
             f"| {row['recipe']['tuning_steps']} of {row['recipe']['tuning_batch_tokens']} tokens "
             f"| {row['quantize_processor_seconds'] / 60:.0f} min |"
         )
@@ -111,13 +113,16 @@ def main() -> int:
     )
     arguments = parser.parse_args()
     folder: Path = arguments.folder.resolve()
-    if not (folder / "smollm2" / "config.json").exists():
-        smollm2.make(folder / "smollm2")
-    write_calibration(folder / "calibration", folder / "smollm2", folder / "downloads")
-    write_evaluation(folder / "austen.txt", folder / "downloads")
+    model = folder / "smollm2"
+    if not (model / "config.json").exists():
+        smollm2.make(model)
+    write_calibration(folder / "calibration", model, folder / "downloads")
+    write_evaluation(
+        folder / "austen.txt", folder / "conversations.jsonl", model, folder / "downloads"
+    )
     rows = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     for size in [arguments.only] if arguments.only else RECIPES:
-        rows[size] = run(folder, size, folder / "austen.txt")
+        rows[size] = run(folder, size)
         ordered = {name: rows[name] for name in RECIPES if name in rows}
         RESULTS.write_text(json.dumps(ordered, indent=1) + "\n")
         README.write_text(_TABLE.sub(rf"\1{table(ordered)}\n\2", README.read_text()))

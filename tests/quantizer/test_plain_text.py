@@ -20,12 +20,13 @@ from mgvq_quantizer.dataset import read_data
 from mgvq_quantizer.evaluate import to_dense
 from mgvq_quantizer.evaluate_text import draw, evaluate_text
 from mgvq_quantizer.pipeline import quantize
-from mgvq_quantizer.plain_text import PASSAGE_TOKENS, Passage, cut, read_passages
+from mgvq_quantizer.plain_text import PASSAGE_TOKENS, Passage, cut, read_passages, text_sample
 from mgvq_quantizer.recipe import QuantRecipe
 from mgvq_quantizer.statistics import record_calls
 from mgvq_quantizer.stream import walk_blocks
 from mgvq_quantizer.survey import Evidence, _alone
 from mgvq_quantizer.teacher import Student, ask_teacher, divergence, heldout_kl
+from mgvq_runtime.assets import demo_picture_paths
 from mgvq_runtime.checkpoint.reader import open_checkpoint
 from mgvq_runtime.layers.forward_batch import ForwardBatch
 from mgvq_runtime.models.loading import fill_model, load_model
@@ -135,8 +136,8 @@ def test_figures_are_those_counted_by_hand(
     model = to_dense(load_model(two_bit))
     kls, losses, agreed = [], [], []
     with torch.no_grad():
-        for passage in draw(passages, 1100):
-            ids = torch.from_numpy(passage.token_ids)
+        for window in draw([text_sample(passage) for passage in passages], 1100):
+            ids = torch.from_numpy(window.token_ids)
             theirs = reference(ids[None]).logits[0, :-1].double().log_softmax(-1)
             positions = torch.arange(len(ids)).expand(3, -1)
             states = model(model.embed(ids), ForwardBatch.of_sequence(positions))
@@ -197,11 +198,44 @@ def test_a_model_against_itself_and_against_another(
     assert evaluate_cli.main(answer) == 2
 
 
+@torch.no_grad()
+def test_of_conversations_the_answers_are_predicted(
+    llama: tuple[Path, Any], two_bit: Path, tmp_path: Path
+) -> None:
+    """Counted by hand over answers of different lengths; one with a picture is refused by name."""
+    file = tmp_path / "asked.jsonl"
+    spoken = [("how many", "the fox"), ("red circles", "over a lazy dog and asks how many")]
+    turns = [[{"from": "human", "value": q}, {"from": "gpt", "value": a}] for q, a in spoken]
+    file.write_text("".join(json.dumps({"conversations": turn}) + "\n" for turn in turns))
+    found = evaluate_text(two_bit, llama[0], file, show_progress=False)
+    models = [to_dense(load_model(folder)) for folder in (two_bit, llama[0])]
+    tokenizer = Tokenizer.from_folder(llama[0])
+    sums = []
+    for question, answer in spoken:
+        asked = tokenizer.encode_chat([{"role": "user", "content": question}])
+        ids = torch.tensor([*asked, *tokenizer.encode(answer)])
+        forward = ForwardBatch.of_sequence(torch.arange(len(ids)).expand(3, -1))
+        ours, theirs = (m.logits(m(m.embed(ids), forward)).log_softmax(-1) for m in models)
+        kl = divergence(theirs, ours)[len(asked) - 1 :]  # the end token is predicted too
+        sums.append((float(kl.sum()), len(kl)))
+    (a, n), (b, m) = sums
+    assert (found.n, found.n_tokens) == (2, n + m)
+    assert found.kl == pytest.approx((a + b) / (n + m), rel=1e-3)
+    error = 2 * abs(a - found.kl * n) / (n + m)  # both windows stray by as much
+    assert found.kl_se == pytest.approx(error, rel=1e-2)
+    turns[1][0]["value"] += "<image>"
+    file.write_text(json.dumps({"conversations": turns[1], "image": "a.png"}) + "\n")
+    (tmp_path / "a.png").write_bytes(demo_picture_paths()[0].read_bytes())
+    with pytest.raises(DataError, match=r"asked\.jsonl.*ask about pictures with --questions"):
+        evaluate_text(two_bit, llama[0], file, show_progress=False)
+
+
 def test_windows_are_drawn_evenly() -> None:
     passages = [Passage(str(i), np.zeros(PASSAGE_TOKENS, np.int64)) for i in range(10)]
-    assert [p.where for p in draw(passages, 5 * PASSAGE_TOKENS + 1)] == ["0", "2", "4", "6", "8"]
-    assert len(draw(passages, 1)) == 1
-    assert len(draw(passages, 10**6)) == 10
+    windows = [text_sample(passage) for passage in passages]
+    assert [p.where for p in draw(windows, 5 * PASSAGE_TOKENS + 1)] == ["0", "2", "4", "6", "8"]
+    assert len(draw(windows, 1)) == 1
+    assert len(draw(windows, 10**6)) == 10
 
 
 @torch.no_grad()

@@ -33,15 +33,19 @@ def test_another_file_than_the_pinned_one_is_refused(tmp_path) -> None:  # type:
         texts._fetch(["cp", "/dev/null", str(file)], file)
 
 
-def test_prompts_are_many_and_each_recipe_fits_its_size() -> None:
-    prompts = generated_text.prompts(100)
-    assert len(set(prompts)) == 100
-    assert prompts == generated_text.prompts(200)[:100]
+def test_no_prompt_both_calibrates_and_judges() -> None:
+    judged, calibrating = (generated_text.prompts(is_judged) for is_judged in (True, False))
+    assert (len(judged), len(calibrating)) == (24, 72)
+    assert len({*judged, *calibrating}) == 96
+    assert judged[0] == "What is the capital of France?"
+    assert generated_text.prompts(True) == judged
+
+
+def test_each_recipe_fits_its_size() -> None:
     embedding, decoder = 28.3e6, 106.2e6
     for size, recipe in table.RECIPES.items():
-        bits = recipe.bits + 0.06 * (recipe.allocation == "uniform")  # scales and order on top
-        mega = (bits * decoder + recipe.embedding_bits * embedding) / 8e6
-        assert float(size) - 3.0 < mega < float(size) + 0.5, size
+        mega = (recipe.bits * decoder + recipe.embedding_bits * embedding) / 8e6
+        assert float(size) - 1.0 < mega < float(size), size
 
 
 def test_a_row_says_what_was_measured() -> None:
@@ -53,11 +57,13 @@ def test_a_row_says_what_was_measured() -> None:
         "top1_agreement": 0.654,
         "perplexity": 41.256,
         "reference_perplexity": 26.261,
+        "answers": {"kl": 0.6789, "kl_se": 0.0456},
         "recipe": {"tuning_steps": 100, "tuning_batch_tokens": 512},
         "quantize_processor_seconds": 3601,
     }
     *_, last = table.table({"44": row}).splitlines()
     cells = [cell.strip() for cell in last.strip("|").split("|")]
     assert cells[:4] == ["44.0", "2.48 / 3.03", "0.712 ± 0.012", "65.4%"]
-    assert cells[4:] == ["41.26 (26.26)", "100 of 512 tokens", "60 min"]
+    assert cells[4:6] == ["41.26 (26.26)", "0.679 ± 0.046"]
+    assert cells[6:] == ["100 of 512 tokens", "60 min"]
     assert table._TABLE.search(table.README.read_text())

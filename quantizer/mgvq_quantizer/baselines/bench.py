@@ -37,7 +37,7 @@ from mgvq_runtime.checkpoint.reader import Checkpoint, open_checkpoint
 from mgvq_runtime.errors import CheckpointError, ConfigError
 from mgvq_runtime.models.causal_lm import CausalLM
 from mgvq_runtime.models.loading import fill_model
-from mgvq_runtime.tokenizer import Tokenizer
+from mgvq_runtime.multimodal.chat import ChatProcessor
 
 
 @dataclass(frozen=True)
@@ -96,8 +96,8 @@ class Bench:
             self._examiner = Examiner(model, archive, options.limit, 0, device, show_progress=False)
         if options.text is not None:
             dense = self._examiner.reference if self._examiner else graph
-            tokenizer = Tokenizer.from_folder(model)
-            self._reader = TextExaminer(dense, tokenizer, options.text, show_progress=False)
+            processor = ChatProcessor.from_checkpoint(self._source, graph.config)
+            self._reader = TextExaminer(dense, processor, options.text, show_progress=False)
         self.facts = {
             "model": model.name,
             "model_fingerprint": fingerprint_folder(model),
