@@ -35,7 +35,6 @@ _COMMON = QuantRecipe(
     refit_rounds=1,
     descent_sweeps=1,
     max_samples=56,
-    heldout_share=0.11,
     guided=True,
     tuning_steps=30,
     tuning_batch_tokens=512,

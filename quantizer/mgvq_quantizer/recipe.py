@@ -70,6 +70,7 @@ ROUNDING_ONLY = (
     "permute",
     "bias_correction",
     "block_steps",
+    "tuning_batch_tokens",
     "codebook_lr",
     "scale_lr",
 )
