@@ -222,7 +222,7 @@ def _round(residence: Residence, recipe: QuantRecipe, work: Work, data: Data, ba
     stream.embedding(reference, length_batches(data.heldout, device), features)
     testimony = None
     if recipe.gated:
-        asked = [backward_batches(part, recipe, device) for part in (data.train, data.heldout)]
+        asked = [backward_batches(part, device) for part in (data.train, data.heldout)]
         testimony = Testimony(asked[0], asked[1], features, reference, entered)
     tuner = None
     if originals is not None:

@@ -41,6 +41,9 @@ from mgvq_quantizer.work_folder import WorkFolder
 from mgvq_runtime.checkpoint.bits import group_of
 from mgvq_runtime.models.causal_lm import CausalLM
 
+BACKWARD_TOKENS = 2048
+"""Tokens of a forward and backward for gradients. No setting: labels are drawn batch by batch, so
+gradients, and a survey that runs may share, would depend on it."""
 _ALONE_ANSWERS = 1024
 """Answer tokens on which the divergence of every single matrix is measured: one forward each."""
 
@@ -117,7 +120,7 @@ def _gradients(
     kept = work.load_tensors("gradients")
     if kept is not None:
         return unpack(kept[0], names, data.train, device)
-    batches = backward_batches(data.train, recipe, device)
+    batches = backward_batches(data.train, device)
     labels = seeded(recipe.seed, "labels")
     found = squared_gradients(graph, names, batches, features, labels)
     work.save_tensors("gradients", pack(found, data.train))
@@ -130,9 +133,6 @@ def first_answers(samples: Sequence[Sample]) -> list[Sample]:
     return [s for s, count in zip(samples, before, strict=False) if count < _ALONE_ANSWERS]
 
 
-def backward_batches(
-    samples: Sequence[Sample], recipe: QuantRecipe, device: torch.device
-) -> list[TokenBatch]:
-    """Return samples in their order, as many in a batch as a step of tuning takes."""
-    parts = split_batches(samples, recipe.tuning_batch_tokens)
-    return [make_batch(part, device) for part in parts]
+def backward_batches(samples: Sequence[Sample], device: torch.device) -> list[TokenBatch]:
+    """Return samples in their order, at least one and at most `BACKWARD_TOKENS` in a batch."""
+    return [make_batch(part, device) for part in split_batches(samples, BACKWARD_TOKENS)]

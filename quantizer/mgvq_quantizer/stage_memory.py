@@ -17,7 +17,7 @@ from mgvq_kernels.trellis import GROUP_WEIGHTS, segments
 from mgvq_quantizer.allocation import MatrixPlan, sharing_groups
 from mgvq_quantizer.batches import MAX_TOKENS, picture_batches, split_batches, unique_pictures
 from mgvq_quantizer.calibration import Sample
-from mgvq_quantizer.planning import first_answers
+from mgvq_quantizer.planning import BACKWARD_TOKENS, first_answers
 from mgvq_quantizer.residence import BLOCKS
 from mgvq_quantizer.solver import MAX_TRAINING_VECTORS
 from mgvq_quantizer.solver_work import entries
@@ -132,7 +132,7 @@ class StageMemory:
         plans = [p for n, p in self.stages.plans.items() if not n.startswith("visual.")]
         weights = sum(plan.layout.num_weights for plan in plans)
         codes = sum(entries(plan.layout) for plan in plans)
-        batch, tokens = self._step()
+        batch, tokens = self._longest(self.stages.recipe.tuning_batch_tokens)
         graph = self._graph(tokens, self.stages.layers) + self._all_logits(batch)
         decoded = _FLOAT * 4 * weights + _INT * codes
         return self.held + self.solutions + decoded + max(graph, look)
@@ -157,8 +157,8 @@ class StageMemory:
         return _FLOAT * tokens * sides + self._backward(1 + DRAWS) + self.block
 
     def _backward(self, losses: int) -> int:
-        """`backward.sides_of` of a step's samples: what enters every block, and one's graph."""
-        batch, tokens = self._step()
+        """`backward.sides_of` of a batch: what enters every block, and one's graph."""
+        batch, tokens = self._longest(BACKWARD_TOKENS)
         block = [s for n, s in self.stages.linears.items() if n.startswith("model.layers.0.")]
         sides = sum(i + losses * o for o, i in block)
         entered = 2 * self.D * (self.stages.layers + 1 + losses)
@@ -171,7 +171,11 @@ class StageMemory:
         states = 3 * _FLOAT * samples.tokens * self.D
         block = [plan for plan in self._decoder() if plan.name.startswith("model.layers.0.")]
         weights = sum(plan.layout.num_weights for plan in block)
-        return states + 4 * _FLOAT * weights + self._graph(self._step()[1], 1)
+        return (
+            states
+            + 4 * _FLOAT * weights
+            + self._graph(self._longest(self.stages.recipe.tuning_batch_tokens)[1], 1)
+        )
 
     def _solve(self, plans: Sequence[MatrixPlan]) -> int:
         """The largest rounding, with the moment that it is made from."""
@@ -234,9 +238,9 @@ class StageMemory:
                     found[name[: name.index(".", len(prefix) + 1)]] += parameter.numel()
         return list(found.values())
 
-    def _step(self) -> tuple[list[Sample], int]:
-        """The samples of the longest step of tuning, and their tokens."""
-        parts = split_batches(self.stages.data.train, self.stages.recipe.tuning_batch_tokens)
+    def _longest(self, most: int) -> tuple[list[Sample], int]:
+        """The samples of the longest batch of `most` tokens, and their tokens."""
+        parts = split_batches(self.stages.data.train, most)
         longest = max(parts, key=lambda part: Reading.of(part).tokens)
         return longest, Reading.of(longest).tokens
 
