@@ -43,9 +43,9 @@ _COMMON = QuantRecipe(
 )
 """Steps as cheap as they come, and one survey for all sizes."""
 RECIPES: Mapping[str, QuantRecipe] = {
-    "44": dataclasses.replace(_COMMON, bits=2.49, embedding_bits=3),
-    "56": dataclasses.replace(_COMMON, bits=3.135, embedding_bits=4),
-    "68": dataclasses.replace(_COMMON, bits=4.035, embedding_bits=4, tuning_steps=0),
+    "44": dataclasses.replace(_COMMON, bits=2.68, embedding_bits=2.3),
+    "56": dataclasses.replace(_COMMON, bits=3.385, embedding_bits=3.05),
+    "68": dataclasses.replace(_COMMON, bits=4.155, embedding_bits=3.55, tuning_steps=0),
 }
 """By megabytes (10^6 bytes) of the whole weight file."""
 _OF_ANSWERS = ("kl", "kl_se", "top1_agreement", "n", "n_tokens")

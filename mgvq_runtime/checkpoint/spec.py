@@ -14,13 +14,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mgvq_kernels.layout import Band, Stage, VQLayout
+from mgvq_runtime.checkpoint.row_parts import is_part
 from mgvq_runtime.errors import CheckpointError
 
 QUANT_METHOD = "mgvq"
 FORMAT_VERSION = 1
 """Of a checkpoint whose matrices are all lookups."""
 TRELLIS_VERSION = 2
-"""Of one that holds a trellis matrix, which a reader of version 1 would misunderstand."""
+"""Of one that holds a trellis matrix, or a table in parts, which a reader of version 1 would
+misunderstand."""
 READ_VERSIONS = (FORMAT_VERSION, TRELLIS_VERSION)
 
 MODULE_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z0-9_]+)*")
@@ -157,8 +159,8 @@ class QuantizationSpec:
     @property
     def format_version(self) -> int:
         """The lowest version whose readers understand every matrix."""
-        codecs = {matrix.layout.codec for matrix in self.matrices.values()}
-        return TRELLIS_VERSION if "trellis" in codecs else FORMAT_VERSION
+        versions = [_version_of(name, matrix)[0] for name, matrix in self.matrices.items()]
+        return max(versions, default=FORMAT_VERSION)
 
     def shared_codebooks(self) -> dict[str, Shape]:
         """Return the shape `[entries, vector_dim]` of every shared codebook by name."""
@@ -199,12 +201,13 @@ class QuantizationSpec:
                 matrices[name] = MatrixSpec.from_json(matrix)
             except CheckpointError as error:
                 problems.append(f"{name}: {error}")
-        problems += [
-            f"{name}: codec 'trellis' needs format_version {TRELLIS_VERSION}, the file says "
-            f"{entry['format_version']}"
-            for name, matrix in matrices.items()
-            if matrix.layout.codec == "trellis" and entry["format_version"] < TRELLIS_VERSION
-        ]
+        for name, matrix in matrices.items():
+            version, reason = _version_of(name, matrix)
+            if entry["format_version"] < version:
+                problems.append(
+                    f"{name}: {reason} needs format_version {version}, the file says "
+                    f"{entry['format_version']}"
+                )
         bits = _mapping("bits_per_weight", entry["bits_per_weight"])
         for name, number in bits.items():
             if type(number) not in (int, float) or not 0 <= number < MAX_BITS_PER_WEIGHT:
@@ -315,6 +318,13 @@ def is_module_name(name: str) -> bool:
         and MODULE_NAME.fullmatch(name) is not None
         and name.split(".")[0] != CODEBOOK_PREFIX
     )
+
+
+def _version_of(name: str, matrix: MatrixSpec) -> tuple[int, str]:
+    """Return the lowest version that knows a matrix, and what about it needs that version."""
+    if matrix.layout.codec == "trellis":
+        return TRELLIS_VERSION, "codec 'trellis'"
+    return (TRELLIS_VERSION, "a part") if is_part(name) else (FORMAT_VERSION, "")
 
 
 def _book_shape(stage: Stage) -> Shape:

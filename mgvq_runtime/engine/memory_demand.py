@@ -85,7 +85,7 @@ def movable_table_bytes(
         reason = "this GPU shares main memory, so nothing is saved"
     elif shapes.tie_word_embeddings:
         reason = "this model's token table is its output head too, which the GPU reads whole"
-    elif "model.embed_tokens" in matrices:
+    elif any(name.startswith("model.embed_tokens") for name in matrices):
         reason = "this model's token table is quantized, and decoded on the GPU"
     else:
         return shapes.text_config.vocab_size * shapes.text_config.hidden_size * element_bytes

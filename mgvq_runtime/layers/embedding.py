@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from mgvq_kernels import ops
 from mgvq_kernels.layout import VQLayout
+from mgvq_runtime.layers.row_parts import SplitEmbedding
 from mgvq_runtime.layers.vq_matrix import VQMatrix
 
 
@@ -60,17 +61,27 @@ class HostEmbedding(nn.Embedding):
         return rows.to(self.rows_device, non_blocking=True)
 
 
+Table = nn.Embedding | VQEmbedding | SplitEmbedding
+
+
 class TiedHead(nn.Module):
     """The output head of a model whose head is its token table, read the other way round."""
 
-    def __init__(self, embedding: nn.Embedding | VQEmbedding) -> None:
+    def __init__(self, embedding: Table) -> None:
         """Share a table; it stays the embedding's own parameter."""
         super().__init__()
         self._embedding = (embedding,)  # in a tuple: not registered a second time
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Return `[R, V]` for `hidden [R, D]`."""
-        embedding = self._embedding[0]
-        if isinstance(embedding, VQEmbedding):
-            return ops.vq_linear(hidden, embedding.packed, None)
-        return F.linear(hidden, embedding.weight)
+        return _project(hidden, self._embedding[0])
+
+
+def _project(hidden: Tensor, table: nn.Module) -> Tensor:
+    """Multiply by every row of a table: `[R, V]`."""
+    if isinstance(table, SplitEmbedding):
+        return torch.cat([_project(hidden, part) for part in table.parts], dim=-1)
+    if isinstance(table, VQEmbedding):
+        return ops.vq_linear(hidden, table.packed, None)
+    assert isinstance(table, nn.Embedding)
+    return F.linear(hidden, table.weight)

@@ -6,14 +6,16 @@ and the choice of a kernel are `mgvq_kernels`'.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from mgvq_kernels import ops
 from mgvq_kernels.layout import VQLayout
-from mgvq_runtime.layers.embedding import HostEmbedding, VQEmbedding
+from mgvq_runtime.checkpoint.row_parts import part_name
+from mgvq_runtime.layers.embedding import HostEmbedding, Table, VQEmbedding
+from mgvq_runtime.layers.row_parts import SplitEmbedding, SplitLinear
 from mgvq_runtime.layers.vq_matrix import VQMatrix
 
 
@@ -58,6 +60,7 @@ class LayerFactory:
         self,
         layouts: Mapping[str, VQLayout] | None = None,
         rows_device: torch.device | None = None,
+        row_parts: Mapping[str, Sequence[int]] | None = None,
     ) -> None:
         """Say what is quantized and where token tables lie.
 
@@ -65,9 +68,11 @@ class LayerFactory:
             layouts: Those of the quantized matrices by module name; None makes a dense model.
             rows_device: Where rows of dense token tables go, which then lie in main memory; None
                 leaves tables beside the model.
+            row_parts: Rows of each part of what is stored in parts, by module name.
         """
         self.layouts = dict(layouts or {})
         self.rows_device = rows_device
+        self.row_parts = dict(row_parts or {})
 
     def linear(
         self, name: str, in_features: int, out_features: int, bias: bool = False
@@ -83,12 +88,29 @@ class LayerFactory:
         linear = nn.Linear(in_features, out_features, bias=bias)
         return linear.requires_grad_(False)
 
-    def embedding(self, name: str, vocab_size: int, hidden_size: int) -> nn.Embedding | VQEmbedding:
-        """Make the embedding table that the checkpoint calls `name`, not filled yet.
+    def head(self, name: str, hidden_size: int, vocab_size: int) -> nn.Module:
+        """Make the output head that the checkpoint calls `name`, whole or in parts.
+
+        Raises:
+            ValueError: if a layout has another shape.
+        """
+        if (sizes := self.row_parts.get(name)) is None:
+            return self.linear(name, hidden_size, vocab_size)
+        parts = (self.linear(part_name(name, i), hidden_size, n) for i, n in enumerate(sizes))
+        return SplitLinear(parts, sizes)
+
+    def embedding(self, name: str, vocab_size: int, hidden_size: int) -> Table:
+        """Make the embedding table that the checkpoint calls `name`, whole or in parts.
 
         Raises:
             ValueError: if the layout of `name` has another shape.
         """
+        if (sizes := self.row_parts.get(name)) is not None:
+            parts = [
+                self.embedding(part_name(name, i), rows, hidden_size)
+                for i, rows in enumerate(sizes)
+            ]
+            return SplitEmbedding(parts, sizes)
         layout = self.layouts.get(name)
         if layout is not None:
             return VQEmbedding(vocab_size, hidden_size, layout)

@@ -72,7 +72,7 @@ class CausalLM(nn.Module):
         if config.tie_word_embeddings:
             self.lm_head = TiedHead(self.model.embed_tokens)
         else:
-            self.lm_head = factory.linear("lm_head", text.hidden_size, text.vocab_size)
+            self.lm_head = factory.head("lm_head", text.hidden_size, text.vocab_size)
 
     @property
     def dtype(self) -> torch.dtype:

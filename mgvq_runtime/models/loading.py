@@ -10,7 +10,7 @@ tensor. Bytes and digests are `checkpoint.reader`'s business.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from mgvq_kernels.layout import VQLayout
 from mgvq_runtime.checkpoint.reader import Checkpoint, open_checkpoint
+from mgvq_runtime.checkpoint.row_parts import row_parts
 from mgvq_runtime.errors import CheckpointError, ConfigError
 from mgvq_runtime.layers.embedding import HostEmbedding, VQEmbedding
 from mgvq_runtime.layers.linear import LayerFactory
@@ -78,11 +79,12 @@ def fill_model(
     config = model_config(checkpoint)
     matrices = {} if checkpoint.quantization is None else checkpoint.quantization.matrices
     layouts = {name: matrix.layout for name, matrix in matrices.items()}
-    if problems := _misfits(family, config, checkpoint, layouts):
+    parts = _row_parts(checkpoint)
+    if problems := _misfits(family, config, checkpoint, layouts, parts):
         raise CheckpointError(f"{checkpoint.path} does not fit its config.json", problems)
     with torch.device("meta"):
         rows_device = torch.device(device) if table_on_host else None
-        model = family.model(config, LayerFactory(layouts, rows_device))
+        model = family.model(config, LayerFactory(layouts, rows_device, parts))
     tied_head: Tensor | None = None
     for name in checkpoint.dense:
         if name.startswith(left_out):
@@ -137,15 +139,37 @@ def model_config(checkpoint: Checkpoint) -> ModelConfig:
 
 def _as_stored(config: ModelConfig, checkpoint: Checkpoint) -> ModelConfig:
     """Take the vocabulary's length from the token table, and tie a head that is not there."""
+    shapes, parts = _matrix_shapes(checkpoint), _row_parts(checkpoint)
+    text, table = config.text_config, shapes.get(_TOKEN_TABLE, ())
+    if (rows := parts.get(_TOKEN_TABLE.removesuffix(".weight"))) is not None:
+        text = dataclasses.replace(text, vocab_size=sum(rows))
+    elif len(table) == 2 and table[1] == text.hidden_size:
+        text = dataclasses.replace(text, vocab_size=table[0])
+    has_head = _TIED_HEAD in shapes or _TIED_HEAD.removesuffix(".weight") in parts
+    is_tied = config.tie_word_embeddings or not has_head
+    return dataclasses.replace(config, text_config=text, tie_word_embeddings=is_tied)
+
+
+def _matrix_shapes(checkpoint: Checkpoint) -> dict[str, Sequence[int]]:
+    """Return the shape of every parameter, and of every quantized matrix as of its own, by name."""
     matrices = {} if checkpoint.quantization is None else checkpoint.quantization.matrices
-    shapes = {name: tensor.shape for name, tensor in checkpoint.dense.items()}
+    shapes: dict[str, Sequence[int]] = {n: tensor.shape for n, tensor in checkpoint.dense.items()}
     for name, matrix in matrices.items():
         shapes[f"{name}.weight"] = (matrix.layout.out_features, matrix.layout.in_features)
-    text, table = config.text_config, shapes.get(_TOKEN_TABLE, ())
-    if len(table) == 2 and table[1] == text.hidden_size:
-        text = dataclasses.replace(text, vocab_size=table[0])
-    is_tied = config.tie_word_embeddings or _TIED_HEAD not in shapes
-    return dataclasses.replace(config, text_config=text, tie_word_embeddings=is_tied)
+    return shapes
+
+
+def _row_parts(checkpoint: Checkpoint) -> dict[str, list[int]]:
+    """Return the rows of each part of table and head where they are in parts, by module name.
+
+    Raises:
+        CheckpointError: if a part is missing.
+    """
+    shapes = {n.removesuffix(".weight"): shape for n, shape in _matrix_shapes(checkpoint).items()}
+    try:
+        return row_parts(shapes)
+    except ValueError as error:
+        raise CheckpointError(f"{checkpoint.path}: {error}") from error
 
 
 def _misfits(
@@ -153,10 +177,11 @@ def _misfits(
     config: ModelConfig,
     checkpoint: Checkpoint,
     layouts: Mapping[str, VQLayout],
+    parts: Mapping[str, Sequence[int]],
 ) -> list[str]:
     """List where the checkpoint's names and shapes are not those of the dense graph."""
     with torch.device("meta"):
-        dense = family.model(config, LayerFactory())
+        dense = family.model(config, LayerFactory(row_parts=parts))
     expected = {name: tuple(p.shape) for name, p in dense.named_parameters()}
     problems = []
     for name, layout in layouts.items():

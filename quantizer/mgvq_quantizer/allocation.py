@@ -100,10 +100,18 @@ def plan(
         siblings[kind_of(name), shape].append(classes)
     plans = {}
     for name, (rows, columns) in shapes.items():
-        mine = bands.get(name) or [(recipe.rates_of(group_of(name))[0], columns)]
+        mine = bands.get(name) or [(_lowest_rate(name, recipe), columns)]
         alike = siblings[kind_of(name), (rows, columns)]
         plans[name] = plan_matrix(name, rows, mine, recipe, alike, channels.get(name))
     return _with_tails(plans, recipe)
+
+
+def _lowest_rate(name: str, recipe: QuantRecipe) -> int:
+    """Return the rate of a matrix whose bands are not chosen yet."""
+    rates = recipe.rates_of(group_of(name))
+    if group_of(name) == "embedding":
+        return max(rate for rate in rates if rate <= recipe.embedding_bits)
+    return rates[0]
 
 
 def _with_tails(plans: Mapping[str, MatrixPlan], recipe: QuantRecipe) -> dict[str, MatrixPlan]:

@@ -209,9 +209,7 @@ def to_dense(model: CausalLM) -> CausalLM:
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, dense)
     if isinstance(model.lm_head, TiedHead):
-        embedding = model.model.embed_tokens
-        assert isinstance(embedding, nn.Embedding)
-        model.lm_head = TiedHead(embedding)
+        model.lm_head = TiedHead(model.model.embed_tokens)
     return model
 
 

@@ -196,7 +196,7 @@ def _read(text: Path, processor: ChatProcessor) -> list[Sample]:
 
 
 def _check_vocabularies(model: CausalLM, reference: CausalLM) -> None:
-    sizes = [len(m.get_parameter("model.embed_tokens.weight")) for m in (model, reference)]
+    sizes = [m.config.text_config.vocab_size for m in (model, reference)]
     if sizes[0] != sizes[1]:
         raise DataError(
             f"the checkpoint knows {sizes[0]} tokens, the reference {sizes[1]}: give the folder "

@@ -33,6 +33,7 @@ from mgvq_quantizer.sensitivity import Sensitivity, run_widths
 from mgvq_quantizer.solver_work import STORE, Work
 from mgvq_quantizer.stage_memory import StageMemory
 from mgvq_quantizer.stage_work import Reading, Stages
+from mgvq_quantizer.table_parts import assumed_use, split_tables
 from mgvq_runtime.checkpoint.bits import count_bits, group_of
 from mgvq_runtime.checkpoint.files import read_json
 from mgvq_runtime.checkpoint.manifest import CONFIG_NAME, MANIFEST_NAME
@@ -185,16 +186,17 @@ def forecast(
 
 
 def expected_plans(graph: CausalLM, recipe: QuantRecipe) -> dict[str, MatrixPlan]:
-    """Lay out every matrix as a run would, on losses that are supposed.
+    """Lay out every matrix as a run would, on losses that are supposed; cut tables into parts.
 
     Raises:
         ConfigError: if the budget cannot be met.
     """
-    plans = plan(graph, recipe)
+    tables = split_tables(graph, assumed_use(graph), recipe)
+    plans = plan(graph, recipe, tables)
     if recipe.allocation == "uniform":
         return plans
     supposed = [_supposed(p, recipe) for name, p in plans.items() if group_of(name) == "decoder"]
-    return plan(graph, recipe, choose_bands(supposed, plans, recipe))
+    return plan(graph, recipe, {**tables, **choose_bands(supposed, plans, recipe)})
 
 
 def _supposed(matrix: MatrixPlan, recipe: QuantRecipe) -> Sensitivity:

@@ -42,6 +42,7 @@ from mgvq_quantizer.sensitivity import Sensitivity
 from mgvq_quantizer.solver import Solution
 from mgvq_quantizer.statistics import record_calls
 from mgvq_quantizer.stream import Stream
+from mgvq_quantizer.table_parts import measured_use, split_tables
 from mgvq_quantizer.teacher import Reference, Student, ask_teacher, heldout_kl
 from mgvq_quantizer.witness import Testimony
 from mgvq_quantizer.work_folder import Work, WorkFolder, shared_folder
@@ -203,7 +204,12 @@ def _round(residence: Residence, recipe: QuantRecipe, work: Work, data: Data, ba
     check_pictures(data, graph)
     features = encode_pictures(graph, unique_pictures(data.all), device)
     reference = ask_teacher(graph, length_batches(data.all, device), features)
-    plans, weights, found = make_plans(graph, recipe, work.survey, data, features, reference, bar)
+    tables = {}
+    if not recipe.embedding_bits.is_integer():
+        tables = split_tables(graph, measured_use(graph, reference, data.all), recipe)
+    plans, weights, found = make_plans(
+        graph, recipe, work.survey, data, features, reference, tables, bar
+    )
     train = length_batches(data.train, device)
     stream = Stream(graph, plans, recipe, work.rounding, done, weights)
     step = max(1.0, len(pictures) / recipe.max_pictures)

@@ -6,13 +6,13 @@ folder. Not here: how sensitivities are measured (`survey`), how bits are spent 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from typing import Any
 
 import torch
 
-from mgvq_quantizer.allocation import MatrixPlan, plan
+from mgvq_quantizer.allocation import Bands, MatrixPlan, plan
 from mgvq_quantizer.batches import (
     Features,
     TokenBatch,
@@ -55,6 +55,7 @@ def make_plans(
     data: Data,
     features: Features,
     reference: Reference,
+    tables: Mapping[str, Bands],
     bar: Any,
 ) -> tuple[dict[str, MatrixPlan], TokenWeights, list[Sensitivity]]:
     """Lay out every matrix, by sensitivity where the recipe says so; weigh the tokens.
@@ -66,20 +67,22 @@ def make_plans(
         data: calibration data.
         features: rows of every picture.
         reference: what the dense model says.
+        tables: the bands of the parts of token table and head, by name.
         bar: a tqdm bar; its total is set.
 
     Returns:
         The plans by name; token weights by matrix, empty where all tokens count alike; what every
         matrix is sensitive to, empty where that was not asked.
     """
-    plans = plan(graph, recipe)
+    plans = plan(graph, recipe, tables)
     names = [name for name in plans if group_of(name) == "decoder"]
     mixed = recipe.allocation != "uniform" and bool(names)
     bar.reset(total=len(plans) + len(names) * mixed)
     found = kept_survey(names, work) if mixed else []
     if found is not None and not recipe.guided and not recipe.channel_classes:
         bar.update(len(found))
-        return plan(graph, recipe, choose_bands(found, plans, recipe) if mixed else None), {}, found
+        bands = choose_bands(found, plans, recipe) if mixed else {}
+        return plan(graph, recipe, {**tables, **bands}), {}, found
     bar.set_description("gradients")
     device = reference.head.device
     gradients = _gradients(graph, names, recipe, work, data, features, device)
@@ -89,7 +92,7 @@ def make_plans(
     channels = None
     if recipe.channel_classes:
         channels = channels_of(graph, names, train, features, weights, recipe)
-        plans = plan(graph, recipe, channels=channels)
+        plans = plan(graph, recipe, tables, channels)
     if found is None:
         asked = length_batches(
             first_answers([*data.heldout, *data.train[: 2 * len(data.heldout)]]), device
@@ -103,7 +106,7 @@ def make_plans(
         found = survey(graph, names, evidence, recipe, work, done)
     if mixed:
         bands = choose_bands(found, plans, recipe, channels)
-        plans = plan(graph, recipe, bands, channels)
+        plans = plan(graph, recipe, {**tables, **bands}, channels)
     return plans, weights if recipe.guided else {}, found
 
 

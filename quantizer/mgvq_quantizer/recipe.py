@@ -120,8 +120,9 @@ class QuantRecipe:
     """Longest gradient shift as a share of the rounding error."""
     vision_bits: int = 4
     """Bits a weight of the vision tower and the merger."""
-    embedding_bits: int = 4
-    """Bits a weight of the token embedding and the output head."""
+    embedding_bits: float = 4.0
+    """Bits a weight of the token embedding and the output head. A whole number is every row's; with
+    another, rows that are used more get more, in a few runs of rows."""
     keep: str = ""
     """Matrices to leave unquantized, in float16: patterns of module names such as visual.* with
     commas between; bits is about those that are quantized."""
@@ -171,6 +172,7 @@ class QuantRecipe:
     """Adam's first step for row scales, norms and biases, relative to their own size."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "embedding_bits", float(self.embedding_bits))
         if self.allocation not in ALLOCATIONS:
             raise ConfigError(
                 f"allocation must be one of {', '.join(ALLOCATIONS)}, got {self.allocation!r}"
@@ -203,13 +205,20 @@ class QuantRecipe:
             raise ConfigError(f"codec must be one of {', '.join(CODECS)}, got {self.codec!r}")
         if self.window not in TRELLIS_WINDOWS:
             raise ConfigError(f"window must lie between 8 and 12, got {self.window}")
-        whole = ["vision_bits", "embedding_bits"]
+        whole = ["vision_bits"]
+        if self.embedding_bits.is_integer():
+            whole.append("embedding_bits")
         for name in [*whole, "bits"] if self.allocation == "uniform" else whole:
             if getattr(self, name) not in self.known_rates:
                 raise ConfigError(
                     f"{name} must be one of {', '.join(map(str, self.known_rates))}, "
                     f"got {getattr(self, name)} with codec {self.codec}"
                 )
+        if not self.known_rates[0] <= self.embedding_bits <= self.known_rates[-1]:
+            raise ConfigError(
+                f"embedding_bits must lie between {self.known_rates[0]} and "
+                f"{self.known_rates[-1]} with codec {self.codec}, got {self.embedding_bits}"
+            )
         if self.codec == "trellis" and (self.two_sided or self.bits > TRELLIS_RATES[-1]):
             raise ConfigError(
                 f"a trellis takes up to {TRELLIS_RATES[-1]} bits and no two_sided, whose rows are "
@@ -255,7 +264,8 @@ class QuantRecipe:
     def rates_of(self, group: str) -> tuple[int, ...]:
         """Return the rates of a group of `mgvq_runtime.checkpoint.bits.group_of`."""
         if group == "embedding":
-            return (self.embedding_bits,)
+            is_whole = self.embedding_bits.is_integer()
+            return (int(self.embedding_bits),) if is_whole else self.known_rates
         return (self.vision_bits,) if group in ("vision", "projector") else self.rates
 
 

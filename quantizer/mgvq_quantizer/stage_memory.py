@@ -22,6 +22,7 @@ from mgvq_quantizer.residence import BLOCKS
 from mgvq_quantizer.solver import MAX_TRAINING_VECTORS
 from mgvq_quantizer.solver_work import entries
 from mgvq_quantizer.stage_work import Looking, Reading, Stages
+from mgvq_quantizer.table_parts import HEAD, TABLE
 from mgvq_quantizer.teacher import LOGIT_ROWS
 from mgvq_quantizer.witness import DRAWS
 from mgvq_runtime.checkpoint.writer import SHARD_BYTES
@@ -110,13 +111,12 @@ class StageMemory:
 
     def embedding(self) -> int:
         """One rounding."""
-        name = "model.embed_tokens"
-        plans = [self.stages.plans[name]] if name in self.stages.plans else []
+        plans = [plan for name, plan in self.stages.plans.items() if name.startswith(TABLE)]
         return self.held + self._weights() + self.solutions + self._solve(plans)
 
     def decoder(self) -> int:
         """What enters a block and leaves it, and the larger of a forward and a rounding."""
-        plans = [*self._decoder(), *(p for n, p in self.stages.plans.items() if n == "lm_head")]
+        plans = [*self._decoder(), *(p for n, p in self.stages.plans.items() if n.startswith(HEAD))]
         least = max(self._read(self.stages.data.train), self._solve(plans))
         recipe = self.stages.recipe
         more = self._gate() if recipe.gated else 0

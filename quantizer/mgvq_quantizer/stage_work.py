@@ -24,6 +24,7 @@ from mgvq_quantizer.ordering import quick
 from mgvq_quantizer.planning import first_answers
 from mgvq_quantizer.recipe import QuantRecipe
 from mgvq_quantizer.solver_work import FACTOR, FLOW, FORWARD, REFIT, Work, times, total
+from mgvq_quantizer.table_parts import HEAD, TABLE
 from mgvq_quantizer.witness import DRAWS
 from mgvq_runtime.checkpoint.bits import group_of
 from mgvq_runtime.models.causal_lm import CausalLM
@@ -161,8 +162,8 @@ class Stages:
 
     def embedding(self) -> Work:
         """Count `Stream.embedding`, with `tied_table.tied_moment`."""
-        name = "model.embed_tokens"
-        if name not in self.plans:
+        names = self._planned(TABLE)
+        if not names:
             return Work()
         asked = Work()
         if self.graph.config.tie_word_embeddings:
@@ -171,7 +172,7 @@ class Stages:
             moment = said * self.graph.config.text_config.hidden_size**2
             forwards = times(self.decoder_forward(self.heldout), 2)
             asked = total([forwards, Work({FORWARD: head + moment})])
-        return total([asked, self._round(name)])
+        return total([asked, *map(self._round, names)])
 
     def decoder(self) -> Work:
         """Count `Stream.decoder`; `Witness.enter`, `gate.choose` and `BlockTuner` where the recipe
@@ -184,8 +185,8 @@ class Stages:
                 parts += [self._witness(i), self._gate(i)]
             if self.recipe.block_steps:
                 parts.append(self._tune_block(i))
-        if "lm_head" in self.plans:
-            parts += [self.decoder_forward(self.train), self._matrix("lm_head")]
+        if heads := self._planned(HEAD):
+            parts += [self.decoder_forward(self.train), *map(self._matrix, heads)]
         return total(parts)
 
     def tune(self) -> Work:
@@ -380,7 +381,7 @@ class Stages:
 
     def _rows(self, name: str) -> int:
         """Rows of calibration data that enter a matrix while it is rounded."""
-        if name == "lm_head":
+        if name.startswith(HEAD):
             return self.train.answers
         if group_of(name) == "projector":
             return self._merged(self.shown.patches)

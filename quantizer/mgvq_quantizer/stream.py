@@ -39,6 +39,7 @@ from mgvq_quantizer.statistics import (
     input_moments,
     record_calls,
 )
+from mgvq_quantizer.table_parts import HEAD, TABLE
 from mgvq_quantizer.teacher import Reference
 from mgvq_quantizer.tied_table import tied_moment
 from mgvq_quantizer.trellis_search import first_table, tails_of
@@ -133,7 +134,7 @@ class Stream:
     def embedding(
         self, reference: Reference, asked: Sequence[TokenBatch], features: Features
     ) -> None:
-        """Quantize the token table.
+        """Quantize the token table, whole or part by part.
 
         A tied table is also the output head: it then answers for both uses (`tied_table`).
 
@@ -142,16 +143,16 @@ class Stream:
             asked: samples on which both uses are weighed.
             features: rows of every picture.
         """
-        name = "model.embed_tokens"
-        if name not in self.plans or self.work.holds(name):
-            self._matrix(name)
-            return
-        rows = self._module(name).weight
-        moment = torch.eye(rows.shape[1], dtype=torch.float64, device=rows.device)
-        if self.model.config.tie_word_embeddings:
-            drawn = seeded(self.recipe.seed, f"noise of {name}")
-            moment = tied_moment(self.model, reference, asked, features, drawn)
-        self._matrix(name, moment=moment)
+        names = self._whole_or_parts(TABLE)
+        moment = None
+        if not all(self.work.holds(name) for name in names):
+            width, device = self.model.config.text_config.hidden_size, self.model.device
+            moment = torch.eye(width, dtype=torch.float64, device=device)
+            if self.model.config.tie_word_embeddings:
+                drawn = seeded(self.recipe.seed, f"noise of {TABLE}")
+                moment = tied_moment(self.model, reference, asked, features, drawn)
+        for name in names:
+            self._matrix(name, moment=moment)
 
     def decoder(
         self,
@@ -173,9 +174,10 @@ class Stream:
         calls = record_calls(decoder.layers[0], runs)
         witness = None if testimony is None else Witness(self.model, testimony)
         self._blocks("model.layers", decoder.layers, calls, batches, witness, tuner)
-        if "lm_head" in self.plans:
+        if heads := self._whole_or_parts(HEAD):
             rows = [run()[batch.answer_rows] for run, batch in zip(runs, batches, strict=True)]
-            self._matrix("lm_head", [partial(self.model.logits, hidden) for hidden in rows])
+            for name in heads:
+                self._matrix(name, [partial(self.model.logits, hidden) for hidden in rows])
 
     def _blocks(
         self,
@@ -293,6 +295,10 @@ class Stream:
         """How much each row of each batch counts for a matrix; None if all count alike."""
         weights = self.token_weights.get(name)
         return None if weights is None else weights_of(batches, weights)
+
+    def _whole_or_parts(self, whole: str) -> list[str]:
+        """Names of the planned matrices that a table or head is made of."""
+        return [name for name in self.plans if name == whole or name.startswith(f"{whole}.")]
 
     def _linears(self, prefix: str) -> list[str]:
         """Names of the planned matrices under a module, in the order data flows."""

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mgvq_quantizer.batches import Features, TokenBatch, embed
 from mgvq_quantizer.teacher import LOGIT_ROWS, Reference, divergence
+from mgvq_runtime.layers.row_parts import SplitEmbedding
 from mgvq_runtime.models.causal_lm import CausalLM
 
 _NOISE = 0.07
@@ -42,23 +43,35 @@ def tied_moment(
     Returns:
         `[D, D]` float64, its mean diagonal 1.
     """
-    table = model.model.embed_tokens.weight
-    assert isinstance(table, Tensor)
-    plain = table.clone()
+    parts = table_weights(model)
+    plain = torch.cat(parts)  # [V, D], a copy
     size = _NOISE * plain.square().mean(1, keepdim=True).sqrt()  # [V, 1]
     noise = torch.randn(plain.shape, generator=generator).to(plain)
     noisy = plain + size * noise  # [V, D]
     states = _states(model, batches, features)
-    table.copy_(noisy)
+    _fill(parts, noisy)
     try:
         moved = _states(model, batches, features)
     finally:
-        table.copy_(plain)
+        _fill(parts, plain)
     as_input, as_head = _divergences(states, moved, plain, noisy)
     share = as_input / (as_input + as_head)
     read = head_moment(reference)
     same = torch.eye(len(read), dtype=torch.float64, device=read.device)
     return share * same + (1.0 - share) * read / read.diagonal().mean()
+
+
+def table_weights(model: CausalLM) -> list[Tensor]:
+    """Return the rows of a dense token table, part by part; a whole one is one part."""
+    table = model.model.embed_tokens
+    parts = table.parts if isinstance(table, SplitEmbedding) else [table]
+    weights = [part.weight for part in parts]
+    return [weight for weight in weights if isinstance(weight, Tensor)]
+
+
+def _fill(parts: Sequence[Tensor], values: Tensor) -> None:
+    for part, rows in zip(parts, torch.split(values, [len(p) for p in parts]), strict=True):
+        part.copy_(rows)
 
 
 def head_moment(reference: Reference) -> Tensor:

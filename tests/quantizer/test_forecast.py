@@ -116,8 +116,8 @@ def test_a_survey_does_the_products_that_are_counted(
     recipe = dataclasses.replace(RECIPE, allocation="model", bits=2.5, keep=kept, tuning_steps=0)
     counted = Counted(monkeypatch)
     counted.count(planning, "survey", "survey")
-    monkeypatch.setattr(forecast, "choose_bands", lambda *_: None)  # too narrow for several rates
-    monkeypatch.setattr(planning, "choose_bands", lambda *_: None)
+    monkeypatch.setattr(forecast, "choose_bands", lambda *_: {})  # too narrow for several rates
+    monkeypatch.setattr(planning, "choose_bands", lambda *_: {})
     pipeline.quantize(dense, tmp_path / "out", recipe, show_progress=False)
     planned = planned_macs(dense, recipe)
     assert planned["survey"] == pytest.approx(counted.real["survey"], rel=0.05)

@@ -93,7 +93,7 @@ def stage_of(spec: Spec) -> Spec:
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda spec: stage_of(spec).update(rate=5), "rate must be one of"),
+        (lambda spec: stage_of(spec).update(rate=6), "rate must be one of"),
         (lambda spec: stage_of(spec).update(rate=0), "rate must be one of"),
         (lambda spec: stage_of(spec).update(window=13), "window must be one of"),
         (lambda spec: stage_of(spec).update(window="12"), "window must be a whole number"),
