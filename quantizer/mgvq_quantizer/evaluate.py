@@ -303,7 +303,7 @@ def sizes_of(checkpoint: Checkpoint) -> dict[str, Any]:
     """Return what an evaluation says of a checkpoint's size, by field."""
     bits = bits_by_group(checkpoint)
     return {
-        "bits_per_weight": bits["decoder"],
+        "bits_per_weight": bits.get("decoder", 16.0),  # kept in float16
         "bits_per_weight_by_group": bits,
         "file_bytes": sum(f.stat().st_size for f in checkpoint.path.glob("*.safetensors")),
     }

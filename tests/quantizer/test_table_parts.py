@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from pathlib import Path
 from typing import Any
@@ -176,6 +177,13 @@ def test_a_checkpoint_in_parts_is_read_counted_and_written_alike_again(
     assert bits < 3.5 + 16 / 32 + 0.5, "codes and tables, row scales, order"
     quantize(model, tmp_path / "again", RECIPE, text, show_progress=False)
     assert contents(tmp_path / "again") == contents(quantized)
+
+
+def test_block_by_block_gives_the_same_parts(model: Path, text: Path, tmp_path: Path) -> None:
+    recipe = dataclasses.replace(RECIPE, tuning_steps=0)
+    for name, by_block in (("whole", False), ("stream", True)):
+        quantize(model, tmp_path / name, recipe, text, show_progress=False, by_block=by_block)
+    assert contents(tmp_path / "stream") == contents(tmp_path / "whole")
 
 
 def test_a_checkpoint_in_parts_answers_as_its_dense_twin(
