@@ -88,10 +88,8 @@ def _fill_words(head: Any, band: Any, row: int, low: Any, high: Any) -> None:
             low[g] = high[g] << uint32(16) | last
     else:
         for g in range(groups):
-            last = uint32(own[2 * groups + g]) << uint32(16) | uint32(
-                own[3 * groups + g]
-            ) << uint32(8)
-            low[g] = high[g] << uint32(24) | last | own[4 * groups + g]
+            last = uint32(own[2 * groups + g]) << uint32(8) | own[3 * groups + g]
+            low[g] = high[g] << uint32(24) | last << uint32(8) | own[4 * groups + g]
 
 
 @njit
