@@ -1,8 +1,8 @@
 """How the parts of a token table or head are called (called by `spec`, `layers`, `models.loading`).
 
 Tokens are not alike: of a vocabulary in the order of its merges the first 2 % of the rows can
-matter as much as all others. So a table `[V, D]` may be stored in runs of rows, each a matrix of
-its own with its own bits: `NAME.parts.0` holds the first rows, `NAME.parts.1` those that follow.
+matter nearly as much as all others. So a table `[V, D]` may be stored in runs of rows, each a
+matrix of its own with its own bits: `NAME.parts.0` holds the first rows, `NAME.parts.1` the next.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 PARTS = "parts"
-WHOLES = ("model.embed_tokens", "lm_head")
+TABLE, HEAD = "model.embed_tokens", "lm_head"
 """What may be in parts."""
 
 
@@ -21,7 +21,7 @@ def part_name(whole: str, number: int) -> str:
 
 def is_part(name: str) -> bool:
     """Return whether a module name is a part's."""
-    return name.startswith(tuple(f"{whole}.{PARTS}." for whole in WHOLES))
+    return name.startswith(tuple(f"{whole}.{PARTS}." for whole in (TABLE, HEAD)))
 
 
 def row_parts(shapes: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:

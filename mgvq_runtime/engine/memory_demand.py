@@ -20,6 +20,7 @@ import torch
 from mgvq_runtime.cache.kv_cache import KVCache
 from mgvq_runtime.checkpoint.bits import TOTAL, count_bits
 from mgvq_runtime.checkpoint.reader import Checkpoint
+from mgvq_runtime.checkpoint.row_parts import TABLE
 from mgvq_runtime.config import EngineConfig, ModelFacts, resolve_kv_cache_dtype
 from mgvq_runtime.engine.decode_graphs import CudaRecorder, DecodeGraphs
 from mgvq_runtime.engine.memory_plan import MemoryDemand
@@ -85,7 +86,7 @@ def movable_table_bytes(
         reason = "this GPU shares main memory, so nothing is saved"
     elif shapes.tie_word_embeddings:
         reason = "this model's token table is its output head too, which the GPU reads whole"
-    elif any(name.startswith("model.embed_tokens") for name in matrices):
+    elif any(name.startswith(TABLE) for name in matrices):
         reason = "this model's token table is quantized, and decoded on the GPU"
     else:
         return shapes.text_config.vocab_size * shapes.text_config.hidden_size * element_bytes

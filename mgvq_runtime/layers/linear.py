@@ -96,8 +96,9 @@ class LayerFactory:
         """
         if (sizes := self.row_parts.get(name)) is None:
             return self.linear(name, hidden_size, vocab_size)
-        parts = (self.linear(part_name(name, i), hidden_size, n) for i, n in enumerate(sizes))
-        return SplitLinear(parts, sizes)
+        return SplitLinear(
+            self.linear(part_name(name, i), hidden_size, rows) for i, rows in enumerate(sizes)
+        )
 
     def embedding(self, name: str, vocab_size: int, hidden_size: int) -> Table:
         """Make the embedding table that the checkpoint calls `name`, whole or in parts.

@@ -13,18 +13,14 @@ import torch
 from torch import Tensor, nn
 
 
-class RowParts(nn.Module):
-    """Runs of rows, first to last; `starts` says where each begins, and the last one ends."""
+class SplitEmbedding(nn.Module):
+    """A token table in parts; `starts` says where each begins, and the last one ends."""
 
     def __init__(self, parts: Iterable[nn.Module], sizes: Sequence[int]) -> None:
-        """Take the parts, and the rows of each."""
+        """Take the parts, first rows first, and the rows of each."""
         super().__init__()
         self.parts = nn.ModuleList(parts)
         self.starts = tuple(sum(sizes[:i]) for i in range(len(sizes) + 1))
-
-
-class SplitEmbedding(RowParts):
-    """A token table in parts."""
 
     def forward(self, ids: Tensor) -> Tensor:
         """Return the rows `[T, D]` of `ids [T]` int64.
@@ -41,8 +37,13 @@ class SplitEmbedding(RowParts):
         return found
 
 
-class SplitLinear(RowParts):
+class SplitLinear(nn.Module):
     """An output head in parts."""
+
+    def __init__(self, parts: Iterable[nn.Module]) -> None:
+        """Take the parts, first rows first."""
+        super().__init__()
+        self.parts = nn.ModuleList(parts)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Return `[R, V]` for `hidden [R, D]`."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from mgvq_kernels.layout import VQLayout
 from mgvq_runtime.checkpoint.reader import Checkpoint, open_checkpoint
-from mgvq_runtime.checkpoint.row_parts import row_parts
+from mgvq_runtime.checkpoint.row_parts import HEAD, TABLE, row_parts
 from mgvq_runtime.errors import CheckpointError, ConfigError
 from mgvq_runtime.layers.embedding import HostEmbedding, VQEmbedding
 from mgvq_runtime.layers.linear import LayerFactory
@@ -30,7 +30,7 @@ from mgvq_runtime.tokenizer.folder import added_token_id
 
 INTERNVL2_PLACEHOLDER = "<IMG_CONTEXT>"
 """Stands for a row of a picture; only the tokenizer of a hub's folder knows its id."""
-_TOKEN_TABLE, _TIED_HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_TOKEN_TABLE, _TIED_HEAD = f"{TABLE}.weight", f"{HEAD}.weight"
 
 
 def load_model(
@@ -141,11 +141,11 @@ def _as_stored(config: ModelConfig, checkpoint: Checkpoint) -> ModelConfig:
     """Take the vocabulary's length from the token table, and tie a head that is not there."""
     shapes, parts = _matrix_shapes(checkpoint), _row_parts(checkpoint)
     text, table = config.text_config, shapes.get(_TOKEN_TABLE, ())
-    if (rows := parts.get(_TOKEN_TABLE.removesuffix(".weight"))) is not None:
+    if (rows := parts.get(TABLE)) is not None:
         text = dataclasses.replace(text, vocab_size=sum(rows))
     elif len(table) == 2 and table[1] == text.hidden_size:
         text = dataclasses.replace(text, vocab_size=table[0])
-    has_head = _TIED_HEAD in shapes or _TIED_HEAD.removesuffix(".weight") in parts
+    has_head = _TIED_HEAD in shapes or HEAD in parts
     is_tied = config.tie_word_embeddings or not has_head
     return dataclasses.replace(config, text_config=text, tie_word_embeddings=is_tied)
 

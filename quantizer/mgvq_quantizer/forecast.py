@@ -191,7 +191,7 @@ def expected_plans(graph: CausalLM, recipe: QuantRecipe) -> dict[str, MatrixPlan
     Raises:
         ConfigError: if the budget cannot be met.
     """
-    tables = split_tables(graph, assumed_use(graph), recipe)
+    tables = split_tables(graph, assumed_use(graph), recipe) if recipe.has_row_parts else {}
     plans = plan(graph, recipe, tables)
     if recipe.allocation == "uniform":
         return plans

@@ -205,7 +205,7 @@ def _round(residence: Residence, recipe: QuantRecipe, work: Work, data: Data, ba
     features = encode_pictures(graph, unique_pictures(data.all), device)
     reference = ask_teacher(graph, length_batches(data.all, device), features)
     tables = {}
-    if not recipe.embedding_bits.is_integer():
+    if recipe.has_row_parts:
         tables = split_tables(graph, measured_use(graph, reference, data.all), recipe)
     plans, weights, found = make_plans(
         graph, recipe, work.survey, data, features, reference, tables, bar

@@ -121,8 +121,9 @@ class QuantRecipe:
     vision_bits: int = 4
     """Bits a weight of the vision tower and the merger."""
     embedding_bits: float = 4.0
-    """Bits a weight of the token embedding and the output head. A whole number is every row's; with
-    another, rows that are used more get more, in a few runs of rows."""
+    """Bits a weight of the token embedding and the output head: of the codes alone where it is a
+    whole number, which is every row's; of codes and tables with another, and rows that are used
+    more get more, in a few runs of rows."""
     keep: str = ""
     """Matrices to leave unquantized, in float16: patterns of module names such as visual.* with
     commas between; bits is about those that are quantized."""
@@ -205,9 +206,7 @@ class QuantRecipe:
             raise ConfigError(f"codec must be one of {', '.join(CODECS)}, got {self.codec!r}")
         if self.window not in TRELLIS_WINDOWS:
             raise ConfigError(f"window must lie between 8 and 12, got {self.window}")
-        whole = ["vision_bits"]
-        if self.embedding_bits.is_integer():
-            whole.append("embedding_bits")
+        whole = ["vision_bits"] if self.has_row_parts else ["vision_bits", "embedding_bits"]
         for name in [*whole, "bits"] if self.allocation == "uniform" else whole:
             if getattr(self, name) not in self.known_rates:
                 raise ConfigError(
@@ -240,6 +239,11 @@ class QuantRecipe:
         return self.two_sided or self.gradient_shift or self.mismatch > 0.0
 
     @property
+    def has_row_parts(self) -> bool:
+        """Whether rows of token table and head get bits by their use."""
+        return not self.embedding_bits.is_integer()
+
+    @property
     def known_rates(self) -> tuple[int, ...]:
         """Rates that the codec has."""
         return TRELLIS_RATES if self.codec == "trellis" else RATES
@@ -264,8 +268,7 @@ class QuantRecipe:
     def rates_of(self, group: str) -> tuple[int, ...]:
         """Return the rates of a group of `mgvq_runtime.checkpoint.bits.group_of`."""
         if group == "embedding":
-            is_whole = self.embedding_bits.is_integer()
-            return (int(self.embedding_bits),) if is_whole else self.known_rates
+            return self.known_rates if self.has_row_parts else (int(self.embedding_bits),)
         return (self.vision_bits,) if group in ("vision", "projector") else self.rates
 
 

@@ -22,9 +22,9 @@ from mgvq_quantizer.residence import BLOCKS
 from mgvq_quantizer.solver import MAX_TRAINING_VECTORS
 from mgvq_quantizer.solver_work import entries
 from mgvq_quantizer.stage_work import Looking, Reading, Stages
-from mgvq_quantizer.table_parts import HEAD, TABLE
 from mgvq_quantizer.teacher import LOGIT_ROWS
 from mgvq_quantizer.witness import DRAWS
+from mgvq_runtime.checkpoint.row_parts import HEAD, TABLE
 from mgvq_runtime.checkpoint.writer import SHARD_BYTES
 from mgvq_runtime.request import ImageInput
 

@@ -24,9 +24,9 @@ from mgvq_quantizer.ordering import quick
 from mgvq_quantizer.planning import first_answers
 from mgvq_quantizer.recipe import QuantRecipe
 from mgvq_quantizer.solver_work import FACTOR, FLOW, FORWARD, REFIT, Work, times, total
-from mgvq_quantizer.table_parts import HEAD, TABLE
 from mgvq_quantizer.witness import DRAWS
 from mgvq_runtime.checkpoint.bits import group_of
+from mgvq_runtime.checkpoint.row_parts import HEAD, TABLE
 from mgvq_runtime.models.causal_lm import CausalLM
 from mgvq_runtime.request import ImageInput
 
@@ -161,18 +161,18 @@ class Stages:
         return total([*parts, self.encode_pictures()])
 
     def embedding(self) -> Work:
-        """Count `Stream.embedding`, with `tied_table.tied_moment`."""
+        """Count `Stream.embedding` with `tied_table.tied_moment`, and `measured_use` of parts."""
         names = self._planned(TABLE)
         if not names:
             return Work()
-        asked = Work()
+        said, asked = Reading.of(self.data.all).answers, Work()
+        measured = Work({FORWARD: said * self.head * self.recipe.has_row_parts})
         if self.graph.config.tie_word_embeddings:
-            said = Reading.of(self.data.all).answers
             head = (said + 3 * self.heldout.answers) * self.head
             moment = said * self.graph.config.text_config.hidden_size**2
             forwards = times(self.decoder_forward(self.heldout), 2)
             asked = total([forwards, Work({FORWARD: head + moment})])
-        return total([asked, *map(self._round, names)])
+        return total([measured, asked, *map(self._round, names)])
 
     def decoder(self) -> Work:
         """Count `Stream.decoder`; `Witness.enter`, `gate.choose` and `BlockTuner` where the recipe
@@ -186,7 +186,8 @@ class Stages:
             if self.recipe.block_steps:
                 parts.append(self._tune_block(i))
         if heads := self._planned(HEAD):
-            parts += [self.decoder_forward(self.train), *map(self._matrix, heads)]
+            parts += [self.decoder_forward(self.train), self._matrix(heads[0])]
+            parts += map(self._round, heads[1:])
         return total(parts)
 
     def tune(self) -> Work:

@@ -39,13 +39,13 @@ from mgvq_quantizer.statistics import (
     input_moments,
     record_calls,
 )
-from mgvq_quantizer.table_parts import HEAD, TABLE
 from mgvq_quantizer.teacher import Reference
 from mgvq_quantizer.tied_table import tied_moment
 from mgvq_quantizer.trellis_search import first_table, tails_of
 from mgvq_quantizer.walk import walk_blocks
 from mgvq_quantizer.witness import Testimony, Witness
 from mgvq_quantizer.work_folder import WorkFolder
+from mgvq_runtime.checkpoint.row_parts import HEAD, TABLE
 from mgvq_runtime.errors import CheckpointError
 from mgvq_runtime.models.causal_lm import CausalLM
 from mgvq_runtime.request import ImageInput
@@ -176,8 +176,12 @@ class Stream:
         self._blocks("model.layers", decoder.layers, calls, batches, witness, tuner)
         if heads := self._whole_or_parts(HEAD):
             rows = [run()[batch.answer_rows] for run, batch in zip(runs, batches, strict=True)]
+            ends: list[Run] = [partial(self.model.logits, hidden) for hidden in rows]
+            moment = None  # the same for all parts: every one reads the same states
+            if not all(self.work.holds(name) for name in heads):
+                moment = input_moment(heads[0], self._module(heads[0]), ends)
             for name in heads:
-                self._matrix(name, [partial(self.model.logits, hidden) for hidden in rows])
+                self._matrix(name, ends, moment)
 
     def _blocks(
         self,

@@ -43,7 +43,7 @@ def tied_moment(
     Returns:
         `[D, D]` float64, its mean diagonal 1.
     """
-    parts = table_weights(model)
+    parts = _table_weights(model)
     plain = torch.cat(parts)  # [V, D], a copy
     size = _NOISE * plain.square().mean(1, keepdim=True).sqrt()  # [V, 1]
     noise = torch.randn(plain.shape, generator=generator).to(plain)
@@ -61,7 +61,7 @@ def tied_moment(
     return share * same + (1.0 - share) * read / read.diagonal().mean()
 
 
-def table_weights(model: CausalLM) -> list[Tensor]:
+def _table_weights(model: CausalLM) -> list[Tensor]:
     """Return the rows of a dense token table, part by part; a whole one is one part."""
     table = model.model.embed_tokens
     parts = table.parts if isinstance(table, SplitEmbedding) else [table]

@@ -140,7 +140,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="most calibration conversations (default: %(default)s)",
     )
     add("--questions", type=Path, metavar="FILE", help="as for mgvq-eval (default: the model's)")
-    add("--text", type=Path, metavar="FILE", help="plain text to be read too")
+    add("--text", type=Path, metavar="FILE", help="as for mgvq-eval, to be read too")
     add("--limit", type=int, metavar="N", help="most questions, drawn at random (default: all)")
     add(
         "--tuning-steps",

@@ -49,4 +49,4 @@ def test_rows_come_from_their_parts() -> None:
         heads.append(nn.Linear(6, len(rows), bias=False))
         heads[-1].weight = nn.Parameter(rows)
     hidden = torch.randn(2, 6)
-    torch.testing.assert_close(SplitLinear(heads, sizes)(hidden), hidden @ table.T)
+    torch.testing.assert_close(SplitLinear(heads)(hidden), hidden @ table.T)
