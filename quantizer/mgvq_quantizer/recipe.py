@@ -38,7 +38,7 @@ _LEAST = {
 
 
 PRESETS: Mapping[str, Mapping[str, Any]] = {
-    "fast": {"refit_rounds": 2, "descent_sweeps": 1, "tuning_steps": 60, "picture_swaps": 1},
+    "fast": {"refit_rounds": 2, "descent_sweeps": 1, "picture_swaps": 1},
     "default": {},
     "best": {"refit_rounds": 6, "codebook_iterations": 30, "tuning_steps": 800},
 }
@@ -161,7 +161,7 @@ class QuantRecipe:
     block_steps: int = 0
     """Steps of tuning for each decoder block against the unquantized one, right after it is
     rounded; 0 switches it off."""
-    tuning_steps: int = 200
+    tuning_steps: int = 60
     """Steps of end-to-end tuning against the unquantized model; 0 switches it off."""
     picture_swaps: int = 4
     """How often tuning repeats each conversation with other pictures of the same size."""
