@@ -185,6 +185,13 @@ def test_the_plot_has_a_panel_for_tuning_and_one_for_ablations(tmp_path: Path) -
     with Image.open(tmp_path / "1.png") as picture:
         assert picture.size == (1200, 720), "nothing to compare an ablation with"
     plot.plot([], tmp_path / "none.png")
+    whole, changed = (
+        next(line for line in tables.lines_of(rows) if line.label == label)
+        for label in ("MGVQ", "MGVQ, uniform")
+    )
+    one_seed = dataclasses.replace(changed, rows=changed.rows[1:])
+    assert plot._multiple(one_seed, whole)[0] == pytest.approx(0.076 / 0.051), "of that seed"
+    assert plot._multiple(changed, whole)[1] > 0.0
     headings = [s for s in tables.markdown(rows).splitlines() if s.startswith("###")]
     assert headings[:2] == ["### 2 bits, untuned", "### 2 bits, tuned 9 steps"]
 

@@ -1,12 +1,13 @@
 """A comparison as a picture (called by `cli`).
 
 A column for each amount of tuning. Above, KL against bits, both as measured, one curve a quantizer;
-below, what each change to MGVQ does to its KL, where the whole was measured as well; an ablation
-without it is a curve. A quantizer looks the same in every panel.
+below, what each change to MGVQ does to its KL, where the whole was measured as well, seed by seed;
+an ablation without it is a curve. A quantizer looks the same in every panel.
 """
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -50,6 +51,8 @@ def plot(rows: Sequence[Row], file: Path) -> None:
     ablations = [x for x in lines if (_base(x), x.target, x.tuning_steps) in there]
     curves = [line for line in lines if line not in ablations]
     changed = bool(ablations)
+    found = {_CHANGED[_name(line)].change for line in ablations}
+    changes = [change for change in CHANGES if change in found]
     figure = Figure(figsize=(6.0 * len(steps) + 2.0, 9.6 if changed else 4.8), dpi=150)
     figure.set_layout_engine("constrained")
     panels = figure.subplots(1 + changed, len(steps), squeeze=False, sharey="row")
@@ -59,8 +62,9 @@ def plot(rows: Sequence[Row], file: Path) -> None:
         _curves(panels[0, column], [x for x in curves if x.tuning_steps == number], names)
         panels[0, column].set_title(title)
         if changed:
-            _ablations(panels[1, column], [x for x in lines if x.tuning_steps == number])
+            _ablations(panels[1, column], [x for x in lines if x.tuning_steps == number], changes)
             panels[1, column].set_title(f"{OURS} with one change, {title}")
+            panels[1, column].set_visible(any(x.tuning_steps == number for x in ablations))
     panels[0, 0].set_ylabel("KL from the unquantized model, nats a token")
     handles = {
         name: handle
@@ -116,28 +120,38 @@ def _curves(axes: Axes, lines: Sequence[Line], names: Sequence[str]) -> None:
     axes.grid(visible=True, which="both", alpha=0.25)
 
 
-def _ablations(axes: Axes, lines: Sequence[Line]) -> None:
+def _ablations(axes: Axes, lines: Sequence[Line], changes: Sequence[str]) -> None:
     """One row a change, one mark a whole and rate: KL as a multiple of that whole's."""
-    kl = {(_name(line), line.target): line.kl for line in lines if line.kl > 0}
-    groups: dict[tuple[str, float], list[tuple[int, Line]]] = {}
+    wholes = {(_name(line), line.target): line for line in lines if line.kl > 0}
+    groups: dict[tuple[str, float], list[tuple[int, float, float]]] = {}
     for line in lines:
         variant = _variant(line)
-        if variant is not None and (key := (variant.base, line.target)) in kl:
-            groups.setdefault(key, []).append((list(CHANGES).index(variant.change), line))
+        if variant is not None and (key := (variant.base, line.target)) in wholes:
+            place = changes.index(variant.change)
+            groups.setdefault(key, []).append((place, *_multiple(line, wholes[key])))
     for i, (whole, target) in enumerate(sorted(groups)):
-        places, mine = zip(*groups[whole, target], strict=True)
+        places, multiples, spreads = zip(*groups[whole, target], strict=True)
         shift = 0.2 * (i - (len(groups) - 1) / 2)
         axes.errorbar(
-            [line.kl / kl[whole, target] for line in mine],
+            multiples,
             [place + shift for place in places],
-            xerr=[(line.mean_and_spread("kl")[1] or 0.0) / kl[whole, target] for line in mine],
+            xerr=spreads,
             fmt=_MARKERS[i % len(_MARKERS)],
             color=f"C{i}",
             label=f"{whole} changed, {target:g} bits",
             capsize=3,
         )
     axes.axvline(1.0, color="black", linewidth=1.2)
-    axes.set_yticks(range(len(CHANGES)), [change.replace("-", " ") for change in CHANGES])
-    axes.set_ylim(len(CHANGES) - 0.5, -0.5)
+    axes.set_yticks(range(len(changes)), [change.replace("-", " ") for change in changes])
+    axes.set_ylim(len(changes) - 0.5, -0.5)
     axes.set_xlabel("KL as a multiple of the whole's")
     axes.grid(visible=True, axis="x", alpha=0.25)
+
+
+def _multiple(line: Line, whole: Line) -> tuple[float, float]:
+    """KL over the whole's, mean and spread, on the seeds both have; of the means if on none."""
+    kl, reference = line.kl_by_seed, whole.kl_by_seed
+    multiples = [kl[seed] / reference[seed] for seed in kl if reference.get(seed)]
+    if not multiples:
+        return line.kl / whole.kl, 0.0
+    return statistics.fmean(multiples), statistics.stdev(multiples) if len(multiples) > 1 else 0.0

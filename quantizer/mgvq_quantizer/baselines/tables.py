@@ -44,6 +44,11 @@ class Line:
         """The mean KL; infinite where nothing was measured."""
         return self.mean_and_spread("kl")[0] if self.is_defined else float("inf")
 
+    @property
+    def kl_by_seed(self) -> dict[int, float]:
+        """The KL with each seed."""
+        return {row.seed: _value(row, "kl") for row in self.measured}
+
 
 def _value(row: Row, name: str) -> float:
     """Return a number by name: perplexity is the text's, other marks are of what judges the row."""
