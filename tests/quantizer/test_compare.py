@@ -6,6 +6,7 @@ import dataclasses
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 import pytest
@@ -191,7 +192,10 @@ def test_the_plot_has_a_panel_for_tuning_and_one_for_ablations(tmp_path: Path) -
     )
     one_seed = dataclasses.replace(changed, rows=changed.rows[1:])
     assert plot._multiple(one_seed, whole)[0] == pytest.approx(0.076 / 0.051), "of that seed"
-    assert plot._multiple(changed, whole)[1] > 0.0
+    both = (0.075 / 0.05, 0.076 / 0.051)
+    assert plot._multiple(changed, whole) == pytest.approx((fmean(both), stdev(both)))
+    elsewhere = dataclasses.replace(whole, rows=whole.rows[:1])
+    assert plot._multiple(one_seed, elsewhere)[0] == pytest.approx(0.076 / 0.05), "of the means"
     headings = [s for s in tables.markdown(rows).splitlines() if s.startswith("###")]
     assert headings[:2] == ["### 2 bits, untuned", "### 2 bits, tuned 9 steps"]
 

@@ -50,18 +50,17 @@ def plot(rows: Sequence[Row], file: Path) -> None:
     there = {(_name(line), line.target, line.tuning_steps) for line in lines}
     ablations = [x for x in lines if (_base(x), x.target, x.tuning_steps) in there]
     curves = [line for line in lines if line not in ablations]
-    changed = bool(ablations)
     found = {_CHANGED[_name(line)].change for line in ablations}
     changes = [change for change in CHANGES if change in found]
-    figure = Figure(figsize=(6.0 * len(steps) + 2.0, 9.6 if changed else 4.8), dpi=150)
+    figure = Figure(figsize=(6.0 * len(steps) + 2.0, 9.6 if changes else 4.8), dpi=150)
     figure.set_layout_engine("constrained")
-    panels = figure.subplots(1 + changed, len(steps), squeeze=False, sharey="row")
+    panels = figure.subplots(1 + bool(changes), len(steps), squeeze=False, sharey="row")
     names = list(dict.fromkeys(_name(line) for line in curves))
     for column, number in enumerate(steps):
         title = f"tuned {number} steps" if number else "untuned"
         _curves(panels[0, column], [x for x in curves if x.tuning_steps == number], names)
         panels[0, column].set_title(title)
-        if changed:
+        if changes:
             _ablations(panels[1, column], [x for x in lines if x.tuning_steps == number], changes)
             panels[1, column].set_title(f"{OURS} with one change, {title}")
             panels[1, column].set_visible(any(x.tuning_steps == number for x in ablations))
