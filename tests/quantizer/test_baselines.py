@@ -10,6 +10,7 @@ from typing import Protocol
 import pytest
 import torch
 
+from mgvq_kernels import ops
 from mgvq_quantizer.baselines import e8p, hadamard, kmeans, scalar
 from mgvq_quantizer.baselines import gptvq as gptvq_file
 from mgvq_quantizer.baselines import quip as quip_file
@@ -115,10 +116,15 @@ def test_clipped_rounding_has_its_known_distortion(bits: float, expected: float)
 # Codebooks
 
 
-def test_nearest_is_brute_force_in_the_weights_of_each_vector() -> None:
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("d", [1, 2, 3, 4, 6, 8])
+def test_nearest_is_brute_force_in_the_weights_of_each_vector(
+    d: int, compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ops, "has_numba", lambda: compiled)
     g = seeded(4)
-    vectors, weights = torch.randn(3, 50, 4, generator=g), torch.rand(50, 4, generator=g) + 0.1
-    tables = torch.randn(3, 20, 4, generator=g)
+    vectors, weights = torch.randn(3, 50, d, generator=g), torch.rand(50, d, generator=g) + 0.1
+    tables = torch.randn(3, 20, d, generator=g)
     error = vectors[:, :, None] - tables[:, None]  # [G, N, K, d]
     distance = (weights[:, None] * error.square()).sum(-1)
     assert torch.equal(kmeans.nearest(vectors, weights, tables), distance.argmin(-1))
