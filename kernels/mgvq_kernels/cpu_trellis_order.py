@@ -3,13 +3,15 @@
 Codes stay row by row; in a row of a band, the first bytes of all groups come first, then the second
 ones. So neighbouring groups are neighbours in every register, and the bits that come before a row's
 own are runs of bytes of the rows above. Columns follow: the first weights of all groups, then the
-second ones. Takes as much memory as the checkpoint; compiles nothing.
+second ones. Takes as much memory as the checkpoint. Numpy does the reordering, as in
+`cpu_order`; compiles nothing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,7 +35,8 @@ def to_planes(codes: Tensor, rate: int) -> Tensor:
     Returns:
         `[O * rate * groups]` uint8.
     """
-    return codes.view(codes.shape[0], -1, rate).transpose(1, 2).reshape(-1)
+    groups = codes.numpy().reshape(codes.shape[0], -1, rate)  # [O, groups, rate]
+    return torch.from_numpy(np.ascontiguousarray(groups.transpose(0, 2, 1)).reshape(-1))
 
 
 def from_planes(flat: Tensor, rows: int, rate: int) -> Tensor:
