@@ -28,6 +28,7 @@ from mgvq_kernels.packing import pack
 from mgvq_kernels.triton import (
     trellis_dequant,
     trellis_embedding,
+    trellis_gemm,
     trellis_gemv,
     vq_dequant,
     vq_embedding,
@@ -62,6 +63,7 @@ int8 is on request only, so it is timed beside the others and never counted as o
 
 TRELLIS_LINEARS: Mapping[str, tuple[Linear, str, int]] = {
     "trellis gemv": (trellis_gemv.linear, "gemv", 16),
+    "trellis gemm": (trellis_gemm.linear, "gemm", 64),
     "trellis decode": (decode_linear, "gemm", 1 << 30),
 }
 """The same for a trellis."""

@@ -37,9 +37,6 @@ GPU at hand. One H100, triton 3.6, 2026-11, us, GEMV / GEMM / decode + matmul at
 4608x3584 9.5 / 20.9 / 43, 28 / 22.5 / 43, 434 / 30 / 43; 37888x3584 37 / 98 / 299, 116 / 99 / 294,
 1,811 / 121 / 287."""
 
-TRITON_TRELLIS_ROWS = 4
-"""Most rows of x that are multiplied straight from a trellis on a GPU: those of one launch, which
-decodes once; more by slices of the decoded matrix. Set by design, not measured."""
 
 CHOSEN_OPS = ("vq_linear", "vq_dequantize", "vq_embedding")
 """Ops that have more than the reference path."""
@@ -54,6 +51,10 @@ class RowLimits:
 
 
 DEFAULT_LIMITS = RowLimits()
+
+TRELLIS_LIMITS = RowLimits()
+"""The same for a trellis, whatever was tuned for lookups: rows of one launch of the GEMV, which
+decodes once, and of the GEMM's largest tile. Set by design, not measured."""
 
 
 def choose_pack(device_type: str, numba_available: bool, triton_available: bool) -> str:
@@ -101,7 +102,8 @@ def choose_backend(  # noqa: PLR0913
     Returns:
         "cpu_lookup" (partial sums, codes only), "cpu_trellis" (weights decoded as they are
         multiplied), "cpu_decode" (decode with the cpu kernels, then torch), "triton_gemv" (partial
-        sums; a trellis decoded as it is multiplied), "triton_gemm" (codewords on the tensor cores),
+        sums; a trellis decoded as it is multiplied), "triton_gemm" (codewords, or a trellis as it
+        is decoded, on the tensor cores),
         "triton_decode" (decode, then torch) or "reference".
 
     Raises:
@@ -117,7 +119,7 @@ def choose_backend(  # noqa: PLR0913
         return "cpu_lookup" if op == "vq_linear" and rows <= most else "cpu_decode"
     if order == "triton":
         if layout.codec == "trellis":
-            limits = RowLimits(TRITON_TRELLIS_ROWS, TRITON_TRELLIS_ROWS)
+            limits = TRELLIS_LIMITS
         if op != "vq_linear" or not is_half or rows > limits.gemm:
             return "triton_decode"
         return "triton_gemv" if rows <= limits.gemv else "triton_gemm"

@@ -50,15 +50,18 @@ def test_path_follows_rows(op: str, rows: int, device: str, permute: bool, path:
 @pytest.mark.parametrize(
     ("op", "rows", "path"),
     [
-        ("vq_linear", dispatch.TRITON_TRELLIS_ROWS, "triton_gemv"),
-        ("vq_linear", dispatch.TRITON_TRELLIS_ROWS + 1, "triton_decode"),
+        ("vq_linear", dispatch.TRELLIS_LIMITS.gemv, "triton_gemv"),
+        ("vq_linear", dispatch.TRELLIS_LIMITS.gemv + 1, "triton_gemm"),
+        ("vq_linear", dispatch.TRELLIS_LIMITS.gemm, "triton_gemm"),
+        ("vq_linear", dispatch.TRELLIS_LIMITS.gemm + 1, "triton_decode"),
         ("vq_dequantize", 0, "triton_decode"),
     ],
 )
-def test_a_trellis_on_a_gpu_has_no_kernel_between(op: str, rows: int, path: str) -> None:
-    """Nor does it heed limits that were tuned for lookups."""
+def test_a_trellis_heeds_no_limits_that_were_tuned_for_lookups(
+    op: str, rows: int, path: str
+) -> None:
     layout = VQLayout.uniform(64, 128, 2, codec="trellis")
-    tuned = dispatch.RowLimits(16, 64)
+    tuned = dispatch.RowLimits(16, 32)
     for limits in (dispatch.DEFAULT_LIMITS, tuned):
         chosen = dispatch.choose_backend(op, rows, layout, "cuda", True, True, limits=limits)
         assert chosen == path

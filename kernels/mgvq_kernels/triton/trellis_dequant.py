@@ -18,7 +18,7 @@ from mgvq_kernels.triton.trellis_tile import (
     TILE_ROWS,
     load_table,
     load_words,
-    look_up,
+    look_up_rows,
     place_band,
 )
 from mgvq_kernels.triton.vq_dequant import slice_rows
@@ -53,8 +53,7 @@ def trellis_dequant_kernel(
     word, halo, start, groups = place_band(fields_ptr, tile, RATE)
     table = load_table(books_ptr, book_scales_ptr + band, fields_ptr)
     words = load_words(codes_ptr + word, halos_ptr + halo, first_group, groups, RATE, GROUPS)
-    weights = tl.permute(look_up(table, words, RATE, GROUPS), (1, 2, 0, 3))
-    weights = tl.reshape(weights, (TILE_ROWS, GROUPS * 8))
+    weights = look_up_rows(table, words, RATE, GROUPS)
     rows = tile.to(tl.int64) * TILE_ROWS + tl.arange(0, TILE_ROWS)
     channels = first_group * 8 + tl.arange(0, GROUPS * 8)
     row_mask = (rows >= first_row) & (rows < end_row)

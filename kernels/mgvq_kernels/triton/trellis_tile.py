@@ -35,11 +35,16 @@ def place_band(fields_ptr, tile, RATE: tl.constexpr):
 
 
 @triton.jit
-def load_table(books_ptr, book_scale_ptr, fields_ptr):
-    """Load a band's codebook, scaled: `[TABLE_SIZE]` float32, repeated if windows are shorter."""
+def load_entries(books_ptr, fields_ptr):
+    """Load a band's codebook: `[TABLE_SIZE]` int8, repeated if windows are shorter."""
     entry = tl.arange(0, TABLE_SIZE) & ((1 << tl.load(fields_ptr + 3)) - 1)
-    table = tl.load(books_ptr + tl.load(fields_ptr + 4) + entry)
-    return table.to(tl.float32) * tl.load(book_scale_ptr)
+    return tl.load(books_ptr + tl.load(fields_ptr + 4) + entry)
+
+
+@triton.jit
+def load_table(books_ptr, book_scale_ptr, fields_ptr):
+    """Load a band's codebook, scaled: `[TABLE_SIZE]` float32."""
+    return load_entries(books_ptr, fields_ptr).to(tl.float32) * tl.load(book_scale_ptr)
 
 
 @triton.jit
@@ -97,8 +102,15 @@ def join_windows(words, RATE: tl.constexpr, FIRST: tl.constexpr, STRIDE: tl.cons
 
 @triton.jit
 def look_up(table, words, RATE: tl.constexpr, GROUPS: tl.constexpr):
-    """Decode units: `[GROUPS, UNITS, UNIT_ROWS, 8]` float32, row scales not applied."""
+    """Read units' weights from a table: `[GROUPS, UNITS, UNIT_ROWS, 8]` of the table's dtype."""
     entries = join_windows(words, RATE, 0, 1)
     flat = tl.reshape(table, (TABLE_SIZE,))
     weights = tl.gather(flat, tl.reshape(entries, (GROUPS * UNITS * UNIT_WEIGHTS,)), 0)
     return tl.reshape(weights, (GROUPS, UNITS, UNIT_ROWS, 8))
+
+
+@triton.jit
+def look_up_rows(table, words, RATE: tl.constexpr, GROUPS: tl.constexpr):
+    """Read units' weights and put them in rows: `[TILE_ROWS, GROUPS * 8]` of the table's dtype."""
+    weights = tl.permute(look_up(table, words, RATE, GROUPS), (1, 2, 0, 3))
+    return tl.reshape(weights, (TILE_ROWS, GROUPS * 8))

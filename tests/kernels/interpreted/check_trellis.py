@@ -7,15 +7,17 @@ interpreted. bfloat16 is not tried: the interpreter multiplies its raw bits.
 from __future__ import annotations
 
 import math
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from mgvq_kernels import ops, reference
+from mgvq_kernels import ops, reference, trellis_order
 from mgvq_kernels.layout import TRELLIS_RATES, Band, Stage, VQLayout, VQWeight
 from mgvq_kernels.packing import pack, unpack
-from mgvq_kernels.triton import trellis_dequant, trellis_embedding, trellis_gemv
+from mgvq_kernels.triton import trellis_dequant, trellis_embedding, trellis_gemm, trellis_gemv
 from tests.kernels import edge_cases
 from tests.kernels.random_weights import oracle, random_weight
 
@@ -41,26 +43,44 @@ TOLERANCE = 3e-4
 """Relative error of float16 outputs whose sums are exact to float32."""
 
 
+KERNELS = pytest.mark.parametrize("kernel", [trellis_gemv, trellis_gemm], ids=["gemv", "gemm"])
+"""Both ways to multiply, which must hold the same promises."""
+
+
 def linear(
-    x: torch.Tensor, weight: VQWeight, splits: tuple[int, ...], **added: torch.Tensor
+    kernel: ModuleType,
+    x: torch.Tensor,
+    weight: VQWeight,
+    splits: tuple[int, ...],
+    **added: torch.Tensor,
 ) -> torch.Tensor:
-    """Call the custom op with the blocks of each rate cut into `splits` shares."""
+    """Call a kernel's custom op with the blocks of each rate cut into `splits` shares."""
     tensors = pack(weight, "triton").tensors
-    y = trellis_gemv.triton_trellis_gemv(x, *arguments(weight, tensors, splits, **added))
+    op, arguments = op_and_arguments(kernel, x, weight, tensors, splits, **added)
+    y = op(*arguments)
     assert not tensors["counters"].any(), "counters must end as they began"
     return y
 
 
-def arguments(
+def op_and_arguments(
+    kernel: ModuleType,
+    x: torch.Tensor,
     weight: VQWeight,
     tensors: dict[str, torch.Tensor],
     splits: tuple[int, ...],
     **added: torch.Tensor,
-) -> list[object]:
-    """List what the custom op takes beside x."""
-    names = ("codes", "halos", "codebooks", "codebook_scales", "scales", "bands", "permutation")
-    blocks = trellis_gemv.rate_blocks((band.width, band.rate) for band in weight.layout.bands)
-    return [
+) -> tuple[Any, list[object]]:
+    """Return a kernel's custom op with what it takes; the GEMM's x comes in the order of bands."""
+    names = ["codes", "halos", "codebooks", "codebook_scales", "scales", "bands"]
+    if kernel is trellis_gemv:
+        op = trellis_gemv.triton_trellis_gemv
+        names.append("permutation")
+    else:
+        op = trellis_gemm.triton_trellis_gemm
+        x = x[:, tensors["permutation"]]
+    blocks = trellis_order.rate_blocks((band.width, band.rate) for band in weight.layout.bands)
+    return op, [
+        x,
         *(tensors.get(name) for name in (*names, "counters")),
         added.get("bias"),
         added.get("residual"),
@@ -74,15 +94,16 @@ def relative_error(y: torch.Tensor, truth: np.ndarray) -> float:
     return float(np.linalg.norm(y.double().numpy() - truth) / np.linalg.norm(truth))
 
 
+@KERNELS
 @pytest.mark.parametrize("splits", [(1, 1, 1, 1, 1), (2, 1, 1, 2, 1)])
-def test_bands_bias_and_residual_in_one(splits: tuple[int, ...]) -> None:
+def test_bands_bias_and_residual_in_one(kernel: ModuleType, splits: tuple[int, ...]) -> None:
     weight = random_weight(MIXED)
     x, residual = torch.randn(3, 360).half(), torch.randn(3, 130).half() * 100
     bias = torch.randn(130)
-    y = linear(x, weight, splits, bias=bias, residual=residual)
+    y = linear(kernel, x, weight, splits, bias=bias, residual=residual)
     truth = x.double().numpy() @ oracle(weight).T + bias.double().numpy()
     assert relative_error(y, truth + residual.double().numpy()) < TOLERANCE
-    again = linear(x, weight, splits, bias=bias, residual=residual)
+    again = linear(kernel, x, weight, splits, bias=bias, residual=residual)
     assert torch.equal(y, again), "must repeat to the bit"
 
 
@@ -94,8 +115,9 @@ def test_every_rate_and_shape(rate: int, out_features: int, in_features: int) ->
     weight = random_weight(layout)
     packed, dense = pack(weight, "triton"), reference.vq_dequantize(weight, torch.float64)
     x = torch.randn(1, in_features).half()
-    y = trellis_gemv.linear(x.float(), packed, None, None)  # what a half gives, not rounded
-    assert relative_error(y, (x.double() @ dense.T).numpy()) < 1e-5
+    for kernel in (trellis_gemv, trellis_gemm):
+        y = kernel.linear(x.float(), packed, None, None)  # what a half gives, not rounded
+        assert relative_error(y, (x.double() @ dense.T).numpy()) < 1e-5
     exact = reference.vq_dequantize(weight, torch.float32)
     assert torch.equal(trellis_dequant.vq_dequantize(packed, torch.float32), exact)
     ids = torch.tensor([out_features - 1, 0, out_features // 2])
@@ -103,12 +125,13 @@ def test_every_rate_and_shape(rate: int, out_features: int, in_features: int) ->
     assert torch.equal(rows, exact[ids])
 
 
-def test_one_hot_reads_a_column() -> None:
+@KERNELS
+def test_one_hot_reads_a_column(kernel: ModuleType) -> None:
     """Every index in one test: a wrong place gives another column."""
     weight = random_weight(MIXED)
     column = oracle(weight).astype(np.float32)
     channels = (0, 31, 137, 300, 359)
-    y = linear(torch.eye(360)[list(channels)].half(), weight, (1, 1, 1, 1, 1))
+    y = linear(kernel, torch.eye(360)[list(channels)].half(), weight, (1, 1, 1, 1, 1))
     truth = column[:, channels].T.astype(np.float16)
     np.testing.assert_allclose(y.numpy(), truth, rtol=1e-3)
 
@@ -123,8 +146,9 @@ def test_the_order_goes_back(rate: int) -> None:
         assert torch.equal(back.codebooks[0][0], weight.codebooks[0][0])
 
 
+@KERNELS
 @pytest.mark.filterwarnings("ignore:overflow")  # numpy says so of what float16 cannot hold
-def test_numbers_stay_in_their_rows() -> None:
+def test_numbers_stay_in_their_rows(kernel: ModuleType) -> None:
     """NaN reaches its own row only; 6e4 does not overflow; a row does not depend on the others."""
     weight = random_weight(MIXED)
     packed = pack(weight, "triton")
@@ -132,34 +156,37 @@ def test_numbers_stay_in_their_rows() -> None:
     small = pack(weight, "triton")
     x = torch.randn(5, 360).half()
     x[1, 50], x[2] = math.nan, 0.0
-    y = trellis_gemv.linear(x, packed, None, None)
+    y = kernel.linear(x, packed, None, None)
     assert y[1].isnan().all()
     assert y[0].isfinite().all()
     assert not y[2].any()
     for i in (0, 3, 4):
-        assert torch.equal(trellis_gemv.linear(x[i], packed, None, None), y[i])
+        assert torch.equal(kernel.linear(x[i], packed, None, None), y[i])
     extreme = torch.zeros(1, 360).half()
     extreme[0, ::7] = 6e4
     truth = extreme.double().numpy() @ oracle(weight).T
-    scaled = trellis_gemv.linear(extreme, small, None, None).double().numpy()
+    scaled = kernel.linear(extreme, small, None, None).double().numpy()
     finite = np.abs(truth) < 6e4
     np.testing.assert_allclose(scaled[finite], truth[finite], rtol=2e-3, atol=1e-2)
 
 
-def test_nothing_around_the_weight_is_read_or_written(monkeypatch: pytest.MonkeyPatch) -> None:
+@KERNELS
+def test_nothing_around_the_weight_is_read_or_written(
+    kernel: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Nor is a slot before it is written."""
     weight = random_weight(MIXED)
     packed = pack(weight, "triton")
     guarded, guards = edge_cases.between_guards(packed)
     x, ids = torch.randn(2, 360).half(), torch.tensor([129, 0, 77])
-    clean = trellis_gemv.linear(x, packed, None, None)
+    clean = kernel.linear(x, packed, None, None)
     empty = torch.empty
 
     def poisoned(*shape: int, **options: object) -> torch.Tensor:
         return empty(*shape, **options).fill_(math.nan)  # type: ignore[call-overload]
 
     monkeypatch.setattr(torch, "empty", poisoned)
-    assert torch.equal(trellis_gemv.linear(x, guarded, None, None), clean)
+    assert torch.equal(kernel.linear(x, guarded, None, None), clean)
     dense = reference.vq_dequantize(weight, torch.float16)
     assert torch.equal(trellis_dequant.vq_dequantize(guarded, torch.float16), dense)
     assert torch.equal(trellis_embedding.vq_embedding(ids, guarded, torch.float16), dense[ids])
@@ -183,20 +210,29 @@ def test_many_rows_are_multiplied_slice_by_slice(monkeypatch: pytest.MonkeyPatch
     assert relative_error(y, truth) < 1e-6
 
 
-def test_the_custom_op_is_well_formed() -> None:
+@KERNELS
+def test_the_custom_op_is_well_formed(kernel: ModuleType) -> None:
+    weight, x = random_weight(MIXED), torch.randn(2, 360).half()
+    tensors = dict(pack(weight, "triton").tensors)
+    op, arguments = op_and_arguments(kernel, x, weight, tensors, (2, 1, 1, 2, 1))
+    torch.library.opcheck(op, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize("rows", [16, 17, 64])
+def test_every_tile_of_the_gemm(rows: int) -> None:
     weight = random_weight(MIXED)
-    rest = arguments(weight, dict(pack(weight, "triton").tensors), (2, 1, 1, 2, 1))
-    checks = ("test_schema", "test_faketensor")
-    op = trellis_gemv.triton_trellis_gemv
-    torch.library.opcheck(op, (torch.randn(2, 360).half(), *rest), test_utils=checks)
+    x = torch.randn(rows, 360).half()
+    y = trellis_gemm.linear(x, pack(weight, "triton"), None, None)
+    assert relative_error(y, x.double().numpy() @ oracle(weight).T) < TOLERANCE
 
 
-def test_the_front_door_takes_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("permuted", [False, True])
+def test_the_front_door_takes_the_kernels(permuted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a GPU would run, chosen by rows; SwiGLU comes first, int8 is not for a trellis."""
     monkeypatch.setattr(ops.dispatch, "choose_pack", lambda *_: "triton")
-    weight = random_weight(VQLayout.uniform(64, 72, 2, codec="trellis"))
+    weight = random_weight(VQLayout.uniform(64, 72, 2, permuted, codec="trellis"))
     packed, dense = pack(weight, "triton"), torch.from_numpy(oracle(weight))
-    for rows in (1, 6):
+    for rows in (1, 6, 65):
         x, residual = torch.randn(rows, 2 * 72).half(), torch.randn(rows, 64).half()
         y = ops.vq_linear(x, packed, residual=residual, gated=True, int8_activations=True)
         truth = ops.swiglu(x).double() @ dense.T + residual.double()
