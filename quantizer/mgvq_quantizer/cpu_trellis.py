@@ -2,9 +2,10 @@
 """The Viterbi search of `trellis_search` in compiled code (called by it alone, with numba).
 
 Costs are float32 and positive, so their bits order as they do: the lowest bits of a cost carry
-which predecessor it came from, and one integer minimum finds both (1.2 to 1.5 us a weight for a
-window of 12 bits at 1 to 3 bits, 2.9 at 4 bits, on one AVX2 core; a float comparison with a
-separate index takes 13 to 19). Segments are cut over as many threads as torch may use.
+which predecessor it came from, and one integer minimum finds both (a float comparison with a
+separate index takes ten times as long). The step to the states that follow is written in vectors:
+left to the compiler it is two to ten times as slow. Segments are cut over as many threads as torch
+may use.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import int32, njit, uint8  # noqa: TID253 (this file is made of it)
+from llvmlite import ir  # type: ignore[import-untyped]
+from numba import int32, literally, njit, types, uint8  # noqa: TID253 (this file is made of it)
+from numba.extending import intrinsic  # noqa: TID253
 from torch import Tensor
 
 from mgvq_kernels.cpu_jit import compile_cached
@@ -29,112 +32,150 @@ _UNROLLED = 16
 """Predecessors a loop compares at a time: the compiler does not unroll one over 32, which took 4.2
 us a weight where two over 16 take 0.3."""
 _MINIMUM_IN_ANY_ORDER = {"nnan", "nsz"}
+_LANES = 16
+"""States a step takes at a time, as many as the longest registers hold; shorter ones take turns."""
 
 
 def encode(
     goal: Tensor, weights: Tensor, table: Tensor, rate: int, parts: Sequence[tuple[int, int]]
 ) -> Tensor:
     """Choose the entries `[O, 8]` of one block of columns; arguments as in `trellis_search`."""
-    size = len(table)
     rows = torch.tensor(parts)
     entries = torch.empty(goal.shape, dtype=torch.int64)
-    # By the symbol that leads to a state, then by the state before it: both inner loops run along.
-    by_symbol = table.reshape(size >> rate, 1 << rate).T.contiguous()
-    arrays = tuple(x.contiguous().numpy() for x in (goal, weights, by_symbol, rows))
+    arrays = tuple(x.contiguous().numpy() for x in (goal, weights, table.flatten(), rows))
     over_threads(lambda i, j: _coder(rate)(*arrays, entries.numpy(), i, j), 0, len(parts), 1, True)
     return entries
 
 
 @functools.cache
 def _coder(rate: int) -> Any:
-    """Compile the search of one rate."""
-    forward = _forward(rate)
+    """Make the search of one rate, which closes over a number alone so that a disk can keep it."""
 
     @compile_cached
     def encode(goal, weights, table, rows, entries, first, last):  # type: ignore[no-untyped-def]
-        symbols, followers = table.shape
-        cost, best = np.empty(symbols * followers, np.float32), np.empty(followers, np.float32)
         for s in range(first, last):
             stream = goal[rows[s, 0] : rows[s, 1]].copy().reshape(-1)
-            n = stream.size
-            w = np.empty(n, np.float32)
-            for t in range(n):
-                w[t] = weights[t % weights.size]
-            near = min(n, CLOSING)
-            came_from = np.empty((max(n, 2 * near), followers), np.uint8)
-            found = np.empty(max(n, 2 * near), np.int64)
-            around = np.concatenate((stream[n - near :], stream[:near]))
-            w_around = np.concatenate((w[n - near :], w[:near]))
-            cost[:] = 0.0
-            forward(around, w_around, table, cost, best, came_from)
-            _walk_back(np.argmin(cost), rate, came_from, 2 * near, found)
-            closing = found[near - 1] % followers
-            cost[:] = _UNREACHABLE
-            cost[closing::followers] = 0.0
-            forward(stream, w, table, cost, best, came_from)
-            end = np.argmin(cost[closing::followers]) * followers + closing
-            _walk_back(end, rate, came_from, n, found)
-            entries[rows[s, 0] : rows[s, 1]] = found[:n].reshape(-1, goal.shape[1])
+            found = _encode_segment(stream, weights, table, rate)
+            entries[rows[s, 0] : rows[s, 1]] = found.reshape(-1, goal.shape[1])
 
     return encode
 
 
-def _forward(rate: int) -> Any:
-    """Make the pass over a stream; its loops over the symbols of one rate are unrolled."""
-    survive, branch = _survive(rate), _branch(rate)
+@njit
+def _encode_segment(stream, weights, table, rate):  # type: ignore[no-untyped-def]
+    """Find the entries of a circular stream: where it closes first, then all of it."""
+    n, followers = stream.size, table.size >> rate
+    cost, best = np.empty(table.size, np.float32), np.empty(followers, np.float32)
+    w = np.empty(n, np.float32)
+    for t in range(n):
+        w[t] = weights[t % weights.size]
+    near = min(n, CLOSING)
+    came_from = np.empty((max(n, 2 * near), followers), np.uint8)
+    found = np.empty(max(n, 2 * near), np.int64)
+    around = np.concatenate((stream[n - near :], stream[:near]))
+    w_around = np.concatenate((w[n - near :], w[:near]))
+    cost[:] = 0.0
+    _forward(around, w_around, table, cost, best, came_from, rate)
+    _walk_back(np.argmin(cost), rate, came_from, 2 * near, found)
+    closing = found[near - 1] % followers
+    cost[:] = _UNREACHABLE
+    cost[closing::followers] = 0.0
+    _forward(stream, w, table, cost, best, came_from, rate)
+    end = np.argmin(cost[closing::followers]) * followers + closing
+    _walk_back(end, rate, came_from, n, found)
+    return found[:n]
 
-    @njit
-    def forward(stream, weights, table, cost, best, came_from):  # type: ignore[no-untyped-def]
-        cost_bits, best_bits = cost.view(np.int32), best.view(np.int32)
-        for t in range(stream.size):
-            survive(cost_bits, best_bits, came_from[t])
-            branch(best, table, stream[t], weights[t], cost)
-            if t % _RELEASE == _RELEASE - 1:
-                cost -= cost.min()
 
-    return forward
+@njit
+def _forward(stream, weights, table, cost, best, came_from, rate):  # type: ignore[no-untyped-def]
+    """Pass over a stream; `rate` is known when this is compiled, so that loops are unrolled."""
+    literally(rate)
+    cost_bits, best_bits = cost.view(np.int32), best.view(np.int32)
+    for t in range(stream.size):
+        _survive(cost_bits, best_bits, came_from[t], rate)
+        _branch(best, table, stream[t], weights[t], cost, rate)
+        if t % _RELEASE == _RELEASE - 1:
+            cost -= _least(cost)
 
 
-def _survive(rate: int) -> Any:
-    """Make the choice of the best state before each state's lowest bits."""
-    symbols = 1 << rate
+@njit(fastmath=_MINIMUM_IN_ANY_ORDER)
+def _survive(cost, best, came_from, rate):  # type: ignore[no-untyped-def]
+    """Choose the best state before each state's lowest bits."""
+    literally(rate)
+    symbols, followers = 1 << rate, best.size
     few = min(symbols, _UNROLLED)
-    keep, mask = np.int32(-symbols), np.int32(symbols - 1)
-
-    @njit(fastmath=_MINIMUM_IN_ANY_ORDER)
-    def survive(cost, best, came_from):  # type: ignore[no-untyped-def]
-        followers = best.size
-        for h in range(followers):
-            low = cost[h] & keep
-            for j in range(1, few):
-                low = min(low, (cost[j * followers + h] & keep) | int32(j))
-            best[h] = low
-        if symbols > few:
-            for h in range(followers):
-                low = best[h]
-                for j in range(few, symbols):
-                    low = min(low, (cost[j * followers + h] & keep) | int32(j))
-                best[h] = low
+    keep, mask = int32(-symbols), int32(symbols - 1)
+    for h in range(followers):
+        low = cost[h] & keep
+        for j in range(1, few):
+            low = min(low, (cost[j * followers + h] & keep) | int32(j))
+        best[h] = low
+    if symbols > few:
         for h in range(followers):
             low = best[h]
-            came_from[h] = uint8(low & mask)
-            best[h] = low & keep
+            for j in range(few, symbols):
+                low = min(low, (cost[j * followers + h] & keep) | int32(j))
+            best[h] = low
+    for h in range(followers):
+        low = best[h]
+        came_from[h] = uint8(low & mask)
+        best[h] = low & keep
 
-    return survive
+
+@njit
+def _branch(best, table, x, w, cost, rate):  # type: ignore[no-untyped-def]
+    """Step to all states that follow."""
+    literally(rate)
+    before, entry, after = best.ctypes.data, table.ctypes.data, cost.ctypes.data
+    for s in range(0, cost.size, _LANES):
+        _reach(rate, before + 4 * (s >> rate), entry + 4 * s, after + 4 * s, x, w)
 
 
-def _branch(rate: int) -> Any:
-    """Make the step to all states that follow."""
-    symbols = 1 << rate
+@intrinsic(prefer_literal=True)
+def _reach(typingctx: Any, rate: Any, best: Any, table: Any, cost: Any, x: Any, w: Any) -> Any:
+    """Step to `_LANES` neighbouring states: `cost[s] = best[s >> rate] + w (x - table[s])^2`.
 
-    @njit(fastmath=_MINIMUM_IN_ANY_ORDER)
-    def branch(best, table, x, w, cost):  # type: ignore[no-untyped-def]
-        for h in range(best.size):
-            for i in range(symbols):
-                distance = x - table[i, h]
-                cost[symbols * h + i] = best[h] + w * (distance * distance)
+    `best`, `table` and `cost` are the addresses of the first ones.
+    """
+    if not isinstance(rate, types.IntegerLiteral):
+        return None
+    bits = rate.literal_value
+    places, numbers = (types.int64,) * 3, (types.float32,) * 2
 
-    return branch
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        _, best, table, cost, x, w = args
+        states = ir.VectorType(ir.FloatType(), _LANES)
+
+        def load(address: Any, kind: Any) -> Any:
+            return builder.load(builder.inttoptr(address, kind.as_pointer()), align=4)
+
+        def spread(vector: Any, sources: list[int]) -> Any:
+            lanes = ir.Constant(ir.VectorType(ir.IntType(32), _LANES), sources)
+            return builder.shuffle_vector(vector, ir.Constant(vector.type, ir.Undefined), lanes)
+
+        def everywhere(number: Any) -> Any:
+            one = ir.Constant(ir.VectorType(ir.FloatType(), 1), ir.Undefined)
+            one = builder.insert_element(one, number, ir.IntType(32)(0))
+            return spread(one, [0] * _LANES)
+
+        count = max(1, _LANES >> bits)  # of states before: each leads to 2^rate neighbours
+        before = load(best, ir.VectorType(ir.FloatType(), count))
+        before = spread(before, [lane >> bits for lane in range(_LANES)])
+        distance = builder.fsub(everywhere(x), load(table, states))
+        added = builder.fmul(everywhere(w), builder.fmul(distance, distance))
+        total = builder.fadd(before, added)
+        builder.store(total, builder.inttoptr(cost, states.as_pointer()), align=4)
+        return context.get_dummy_value()
+
+    return types.void(rate, *places, *numbers), codegen
+
+
+@njit(fastmath=_MINIMUM_IN_ANY_ORDER)
+def _least(cost):  # type: ignore[no-untyped-def]
+    low = cost[0]
+    for state in range(cost.size):
+        low = min(low, cost[state])
+    return low
 
 
 @njit

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from statistics import NormalDist
@@ -152,6 +155,27 @@ def test_compiled_and_plain_searches_find_paths_of_one_cost(
         entries = encode(goal, weights, table, rate)
         costs.append(float((weights * (goal - table[:, 0][entries]) ** 2).sum()))
     assert costs[0] == pytest.approx(costs[1], rel=1e-4)
+
+
+def test_a_disk_keeps_the_compiled_search(tmp_path: Path) -> None:
+    """Or each process compiles it again, for seconds a rate, and leaves a file behind."""
+    pytest.importorskip("numba", reason="the search is compiled by numba")
+    program = (
+        "import torch\n"
+        "from mgvq_quantizer import cpu_trellis, trellis_search\n"
+        "trellis_search.encode(torch.ones(8, 8), torch.ones(8), torch.ones(256, 1), 2)\n"
+        "print(sum(cpu_trellis._coder(2).stats.cache_hits.values()))\n"
+    )
+    environment = os.environ | {
+        "NUMBA_CACHE_DIR": str(tmp_path),
+        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+    }
+    command = [sys.executable, "-c", program]
+    runs = [
+        subprocess.run(command, env=environment, check=True, capture_output=True, timeout=300)
+        for _ in range(2)
+    ]
+    assert [run.stdout.split() for run in runs] == [[b"0"], [b"1"]]
 
 
 @pytest.mark.parametrize("rate", [1, 2, 3, 4])
