@@ -43,33 +43,40 @@ def encode(
     rows = torch.tensor(parts)
     entries = torch.empty(goal.shape, dtype=torch.int64)
     arrays = tuple(x.contiguous().numpy() for x in (goal, weights, table.flatten(), rows))
-    over_threads(lambda i, j: _coder(rate)(*arrays, entries.numpy(), i, j), 0, len(parts), 1, True)
+    find = _coder(rate)
+    over_threads(lambda i, j: find(*arrays, CLOSING, entries.numpy(), i, j), 0, len(parts), 1, True)
     return entries
 
 
 @functools.cache
 def _coder(rate: int) -> Any:
-    """Make the search of one rate, which closes over a number alone so that a disk can keep it."""
+    """Make the search of one rate.
+
+    It closes over a number alone, so that a disk can keep it, and takes `CLOSING` as an argument:
+    the disk would not notice that another file has changed.
+    """
 
     @compile_cached
-    def encode(goal, weights, table, rows, entries, first, last):  # type: ignore[no-untyped-def]
+    def encode(  # type: ignore[no-untyped-def]
+        goal, weights, table, rows, closing, entries, first, last
+    ):
         for s in range(first, last):
             stream = goal[rows[s, 0] : rows[s, 1]].copy().reshape(-1)
-            found = _encode_segment(stream, weights, table, rate)
+            found = _encode_segment(stream, weights, table, closing, rate)
             entries[rows[s, 0] : rows[s, 1]] = found.reshape(-1, goal.shape[1])
 
     return encode
 
 
 @njit
-def _encode_segment(stream, weights, table, rate):  # type: ignore[no-untyped-def]
-    """Find the entries of a circular stream: where it closes first, then all of it."""
+def _encode_segment(stream, weights, table, closing, rate):  # type: ignore[no-untyped-def]
+    """Find the entries of a circular stream: `closing` around its ends first, then all."""
     n, followers = stream.size, table.size >> rate
     cost, best = np.empty(table.size, np.float32), np.empty(followers, np.float32)
     w = np.empty(n, np.float32)
     for t in range(n):
         w[t] = weights[t % weights.size]
-    near = min(n, CLOSING)
+    near = min(n, closing)
     came_from = np.empty((max(n, 2 * near), followers), np.uint8)
     found = np.empty(max(n, 2 * near), np.int64)
     around = np.concatenate((stream[n - near :], stream[:near]))
@@ -77,11 +84,11 @@ def _encode_segment(stream, weights, table, rate):  # type: ignore[no-untyped-de
     cost[:] = 0.0
     _forward(around, w_around, table, cost, best, came_from, rate)
     _walk_back(np.argmin(cost), rate, came_from, 2 * near, found)
-    closing = found[near - 1] % followers
+    state = found[near - 1] % followers
     cost[:] = _UNREACHABLE
-    cost[closing::followers] = 0.0
+    cost[state::followers] = 0.0
     _forward(stream, w, table, cost, best, came_from, rate)
-    end = np.argmin(cost[closing::followers]) * followers + closing
+    end = np.argmin(cost[state::followers]) * followers + state
     _walk_back(end, rate, came_from, n, found)
     return found[:n]
 
