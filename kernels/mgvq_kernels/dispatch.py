@@ -37,7 +37,6 @@ GPU at hand. One H100, triton 3.6, 2026-11, us, GEMV / GEMM / decode + matmul at
 4608x3584 9.5 / 20.9 / 43, 28 / 22.5 / 43, 434 / 30 / 43; 37888x3584 37 / 98 / 299, 116 / 99 / 294,
 1,811 / 121 / 287."""
 
-
 CHOSEN_OPS = ("vq_linear", "vq_dequantize", "vq_embedding")
 """Ops that have more than the reference path."""
 
@@ -103,8 +102,7 @@ def choose_backend(  # noqa: PLR0913
         "cpu_lookup" (partial sums, codes only), "cpu_trellis" (weights decoded as they are
         multiplied), "cpu_decode" (decode with the cpu kernels, then torch), "triton_gemv" (partial
         sums; a trellis decoded as it is multiplied), "triton_gemm" (codewords, or a trellis as it
-        is decoded, on the tensor cores),
-        "triton_decode" (decode, then torch) or "reference".
+        is decoded, on the tensor cores), "triton_decode" (decode, then torch) or "reference".
 
     Raises:
         ValueError: if the op is not in `CHOSEN_OPS`.
