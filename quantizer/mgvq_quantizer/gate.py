@@ -22,7 +22,7 @@ from mgvq_quantizer.curvature import kronecker_scale, output_factor
 from mgvq_quantizer.gradients import MatrixGradients
 from mgvq_quantizer.ldl import damp
 from mgvq_quantizer.recipe import QuantRecipe
-from mgvq_quantizer.shift import gradient_shift, kronecker_basis, mismatch_shift, within
+from mgvq_quantizer.shift import gradient_shift, kronecker_basis, within
 from mgvq_quantizer.solver import Problem, Solution
 from mgvq_quantizer.two_sided import form
 
@@ -36,8 +36,6 @@ class MatrixEvidence:
 
     train: MatrixGradients
     heldout: MatrixGradients
-    cross: Tensor | None
-    """`[I, I]`: `statistics.cross_moment`; None where the mismatch is not asked for."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +43,7 @@ class Verdict:
     """Which rounding of a matrix was kept, and why."""
 
     rounding: str
-    """plain, two_sided, shifted or mismatch."""
+    """plain, two_sided or shifted."""
     scores: Mapping[str, float]
     """Nats a conversation that each one tried adds to the loss, to second order: less is better."""
     shift: float | None = None
@@ -78,6 +76,7 @@ def score(gradients: MatrixGradients, change: Tensor) -> float:
 
 
 def choose(
+    original: Tensor,
     problem: Problem,
     evidence: MatrixEvidence,
     recipe: QuantRecipe,
@@ -88,7 +87,8 @@ def choose(
     Shifts start from the better of plain and two-sided.
 
     Args:
-        problem: without curvature of outputs.
+        original: `[O, I]`: the weight that all changes are told from.
+        problem: without curvature of outputs; its weight may be moved from `original` already.
         evidence: gradients at the matrix.
         recipe: which ways, and how far.
         solve_one: rounds a problem; equal problems give equal solutions.
@@ -100,7 +100,7 @@ def choose(
     scores: dict[str, float] = {}
 
     def attempt(name: str, changed: Problem) -> None:
-        trials[name] = _try(problem, A, changed, solve_one)
+        trials[name] = _try(original, problem, A, changed, solve_one)
         scores[name] = score(evidence.heldout, trials[name].change)
 
     A = damp(problem.hessian, recipe.damping)
@@ -118,29 +118,26 @@ def choose(
             shift = within(shift, base.change, basis, recipe.shift_radius)
             share = _step(evidence.heldout, base.change, shift)
         if share is not None:
-            attempt("shifted", _moved(base.problem, share * shift))
-    if recipe.mismatch and evidence.cross is not None:
-        moved = mismatch_shift(problem.weight, evidence.cross, A, recipe.mismatch)
-        attempt("mismatch", _moved(base.problem, moved))
+            attempt("shifted", base.problem.moved(share * shift))
     best = min(scores, key=scores.__getitem__)
     return trials[best].solution, Verdict(best, scores, share)
 
 
 def _try(
-    original: Problem, A: Tensor, changed: Problem, solve_one: Callable[[Problem], Solution]
+    original: Tensor,
+    problem: Problem,
+    A: Tensor,
+    changed: Problem,
+    solve_one: Callable[[Problem], Solution],
 ) -> _Trial:
-    """Round a problem; its error is told against the original, whatever its target was."""
+    """Round a changed problem; its error is told against the weight of the one before."""
     solution = solve_one(changed)
-    change = ops.vq_dequantize(solution.weight) - original.weight
-    if changed.weight is not original.weight:
-        energy = form(original.weight.double(), A, None)
-        error = form(change.double(), A, None) / max(energy, 1e-30)
+    rounded = ops.vq_dequantize(solution.weight)
+    if changed.weight is not problem.weight:
+        energy = form(problem.weight.double(), A, None)
+        error = form((rounded - problem.weight).double(), A, None) / max(energy, 1e-30)
         solution = replace(solution, error=error)
-    return _Trial(changed, solution, change.float())
-
-
-def _moved(problem: Problem, shift: Tensor) -> Problem:
-    return replace(problem, weight=problem.weight + shift.to(problem.weight))
+    return _Trial(changed, solution, (rounded - original).float())
 
 
 def _step(heldout: MatrixGradients, change: Tensor, shift: Tensor) -> float | None:

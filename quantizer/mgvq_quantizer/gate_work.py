@@ -53,9 +53,6 @@ def choose(plan: MatrixPlan, recipe: QuantRecipe, asked: Asked, heldout: int) ->
         parts.append(_gradient_shift(O, I, asked))
         parts.append(work.times(one_score, 1 + len(STEPS)))
         attempt(recipe.two_sided)
-    if recipe.mismatch:
-        parts.append(Work({FACTOR: O * I * I + I**3 // 3 + O * I * I}))
-        attempt(recipe.two_sided)
     return total(parts)
 
 

@@ -32,6 +32,7 @@ from mgvq_quantizer.batches import (
 from mgvq_quantizer.block_tuning import BlockData, BlockTuned, BlockTuner, decoder_states
 from mgvq_quantizer.dataset import Data, check_pictures, open_dense, read_data
 from mgvq_quantizer.gate import Verdict
+from mgvq_quantizer.original_inputs import OriginalInputs
 from mgvq_quantizer.planning import backward_batches, make_plans
 from mgvq_quantizer.preflight import check, check_by_block
 from mgvq_quantizer.recipe import ROUNDING_ONLY, TUNING_ONLY, QuantRecipe
@@ -215,12 +216,13 @@ def _round(residence: Residence, recipe: QuantRecipe, work: Work, data: Data, ba
     step = max(1.0, len(pictures) / recipe.max_pictures)
     shown = [pictures[int(i * step)] for i in range(min(len(pictures), recipe.max_pictures))]
     stream.share_books(list(picture_batches(shown)), train, features, device)
-    entered = None
-    if recipe.mismatch:
-        entered = record_calls(graph.model.layers[0], decoder_runs(graph, train, features))
     originals = None
+    if recipe.mismatch:
+        calls = record_calls(graph.model.layers[0], decoder_runs(graph, train, features))
+        originals = OriginalInputs(calls)
+    states = None
     if recipe.block_steps:
-        originals = decoder_states(graph, [*data.train, *data.heldout], features)
+        states = decoder_states(graph, [*data.train, *data.heldout], features)
     residence.settle(plans, stream.solutions)
     if any(name.startswith("visual.") for name in plans):
         stream.vision(list(picture_batches(shown)), device)
@@ -229,12 +231,12 @@ def _round(residence: Residence, recipe: QuantRecipe, work: Work, data: Data, ba
     testimony = None
     if recipe.gated:
         asked = [backward_batches(part, device) for part in (data.train, data.heldout)]
-        testimony = Testimony(asked[0], asked[1], features, reference, entered)
+        testimony = Testimony(asked[0], asked[1], features, reference)
     tuner = None
-    if originals is not None:
-        blocks = BlockData(data.train, data.heldout, features, originals)
+    if states is not None:
+        blocks = BlockData(data.train, data.heldout, features, states)
         tuner = BlockTuner(graph, stream.plans, blocks, recipe, work.rounding, bar.set_description)
-    stream.decoder(train, features, testimony, tuner)
+    stream.decoder(train, features, testimony, tuner, originals)
     did = stream.verdicts, stream.tuned_blocks
     return _Rounded(stream.plans, stream.solutions, features, reference, found, *did)
 

@@ -108,9 +108,9 @@ class QuantRecipe:
     gradient_shift: bool = False
     """Try each decoder matrix rounded to a target shifted down the gradient of the divergence;
     kept like two_sided."""
-    mismatch: float = 0.0
-    """Try each decoder matrix shifted by this share of what makes up for the error of its inputs,
-    0 to 1; kept like two_sided."""
+    mismatch: float = 0.5
+    """Round each decoder matrix towards what makes up for this share of the error of its inputs, as
+    far as they tell it, 0 to 1."""
     output_shrink: float = 0.2
     """Share of the identity in the curvature of a matrix's outputs."""
     shift_threshold: float = 0.7
@@ -236,7 +236,7 @@ class QuantRecipe:
     @property
     def gated(self) -> bool:
         """Whether decoder matrices are rounded in several ways, of which the best is kept."""
-        return self.two_sided or self.gradient_shift or self.mismatch > 0.0
+        return self.two_sided or self.gradient_shift
 
     @property
     def has_row_parts(self) -> bool:

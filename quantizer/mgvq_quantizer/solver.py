@@ -15,7 +15,7 @@ Source: method memo D.1-D.3, D.6, C.8.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -78,6 +78,10 @@ class Problem:
     """[band][stage]: names; empty stands for one table a band and stage, named by its place."""
     output_factor: Tensor | None = None
     """`[O, O]` float64: what the end loss says about errors of its outputs, of any scale."""
+
+    def moved(self, shift: Tensor) -> Problem:
+        """Return the same with a shift `[O, I]` added to the weight."""
+        return replace(self, weight=self.weight + shift.to(self.weight))
 
     @property
     def names(self) -> Names:

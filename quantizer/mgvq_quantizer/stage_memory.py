@@ -53,7 +53,8 @@ class StageMemory:
         pictures = unique_pictures(data.all)
         everything = sum(parameter.numel() for parameter in stages.graph.parameters())
         blocks = self._blocks()
-        self.block = _FLOAT * max(blocks) if by_block else 0
+        self.copy = _FLOAT * max(blocks)
+        self.block = self.copy if by_block else 0
         self.model = _FLOAT * (everything - (sum(blocks) if by_block else 0)) + self.block
         patches = sum(picture.patches.size for picture in pictures)
         self.features = _FLOAT * self.D * sum(picture.num_tokens for picture in pictures)
@@ -120,6 +121,7 @@ class StageMemory:
         least = max(self._read(self.stages.data.train), self._solve(plans))
         recipe = self.stages.recipe
         more = self._gate() if recipe.gated else 0
+        more += self.entered + self.copy if recipe.mismatch else 0  # `OriginalInputs`
         more += self._block_tuning() if recipe.block_steps else 0
         return self.held + self._weights() + self.solutions + 2 * self.entered + least + more
 

@@ -181,6 +181,8 @@ class Stages:
         for i in range(self.layers):
             attention = self._attention(self.train)
             parts += self._block(f"model.layers.{i}.", self.train.tokens, attention)
+            if self.recipe.mismatch:
+                parts += self._original_inputs(i)
             if self.recipe.gated:
                 parts += [self._witness(i), self._gate(i)]
             if self.recipe.block_steps:
@@ -324,7 +326,7 @@ class Stages:
         return total([order, work.solve([plan.layout], self.recipe, plan.shared)])
 
     def _witness(self, i: int) -> Work:
-        """`Witness.enter`: gradients of half the model on both sets, a copy of the block."""
+        """`Witness.enter`: gradients of half the model on both sets."""
         parts = []
         asked = ((self.train, 1), (self.heldout, DRAWS))
         for reading, draws in asked if self._planned(f"model.layers.{i}.") else ():
@@ -333,23 +335,27 @@ class Stages:
             for j in range(i, self.layers):
                 back = times(self._block_backward(j, reading), 1 + draws)
                 parts += [self.decoder_block(j, reading), back]
-        if self.recipe.mismatch:
-            parts.append(self.decoder_block(i, self.train))
         return total(parts)
 
     def _gate(self, i: int) -> Work:
         """`Witness.about` and `gate.choose` of a block, without the plain rounding."""
-        names, parts = self._all(f"model.layers.{i}."), []
         asked = Asked(self.train.tokens, self.train.squares, DRAWS * self.heldout.tokens)
+        planned = self._planned(f"model.layers.{i}.")
+        tokens = self.heldout.tokens
+        return total([choose(self.plans[n], self.recipe, asked, tokens) for n in planned])
+
+    def _original_inputs(self, i: int) -> list[Work]:
+        """`OriginalInputs` of a block, and `shift.mismatch_shift`."""
+        names, tokens = self._all(f"model.layers.{i}."), self.train.tokens
+        parts = [self.decoder_block(i, self.train)]
         for j, name in enumerate(names):
             if name not in self.plans:
                 continue
-            parts.append(choose(self.plans[name], self.recipe, asked, self.heldout.tokens))
-            if self.recipe.mismatch:
-                before = [self._products(names[:j], self.train.tokens)]
-                before += [self._attention(self.train)] * (j > 0)
-                parts += [times(total(before), 2), self._moment(name, self.train.tokens, 1)]
-        return total(parts)
+            before = [self._products(names[:j], tokens)] + [self._attention(self.train)] * (j > 0)
+            O, I = self.linears[name]  # noqa: E741
+            solved = Work({FACTOR: 2 * O * I * I + I**3 // 3})
+            parts += [times(total(before), 2), self._moment(name, tokens, 1), solved]
+        return parts
 
     def _moment(self, name: str, rows: int, count: int) -> Work:
         """`statistics._Moment.add` over all runs."""

@@ -27,9 +27,11 @@ from mgvq_quantizer.calibration import CalibrationError
 from mgvq_quantizer.codebook import Codebook
 from mgvq_quantizer.gate import MatrixEvidence, Verdict, choose
 from mgvq_quantizer.gradients import TokenWeights, weights_of
-from mgvq_quantizer.ldl import without_dead_inputs
+from mgvq_quantizer.ldl import damp, without_dead_inputs
 from mgvq_quantizer.ordering import channel_order
+from mgvq_quantizer.original_inputs import OriginalInputs
 from mgvq_quantizer.recipe import QuantRecipe
+from mgvq_quantizer.shift import mismatch_shift
 from mgvq_quantizer.solver import Problem, Solution, solve
 from mgvq_quantizer.statistics import (
     Calls,
@@ -160,6 +162,7 @@ class Stream:
         features: Features,
         testimony: Testimony | None = None,
         tuner: BlockTuner | None = None,
+        originals: OriginalInputs | None = None,
     ) -> None:
         """Quantize the decoder's blocks, and the head if it is a matrix of its own.
 
@@ -168,12 +171,14 @@ class Stream:
             features: rows of every picture.
             testimony: what the gate asks about; None rounds every matrix in the plain way.
             tuner: tunes each block once it is rounded; None leaves them as rounded.
+            originals: what entered the first block of the original model; None takes every matrix's
+                inputs for what they should be.
         """
         decoder = self.model.model
         runs = decoder_runs(self.model, batches, features)
         calls = record_calls(decoder.layers[0], runs)
         witness = None if testimony is None else Witness(self.model, testimony)
-        self._blocks("model.layers", decoder.layers, calls, batches, witness, tuner)
+        self._blocks("model.layers", decoder.layers, calls, batches, witness, tuner, originals)
         if heads := self._whole_or_parts(HEAD):
             rows = [run()[batch.answer_rows] for run, batch in zip(runs, batches, strict=True)]
             ends: list[Run] = [partial(self.model.logits, hidden) for hidden in rows]
@@ -191,6 +196,7 @@ class Stream:
         batches: Sequence[TokenBatch] = (),
         witness: Witness | None = None,
         tuner: BlockTuner | None = None,
+        originals: OriginalInputs | None = None,
     ) -> Calls:
         """Quantize block after block; return the calls that would enter one more."""
 
@@ -200,11 +206,14 @@ class Stream:
             if witness is not None:
                 missing = [name for name in names if not self.work.holds(name)]
                 drawn = seeded(self.recipe.seed, f"labels of {block}")
-                witness.enter(block, blocks[i], missing, drawn)
+                witness.enter(missing, drawn)
+            if originals is not None:
+                originals.enter(block, blocks[i])
             if tuner is not None:
                 tuner.enter(blocks[i])
             for name in names:
-                self._matrix(name, runs, weights=self._weights(name, batches), witness=witness)
+                weights = self._weights(name, batches)
+                self._matrix(name, runs, None, weights, witness, originals)
             if tuner is not None:
                 rounded = {name: self.solutions[name].weight for name in names}
                 tuned, self.tuned_blocks[block] = tuner.leave(block, blocks[i], rounded)
@@ -220,6 +229,7 @@ class Stream:
         moment: Tensor | None = None,
         weights: Sequence[Tensor] | None = None,
         witness: Witness | None = None,
+        originals: OriginalInputs | None = None,
     ) -> None:
         """Quantize one matrix, or take it from the work folder, and put it into the model."""
         plan = self.plans.get(name)
@@ -230,13 +240,14 @@ class Stream:
         if solution is None:
             if moment is None:
                 moment = input_moment(name, module, runs, weights)
-            evidence = None if witness is None else witness.about(name, module, runs, weights)
+            cross = None if originals is None else originals.cross(name, module, runs, weights)
+            evidence = None if witness is None else witness.about(name)
             try:
-                solution = self._solve(plan, moment, evidence)
+                solution, target = self._solve(plan, moment, cross, evidence)
             except ArithmeticError as error:
                 raise CalibrationError(f"{name} cannot be rounded: {error}") from error
             if self.recipe.bias_correction and isinstance(module, nn.Linear):
-                solution = replace(solution, bias=self._bias(name, solution, runs, weights))
+                solution = replace(solution, bias=self._bias(name, target, solution, runs, weights))
             self.work.save(name, solution)
         if witness is not None:
             facts = self.work.load_facts(f"gate.{name}")
@@ -250,8 +261,18 @@ class Stream:
         self.solutions[name] = replace(solution, weight=weight)
         self.progress(name, solution)
 
-    def _solve(self, plan: MatrixPlan, moment: Tensor, evidence: MatrixEvidence | None) -> Solution:
-        """Quantize one matrix; with evidence in several ways, keeping the gate's verdict."""
+    def _solve(
+        self,
+        plan: MatrixPlan,
+        moment: Tensor,
+        cross: Tensor | None,
+        evidence: MatrixEvidence | None,
+    ) -> tuple[Solution, Tensor]:
+        """Quantize one matrix; with evidence in several ways, keeping the gate's verdict.
+
+        Returns:
+            The solution, and the weight `[O, I]` that it stands in for.
+        """
         problem = self._problem(plan, moment)
         if plan.chooses_tails:
             tails = tails_of(problem.weight, moment, problem.permutation, plan.layout)
@@ -264,11 +285,15 @@ class Stream:
             solution = solve([problem], self.recipe, drawn, books)[0]
             return replace(solution, tails=plan.tails)
 
+        original = problem.weight
+        if cross is not None:
+            A = damp(problem.hessian, self.recipe.damping)
+            problem = problem.moved(mismatch_shift(original, cross, A, self.recipe.mismatch))
         if evidence is None:
-            return solve_one(problem)
-        solution, verdict = choose(problem, evidence, self.recipe, solve_one)
+            return solve_one(problem), problem.weight
+        solution, verdict = choose(original, problem, evidence, self.recipe, solve_one)
         self.work.save_facts(f"gate.{plan.name}", asdict(verdict))
-        return solution
+        return solution, problem.weight
 
     def _shared_books(self, plan: MatrixPlan) -> dict[str, Codebook]:
         """Return the tables of a matrix that others read too; those of a trellis stay untrained."""
@@ -283,6 +308,7 @@ class Stream:
     def _bias(
         self,
         name: str,
+        target: Tensor,
         solution: Solution,
         runs: Sequence[Run],
         weights: Sequence[Tensor] | None,
@@ -292,7 +318,7 @@ class Stream:
         if not isinstance(module.bias, Tensor):
             return None
         decoded = ops.vq_dequantize(solution.weight.to(module.weight.device))
-        error = mean_error(module.weight, decoded, input_mean(name, module, runs, weights))
+        error = mean_error(target, decoded, input_mean(name, module, runs, weights))
         return (module.bias + error).half().float()
 
     def _weights(self, name: str, batches: Sequence[TokenBatch]) -> list[Tensor] | None:

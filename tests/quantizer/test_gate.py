@@ -32,7 +32,7 @@ from tests.quantizer.test_pipeline import contents
 
 Moment = Callable[[int, int], Tensor]
 ROWS, WIDTH = 48, 32
-ALL = {"two_sided": True, "gradient_shift": True, "mismatch": 0.5}
+ALL = {"two_sided": True, "gradient_shift": True}
 RECIPE = QuantRecipe(**{**QUICK, **ALL, "codebook_iterations": 1, "tuning_steps": 0})
 
 
@@ -81,8 +81,8 @@ def test_what_the_gradients_show_is_used(correlated: Moment) -> None:
     problem, A, B = case(correlated)
     slope = (B @ (0.3 * normal(ROWS, WIDTH, seed=8).double()) @ A).float()
     train, heldout = (drawn(A, B, slope, count, count) for count in (400, 200))
-    evidence = MatrixEvidence(train, heldout, None)
-    solution, verdict = choose(problem, evidence, RECIPE, solve_one)
+    evidence = MatrixEvidence(train, heldout)
+    solution, verdict = choose(problem.weight, problem, evidence, RECIPE, solve_one)
     scores = verdict.scores
     assert list(scores) == ["plain", "two_sided", "shifted"]
     assert scores["shifted"] < scores["two_sided"] < 0.95 * scores["plain"]
@@ -90,7 +90,7 @@ def test_what_the_gradients_show_is_used(correlated: Moment) -> None:
     assert verdict.shift in (0.25, 0.5, 1.0)
     assert solution.error > solve_one(problem).error
     only = replace(RECIPE, gradient_shift=False)
-    assert choose(problem, evidence, only, solve_one)[1].rounding == "two_sided"
+    assert choose(problem.weight, problem, evidence, only, solve_one)[1].rounding == "two_sided"
 
 
 def test_what_held_out_samples_contradict_is_refused(correlated: Moment) -> None:
@@ -98,11 +98,11 @@ def test_what_held_out_samples_contradict_is_refused(correlated: Moment) -> None
     problem, A, B = case(correlated)
     slope = (B @ (0.3 * normal(ROWS, WIDTH, seed=8).double()) @ A).float()
     train = drawn(A, torch.linalg.inv(B), -slope, 400, 9)
-    evidence = MatrixEvidence(train, drawn(A, B, slope, 200, 10), 10.0 * A)
-    solution, verdict = choose(problem, evidence, RECIPE, solve_one)
+    evidence = MatrixEvidence(train, drawn(A, B, slope, 200, 10))
+    solution, verdict = choose(problem.weight, problem, evidence, RECIPE, solve_one)
     assert verdict.rounding == "plain"
     assert verdict.shift is None
-    assert set(verdict.scores) == {"plain", "two_sided", "mismatch"}
+    assert set(verdict.scores) == {"plain", "two_sided"}
     plain = solve_one(problem)
     assert torch.equal(solution.weight.codes[0][0], plain.weight.codes[0][0])
     assert solution.error == plain.error
@@ -161,7 +161,7 @@ def test_the_report_tells_which_rounding_every_matrix_got(gated: tuple[Path, Rep
             assert matrix["gate"] is None
             continue
         scores = matrix["gate"]["scores"]
-        assert {"plain", "two_sided", "mismatch"} <= set(scores)
+        assert {"plain", "two_sided"} <= set(scores)
         assert scores[matrix["gate"]["rounding"]] == min(scores.values())
 
 

@@ -87,7 +87,7 @@ def test_survey_gradients_and_gate_by_block_give_the_bytes_of_a_resident_run(
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
     write_deep_llama(tmp_path / "dense", 2, {**shape, **heads}, torch.bfloat16)
     mixed = {"allocation": "model", "bits": 7.5, "guided": True}
-    gated = {"two_sided": True, "gradient_shift": True, "mismatch": 0.5}
+    gated = {"two_sided": True, "gradient_shift": True}
     recipe = QuantRecipe(**{**UNTUNED, **mixed, **gated})
     data = tmp_path / "dense/rows.jsonl"
     for by_block in (False, True):

@@ -36,7 +36,7 @@ CHANGES: Mapping[str, Mapping[str, Any]] = {
     "guided": {"guided": True},
     "two-sided": {"two_sided": True},
     "gradient-shift": {"gradient_shift": True},
-    "mismatch": {"mismatch": 0.5},
+    "no-mismatch": {"mismatch": 0.0},
     "channel-classes": {"channel_classes": True},
     "block-tuning": {"block_steps": 50},
     "no-bias-correction": {"bias_correction": False},

@@ -1,0 +1,121 @@
+"""The error of a matrix's inputs: how it is measured beside the run, and what is made of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from mgvq_quantizer.batches import (
+    TokenBatch,
+    decoder_runs,
+    encode_pictures,
+    make_batch,
+    unique_pictures,
+)
+from mgvq_quantizer.dataset import read_data
+from mgvq_quantizer.original_inputs import OriginalInputs
+from mgvq_quantizer.pipeline import quantize
+from mgvq_quantizer.recipe import QuantRecipe
+from mgvq_quantizer.statistics import Run, record_calls
+from mgvq_quantizer.walk import walk_blocks
+from mgvq_runtime.checkpoint.reader import open_checkpoint
+from mgvq_runtime.models.causal_lm import CausalLM
+from mgvq_runtime.models.loading import fill_model
+from tests.quantizer.conftest import QUICK
+from tests.quantizer.test_pipeline import contents
+
+NAMES = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
+UNTUNED = QuantRecipe(**{**QUICK, "tuning_steps": 0, "vision_bits": 8, "embedding_bits": 8})
+
+
+def model_of(dense: Path) -> CausalLM:
+    return fill_model(open_checkpoint(dense), torch.device("cpu")).float()
+
+
+def batches_of(dense: Path, model: CausalLM) -> list[TokenBatch]:
+    samples = read_data(dense, model, UNTUNED, None).train
+    return [make_batch(samples[i::2], "cpu") for i in range(2)]
+
+
+def runs_of(model: CausalLM, batches: list[TokenBatch]) -> list[Run]:
+    samples = [sample for batch in batches for sample in batch.samples]
+    features = encode_pictures(model, unique_pictures(samples), "cpu")
+    return list(decoder_runs(model, batches, features))
+
+
+def states_of(model: CausalLM, batches: list[TokenBatch]) -> torch.Tensor:
+    """Run a whole model: `[T, D]` float64, what enters the head."""
+    return torch.cat([run() for run in runs_of(model, batches)]).double()
+
+
+def inputs_of(model: CausalLM, batches: list[TokenBatch], name: str) -> torch.Tensor:
+    """Run a whole model: `[T, I]` float64 of all batches."""
+    calls = record_calls(model.get_submodule(name), runs_of(model, batches))
+    return torch.cat([call[0] for call in calls]).double()
+
+
+@torch.no_grad()
+def test_both_inputs_are_those_of_whole_models(dense: Path) -> None:
+    """Whatever was changed in the blocks before, and before it in its own block."""
+    model, original = model_of(dense), model_of(dense)
+    batches = batches_of(dense, model)
+    calls = record_calls(model.model.layers[0], runs_of(model, batches))
+    beside = OriginalInputs(calls)
+    checked = 0
+
+    def visit(i: int, runs: Sequence[Run]) -> None:
+        nonlocal checked
+        block = f"model.layers.{i}"
+        beside.enter(block, model.model.layers[i])
+        for short in NAMES:
+            name = f"{block}.{short}"
+            module = model.get_submodule(name)
+            found = beside.cross(name, module, runs, None)
+            now, then = (inputs_of(m, batches, name) for m in (model, original))
+            expected = (then - now).T @ now / len(now)
+            assert torch.allclose(found, expected, rtol=1e-3, atol=1e-5 * float(now.abs().max()))
+            assert checked == 0 or bool(expected.any())
+            module.weight.mul_(0.9)  # type: ignore[operator, union-attr]
+            checked += 1
+
+    walk_blocks(model.model.layers, calls, visit)
+    assert checked == len(NAMES) * len(model.model.layers)
+
+
+@torch.no_grad()
+def test_states_miss_the_original_ones_by_less(dense: Path, tmp_path: Path) -> None:
+    """Behind the last block, on the calibration data."""
+    original = model_of(dense)
+    batches = batches_of(dense, original)
+    truth, misses = states_of(original, batches), []
+    for share in (0.0, 1.0):
+        output = tmp_path / str(share)
+        quantize(dense, output, replace(UNTUNED, mismatch=share), show_progress=False)
+        misses.append(float((states_of(model_of(output), batches) - truth).norm() / truth.norm()))
+    assert misses[1] < 0.95 * misses[0]
+
+
+def test_a_stopped_run_goes_on_to_the_same_bytes(
+    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped inside the second block, whose matrices must still see the original first one."""
+    from mgvq_quantizer.work_folder import WorkFolder
+
+    quantize(dense, tmp_path / "whole", UNTUNED, show_progress=False)
+    save = WorkFolder.save
+
+    def stop_after(self: WorkFolder, name: str, solution: object) -> None:
+        save(self, name, solution)  # type: ignore[arg-type]
+        if name == "model.layers.1.self_attn.o_proj":
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(WorkFolder, "save", stop_after)
+        with pytest.raises(KeyboardInterrupt):
+            quantize(dense, tmp_path / "stopped", UNTUNED, show_progress=False)
+    quantize(dense, tmp_path / "stopped", UNTUNED, show_progress=False)
+    assert contents(tmp_path / "stopped") == contents(tmp_path / "whole")
