@@ -339,18 +339,17 @@ class Stages:
 
     def _gate(self, i: int) -> Work:
         """`Witness.about` and `gate.choose` of a block, without the plain rounding."""
-        asked = Asked(self.train.tokens, self.train.squares, DRAWS * self.heldout.tokens)
-        planned = self._planned(f"model.layers.{i}.")
         tokens = self.heldout.tokens
-        return total([choose(self.plans[n], self.recipe, asked, tokens) for n in planned])
+        asked = Asked(self.train.tokens, self.train.squares, DRAWS * tokens)
+        plans = [self.plans[name] for name in self._planned(f"model.layers.{i}.")]
+        return total([choose(plan, self.recipe, asked, tokens) for plan in plans])
 
     def _original_inputs(self, i: int) -> list[Work]:
         """`OriginalInputs` of a block, and `shift.mismatch_shift`."""
         names, tokens = self._all(f"model.layers.{i}."), self.train.tokens
         parts = [self.decoder_block(i, self.train)]
-        for j, name in enumerate(names):
-            if name not in self.plans:
-                continue
+        for name in self._planned(f"model.layers.{i}."):
+            j = names.index(name)
             before = [self._products(names[:j], tokens)] + [self._attention(self.train)] * (j > 0)
             O, I = self.linears[name]  # noqa: E741
             solved = Work({FACTOR: 2 * O * I * I + I**3 // 3})

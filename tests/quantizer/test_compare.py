@@ -120,14 +120,14 @@ def test_our_own_runs_under_the_baselines_conditions(
 
     monkeypatch.setattr(WorkFolder, "save", note)
     methods = find_methods(["rtn", "mgvq-uniform"])
-    options = Options(limit=4, max_samples=4, tuning_steps=(3, 0))
+    options = Options(limit=4, max_samples=16, tuning_steps=(12, 0))
     rows = compare(dense, tmp_path / "out", methods, [2.0, 2.25], [1], options=options)
     assert {name.partition(".layers.")[0] for name in saved} == {"model"}
     assert len(saved) == len(set(saved)), "the tuned row takes the matrices of the untuned one"
     ours = {(row.target, row.tuning_steps): row for row in rows if row.is_ours}
     assert "bits must be one of 1, 2, 3, 4, 8" in (ours[2.25, 0].undefined or "")
-    assert ours[2.0, 3].label == "MGVQ, uniform, tuned 3 steps"
-    untuned, tuned = ours[2.0, 0], ours[2.0, 3]
+    assert ours[2.0, 12].label == "MGVQ, uniform, tuned 12 steps"
+    untuned, tuned = ours[2.0, 0], ours[2.0, 12]
     assert untuned.marks is not None
     assert tuned.marks is not None
     assert untuned.marks.kl != tuned.marks.kl
@@ -139,7 +139,7 @@ def test_our_own_runs_under_the_baselines_conditions(
         seed=1,
         allocation="uniform",
         tuning_steps=0,
-        max_samples=4,
+        max_samples=16,
         keep="visual.*,model.embed_tokens",
     )
     quantize(dense, tmp_path / "alone", recipe, show_progress=False)
@@ -158,7 +158,7 @@ def test_every_ablation_is_a_recipe_that_differs() -> None:
 def test_the_plot_has_a_panel_for_tuning_and_one_for_ablations(tmp_path: Path) -> None:
     rows = [
         Row(
-            label + (", tuned 9 steps" if steps else ""),
+            label + (", tuned 12 steps" if steps else ""),
             target,
             seed,
             bits_per_weight=target,
@@ -197,7 +197,7 @@ def test_the_plot_has_a_panel_for_tuning_and_one_for_ablations(tmp_path: Path) -
     elsewhere = dataclasses.replace(whole, rows=whole.rows[:1])
     assert plot._multiple(one_seed, elsewhere)[0] == pytest.approx(0.076 / 0.05), "of the means"
     headings = [s for s in tables.markdown(rows).splitlines() if s.startswith("###")]
-    assert headings[:2] == ["### 2 bits, untuned", "### 2 bits, tuned 9 steps"]
+    assert headings[:2] == ["### 2 bits, untuned", "### 2 bits, tuned 12 steps"]
 
 
 def test_every_matrix_of_the_decoder_is_quantized_on_what_the_others_left(

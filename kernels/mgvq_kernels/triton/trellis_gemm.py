@@ -107,11 +107,10 @@ def trellis_gemm_kernel(
                 x = tl.load(x_places + (start + group * 8), mask=present, other=0.0)
                 band_total = tl.dot(weights, x, band_total)
             total += band_total * tl.load(book_scales_ptr + b)
-    rows = tile * TILE_ROWS + tl.arange(0, TILE_ROWS)
     finish_tile(
         y_ptr, partials_ptr, counters_ptr + tile, scales_ptr, bias_ptr, residual_ptr, total,
-        rows, tokens, first_split + share, splits, token_count, out_features, padded_rows,
-        HAS_BIAS, HAS_RESIDUAL,
+        tile * TILE_ROWS + tl.arange(0, TILE_ROWS), tokens, first_split + share, splits,
+        token_count, out_features, padded_rows, HAS_BIAS, HAS_RESIDUAL,
     )  # fmt: skip
 
 
