@@ -32,7 +32,7 @@ from mgvq_quantizer.batches import (
 from mgvq_quantizer.block_tuning import BlockData, BlockTuned, BlockTuner, decoder_states
 from mgvq_quantizer.dataset import Data, check_pictures, open_dense, read_data
 from mgvq_quantizer.gate import Verdict
-from mgvq_quantizer.original_inputs import OriginalInputs
+from mgvq_quantizer.original_blocks import OriginalBlocks
 from mgvq_quantizer.planning import backward_batches, make_plans
 from mgvq_quantizer.preflight import check, check_by_block
 from mgvq_quantizer.recipe import ROUNDING_ONLY, TUNING_ONLY, QuantRecipe
@@ -219,7 +219,7 @@ def _round(residence: Residence, recipe: QuantRecipe, work: Work, data: Data, ba
     originals = None
     if recipe.mismatch:
         calls = record_calls(graph.model.layers[0], decoder_runs(graph, train, features))
-        originals = OriginalInputs(calls)
+        originals = OriginalBlocks(calls)
     states = None
     if recipe.block_steps:
         states = decoder_states(graph, [*data.train, *data.heldout], features)

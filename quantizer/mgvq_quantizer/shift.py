@@ -1,4 +1,4 @@
-"""Where a weight should be rounded to, other than to itself (called by `gate`).
+"""Where a weight should be rounded to, other than to itself (called by `stream` and `gate`).
 
 Near a trained weight the loss is `<G, D> + c/2 tr(B D A D^T)` in the change `D`. Completing the
 square, its rounding is that of the target `W - 1/c B^-1 G A^-1` with the curvature alone, so a
@@ -6,7 +6,8 @@ gradient needs no other recursion than a shifted target. A measured gradient is 
 used only where it stands out, coordinate by coordinate in the eigenbasis of the curvature, and only
 up to a share of the rounding error. The mismatch between the inputs of the original and those of
 the half-quantized model is a regression and needs no threshold.
-Not here: curvature and gradients (`curvature`), whether a shift is used at all (`gate`).
+Not here: curvature and gradients (`curvature`), what inputs miss (`original_blocks`), whether a
+gradient's shift is used at all (`gate`).
 
 Source: method memo C.2, C.3(3), C.5; GPTAQ (Intelligent-Computing-Lab-Yale/GPTAQ) for the mismatch.
 """
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from mgvq_quantizer.curvature import SampleGradients
+from mgvq_quantizer.original_blocks import Missing
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,20 +103,23 @@ def within(shift: Tensor, error: Tensor, basis: Basis, radius: float) -> Tensor:
     return shift * (limit / length) if length > limit else shift
 
 
-def mismatch_shift(weight: Tensor, cross: Tensor, A: Tensor, share: float) -> Tensor:
+def mismatch_shift(weight: Tensor, missing: Missing, A: Tensor, share: float) -> Tensor:
     """Return what makes a weight answer to the inputs it gets as it did to those it should get.
+
+    Where its outputs are added to a stream, it makes up for what that misses too.
 
     Args:
         weight: `[O, I]`.
-        cross: `[I, I]`: the mean of `(x - xh) xh^T`, `x` the original inputs, `xh` those behind
-            quantized matrices.
+        missing: along the inputs `xh` it gets: `C` of the inputs, `S` of the stream.
         A: `[I, I]`: the mean of `xh xh^T`, damped.
         share: how much of it to take; 1 is the least-squares answer.
 
     Returns:
-        `share * W C A^-1` `[O, I]` float64.
+        `share * (W C + S) A^-1` `[O, I]` float64.
 
-    Source: method memo C.3(3).
+    Source: method memo C.3(3), without the stream.
     """
-    product = weight.double() @ cross.double()  # [O, I]
+    product = weight.double() @ missing.inputs.double()  # [O, I]
+    if missing.stream is not None:
+        product += missing.stream
     return share * torch.linalg.solve(A.double(), product.T).T

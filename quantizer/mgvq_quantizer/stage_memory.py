@@ -121,7 +121,7 @@ class StageMemory:
         least = max(self._read(self.stages.data.train), self._solve(plans))
         recipe = self.stages.recipe
         more = self._gate() if recipe.gated else 0
-        more += self.entered + self.copy if recipe.mismatch else 0  # `OriginalInputs`
+        more += self.entered + self.copy if recipe.mismatch else 0  # `OriginalBlocks`
         more += self._block_tuning() if recipe.block_steps else 0
         return self.held + self._weights() + self.solutions + 2 * self.entered + least + more
 

@@ -21,6 +21,7 @@ from mgvq_quantizer.dataset import Data
 from mgvq_quantizer.gate_work import Asked, choose
 from mgvq_quantizer.knobs import CHECKS
 from mgvq_quantizer.ordering import quick
+from mgvq_quantizer.original_blocks import ADDERS
 from mgvq_quantizer.planning import first_answers
 from mgvq_quantizer.recipe import QuantRecipe
 from mgvq_quantizer.solver_work import FACTOR, FLOW, FORWARD, REFIT, Work, times, total
@@ -182,7 +183,7 @@ class Stages:
             attention = self._attention(self.train)
             parts += self._block(f"model.layers.{i}.", self.train.tokens, attention)
             if self.recipe.mismatch:
-                parts += self._original_inputs(i)
+                parts += self._original_blocks(i)
             if self.recipe.gated:
                 parts += [self._witness(i), self._gate(i)]
             if self.recipe.block_steps:
@@ -344,16 +345,15 @@ class Stages:
         plans = [self.plans[name] for name in self._planned(f"model.layers.{i}.")]
         return total([choose(plan, self.recipe, asked, tokens) for plan in plans])
 
-    def _original_inputs(self, i: int) -> list[Work]:
-        """`OriginalInputs` of a block, and `shift.mismatch_shift`."""
+    def _original_blocks(self, i: int) -> list[Work]:
+        """`OriginalBlocks` of a block, and `shift.mismatch_shift`."""
         names, tokens = self._all(f"model.layers.{i}."), self.train.tokens
-        parts = [self.decoder_block(i, self.train)]
+        parts = [times(self.decoder_block(i, self.train), 3)]  # twice for the last one's stream
         for name in self._planned(f"model.layers.{i}."):
-            j = names.index(name)
+            j, (O, I), adds = names.index(name), self.linears[name], name.endswith(ADDERS)  # noqa: E741
             before = [self._products(names[:j], tokens)] + [self._attention(self.train)] * (j > 0)
-            O, I = self.linears[name]  # noqa: E741
-            solved = Work({FACTOR: 2 * O * I * I + I**3 // 3})
-            parts += [times(total(before), 2), self._moment(name, tokens, 1), solved]
+            crossed, solved = tokens * I * (I + O * adds), 2 * O * I * I + I**3 // 3
+            parts += [times(total(before), 2 + adds), Work({FORWARD: crossed, FACTOR: solved})]
         return parts
 
     def _moment(self, name: str, rows: int, count: int) -> Work:

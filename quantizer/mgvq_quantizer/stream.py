@@ -29,7 +29,7 @@ from mgvq_quantizer.gate import MatrixEvidence, Verdict, choose
 from mgvq_quantizer.gradients import TokenWeights, weights_of
 from mgvq_quantizer.ldl import damp, without_dead_inputs
 from mgvq_quantizer.ordering import channel_order
-from mgvq_quantizer.original_inputs import OriginalInputs
+from mgvq_quantizer.original_blocks import Missing, OriginalBlocks
 from mgvq_quantizer.recipe import QuantRecipe
 from mgvq_quantizer.shift import mismatch_shift
 from mgvq_quantizer.solver import Problem, Solution, solve
@@ -162,7 +162,7 @@ class Stream:
         features: Features,
         testimony: Testimony | None = None,
         tuner: BlockTuner | None = None,
-        originals: OriginalInputs | None = None,
+        originals: OriginalBlocks | None = None,
     ) -> None:
         """Quantize the decoder's blocks, and the head if it is a matrix of its own.
 
@@ -196,7 +196,7 @@ class Stream:
         batches: Sequence[TokenBatch] = (),
         witness: Witness | None = None,
         tuner: BlockTuner | None = None,
-        originals: OriginalInputs | None = None,
+        originals: OriginalBlocks | None = None,
     ) -> Calls:
         """Quantize block after block; return the calls that would enter one more."""
 
@@ -204,9 +204,8 @@ class Stream:
             block = f"{prefix}.{i}"
             names = self._linears(block)
             if witness is not None:
-                missing = [name for name in names if not self.work.holds(name)]
-                drawn = seeded(self.recipe.seed, f"labels of {block}")
-                witness.enter(missing, drawn)
+                unsolved = [name for name in names if not self.work.holds(name)]
+                witness.enter(unsolved, seeded(self.recipe.seed, f"labels of {block}"))
             if originals is not None:
                 originals.enter(block, blocks[i])
             if tuner is not None:
@@ -229,7 +228,7 @@ class Stream:
         moment: Tensor | None = None,
         weights: Sequence[Tensor] | None = None,
         witness: Witness | None = None,
-        originals: OriginalInputs | None = None,
+        originals: OriginalBlocks | None = None,
     ) -> None:
         """Quantize one matrix, or take it from the work folder, and put it into the model."""
         plan = self.plans.get(name)
@@ -240,10 +239,10 @@ class Stream:
         if solution is None:
             if moment is None:
                 moment = input_moment(name, module, runs, weights)
-            cross = None if originals is None else originals.cross(name, module, runs, weights)
+            missing = None if originals is None else originals.missing(name, runs, weights)
             evidence = None if witness is None else witness.about(name)
             try:
-                solution, target = self._solve(plan, moment, cross, evidence)
+                solution, target = self._solve(plan, moment, missing, evidence)
             except ArithmeticError as error:
                 raise CalibrationError(f"{name} cannot be rounded: {error}") from error
             if self.recipe.bias_correction and isinstance(module, nn.Linear):
@@ -265,7 +264,7 @@ class Stream:
         self,
         plan: MatrixPlan,
         moment: Tensor,
-        cross: Tensor | None,
+        missing: Missing | None,
         evidence: MatrixEvidence | None,
     ) -> tuple[Solution, Tensor]:
         """Quantize one matrix; with evidence in several ways, keeping the gate's verdict.
@@ -286,9 +285,9 @@ class Stream:
             return replace(solution, tails=plan.tails)
 
         original = problem.weight
-        if cross is not None:
+        if missing is not None:
             A = damp(problem.hessian, self.recipe.damping)
-            problem = problem.moved(mismatch_shift(original, cross, A, self.recipe.mismatch))
+            problem = problem.moved(mismatch_shift(original, missing, A, self.recipe.mismatch))
         if evidence is None:
             return solve_one(problem), problem.weight
         solution, verdict = choose(original, problem, evidence, self.recipe, solve_one)

@@ -158,7 +158,7 @@ def test_every_ablation_is_a_recipe_that_differs() -> None:
 def test_the_plot_has_a_panel_for_tuning_and_one_for_ablations(tmp_path: Path) -> None:
     rows = [
         Row(
-            label + (", tuned 12 steps" if steps else ""),
+            label + (", tuned 9 steps" if steps else ""),
             target,
             seed,
             bits_per_weight=target,
@@ -197,7 +197,7 @@ def test_the_plot_has_a_panel_for_tuning_and_one_for_ablations(tmp_path: Path) -
     elsewhere = dataclasses.replace(whole, rows=whole.rows[:1])
     assert plot._multiple(one_seed, elsewhere)[0] == pytest.approx(0.076 / 0.05), "of the means"
     headings = [s for s in tables.markdown(rows).splitlines() if s.startswith("###")]
-    assert headings[:2] == ["### 2 bits, untuned", "### 2 bits, tuned 12 steps"]
+    assert headings[:2] == ["### 2 bits, untuned", "### 2 bits, tuned 9 steps"]
 
 
 def test_every_matrix_of_the_decoder_is_quantized_on_what_the_others_left(

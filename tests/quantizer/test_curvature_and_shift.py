@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mgvq_quantizer.curvature import SampleGradients, kronecker_scale, output_factor
+from mgvq_quantizer.original_blocks import Missing
 from mgvq_quantizer.shift import gradient_shift, kronecker_basis, mismatch_shift, within
 
 Moment = Callable[[int, int], Tensor]
@@ -142,7 +143,12 @@ def test_the_mismatch_shift_is_least_squares() -> None:
     seen = x + 0.3 * normal(300, I, seed=13)
     A, cross = seen.T @ seen / 300, (x - seen).T @ seen / 300
     best = torch.linalg.lstsq(seen, x @ weight.T).solution.T
-    shifts = [mismatch_shift(weight, cross, A, share) for share in (0.0, 0.5, 1.0)]
+    missing = Missing(cross, None)
+    shifts = [mismatch_shift(weight, missing, A, share) for share in (0.0, 0.5, 1.0)]
     assert torch.allclose(weight + shifts[2], best, rtol=1e-8)
     errors = [float((x @ weight.T - seen @ (weight + s).T).norm()) for s in shifts]
     assert all(more < less for less, more in itertools.pairwise(errors))
+    stream = seen @ normal(I, O, seed=14) + normal(300, O, seed=15)
+    best = torch.linalg.lstsq(seen, x @ weight.T + stream).solution.T
+    missing = Missing(cross, stream.T @ seen / 300)
+    assert torch.allclose(weight + mismatch_shift(weight, missing, A, 1.0), best, rtol=1e-8)

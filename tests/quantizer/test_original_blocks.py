@@ -1,4 +1,4 @@
-"""The error of a matrix's inputs: how it is measured beside the run, and what is made of it."""
+"""What a matrix misses: how it is measured beside the run, and what is made of it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mgvq_quantizer.batches import (
     unique_pictures,
 )
 from mgvq_quantizer.dataset import read_data
-from mgvq_quantizer.original_inputs import OriginalInputs
+from mgvq_quantizer.original_blocks import ADDERS, OriginalBlocks
 from mgvq_quantizer.pipeline import quantize
 from mgvq_quantizer.recipe import QuantRecipe
 from mgvq_quantizer.statistics import Run, record_calls
@@ -58,13 +58,22 @@ def inputs_of(model: CausalLM, batches: list[TokenBatch], name: str) -> torch.Te
     return torch.cat([call[0] for call in calls]).double()
 
 
+def stream_of(model: CausalLM, batches: list[TokenBatch], name: str) -> torch.Tensor:
+    """Run a whole model: `[T, D]` float64, what a matrix's outputs are added to."""
+    block = model.get_submodule(".".join(name.split(".")[:3]))
+    calls = record_calls(block, runs_of(model, batches))
+    if name.endswith("down_proj"):
+        return torch.cat([block(*call)[1] for call in calls]).double()
+    return torch.cat([call[1] if call[0] is None else call[0] + call[1] for call in calls]).double()
+
+
 @torch.no_grad()
-def test_both_inputs_are_those_of_whole_models(dense: Path) -> None:
+def test_what_is_missing_is_that_of_whole_models(dense: Path) -> None:
     """Whatever was changed in the blocks before, and before it in its own block."""
     model, original = model_of(dense), model_of(dense)
     batches = batches_of(dense, model)
     calls = record_calls(model.model.layers[0], runs_of(model, batches))
-    beside = OriginalInputs(calls)
+    beside = OriginalBlocks(calls)
     checked = 0
 
     def visit(i: int, runs: Sequence[Run]) -> None:
@@ -74,11 +83,17 @@ def test_both_inputs_are_those_of_whole_models(dense: Path) -> None:
         for short in NAMES:
             name = f"{block}.{short}"
             module = model.get_submodule(name)
-            found = beside.cross(name, module, runs, None)
+            found = beside.missing(name, runs)
             now, then = (inputs_of(m, batches, name) for m in (model, original))
             expected = (then - now).T @ now / len(now)
-            assert torch.allclose(found, expected, rtol=1e-3, atol=1e-5 * float(now.abs().max()))
+            assert torch.allclose(found.inputs, expected, rtol=1e-3, atol=1e-5)
             assert checked == 0 or bool(expected.any())
+            assert (found.stream is not None) == (short in ADDERS)
+            if found.stream is not None:
+                before, wanted = (stream_of(m, batches, name) for m in (model, original))
+                expected = (wanted - before).T @ now / len(now)
+                assert torch.allclose(found.stream, expected, rtol=1e-3, atol=1e-5)
+                assert i == 0 or bool(expected.any())
             module.weight.mul_(0.9)  # type: ignore[operator, union-attr]
             checked += 1
 
