@@ -109,8 +109,8 @@ class QuantRecipe:
     """Try each decoder matrix rounded to a target shifted down the gradient of the divergence;
     kept like two_sided."""
     mismatch: float = 0.5
-    """Round each decoder matrix towards what makes up for this share of the error of its inputs, as
-    far as they tell it, 0 to 1."""
+    """Round each decoder matrix towards what makes up for this share of the error of its inputs,
+    and of the stream it adds to, as far as the inputs tell it; 0 to 1."""
     output_shrink: float = 0.2
     """Share of the identity in the curvature of a matrix's outputs."""
     shift_threshold: float = 0.7
