@@ -46,9 +46,9 @@ def step_groups(tokens: int) -> int:
 
     Where sums leave room for a second program, half as many, so that it has room: 124 registers a
     thread against 176, at 7.1 instructions a weight against 5.7 (16 rows, 2 bits, sm_86; triton
-    3.9, 2026-11; counted, not timed).
+    3.9, 2026-11; counted, not timed). Where sums take most registers too: more would spill.
     """
-    return 4 if tokens == TILE_TOKENS[0] else 8
+    return 8 if tokens == TILE_TOKENS[1] else 4
 
 
 @triton.jit
