@@ -4,7 +4,7 @@
 Costs are float32 and positive, so their bits order as they do: the lowest bits of a cost carry
 which predecessor it came from, and one integer minimum finds both (a float comparison with a
 separate index takes ten times as long). The step to the states that follow is written in vectors:
-left to the compiler it is two to ten times as slow. Segments are cut over as many threads as torch
+left to the compiler it is up to ten times as slow. Segments are cut over as many threads as torch
 may use.
 """
 

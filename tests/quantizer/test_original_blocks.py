@@ -22,6 +22,7 @@ from mgvq_quantizer.pipeline import quantize
 from mgvq_quantizer.recipe import QuantRecipe
 from mgvq_quantizer.statistics import Run, record_calls
 from mgvq_quantizer.walk import walk_blocks
+from mgvq_quantizer.work_folder import WorkFolder
 from mgvq_runtime.checkpoint.reader import open_checkpoint
 from mgvq_runtime.models.causal_lm import CausalLM
 from mgvq_runtime.models.loading import fill_model
@@ -118,8 +119,6 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(
     dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Stopped inside the second block, whose matrices must still see the original first one."""
-    from mgvq_quantizer.work_folder import WorkFolder
-
     quantize(dense, tmp_path / "whole", UNTUNED, show_progress=False)
     save = WorkFolder.save
 
