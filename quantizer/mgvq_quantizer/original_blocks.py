@@ -15,12 +15,18 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from mgvq_quantizer.statistics import Calls, Run, cross_moment, next_call, record_calls
+from mgvq_quantizer.statistics import (
+    Calls,
+    Products,
+    Run,
+    checked_moment,
+    next_call,
+    record_calls,
+    rows_of,
+)
 
 ADDERS = ("self_attn.o_proj", "mlp.down_proj")
 """Matrices of a block whose outputs are added to the stream."""
@@ -62,42 +68,48 @@ class OriginalBlocks:
         self._runs = [partial(twin, *call) for call in self._calls]
         self._calls = [next_call(call, twin(*call)) for call in self._calls]
 
-    def missing(
+    def look(
         self, name: str, runs: Sequence[Run], weights: Sequence[Tensor] | None = None
-    ) -> Missing:
-        """Measure what a matrix of the block misses.
+    ) -> tuple[Tensor, Missing]:
+        """Measure what enters a matrix of the block and what it misses; runs end at the matrix.
 
         Args:
             name: of the matrix.
             runs: of the block, as quantized as it is by now.
             weights: how much each row counts, one `[T]` a run; None counts all alike.
+
+        Returns:
+            The mean of `xh xh^T` `[I, I]` float64, as of `statistics.input_moment`, and the rest.
+
+        Raises:
+            CalibrationError: if nothing entered the matrix, or something not finite.
         """
         short = name.removeprefix(f"{self._prefix}.")
-        module, twin = (block.get_submodule(short) for block in (self._block, self._twin))
-        inputs = cross_moment((module, runs), (twin, self._runs), weights)
-        stream = self._missing_stream(short, runs, weights) if short in ADDERS else None
-        return Missing(inputs, stream)
-
-    def _missing_stream(
-        self, short: str, runs: Sequence[Run], weights: Sequence[Tensor] | None
-    ) -> Tensor:
-        total, count = torch.zeros((), dtype=torch.float64), 0.0
-        module = self._block.get_submodule(short)
-        for i, (run, original_run) in enumerate(zip(runs, self._runs, strict=True)):
-            x = record_calls(module, [run])[0][0].float()  # [T, I]
-            now, then = _stream(short, self._block, run), _stream(short, self._twin, original_run)
-            weight = torch.ones(len(x)) if weights is None else weights[i]
-            missing = (then - now).float() * weight.to(x)[:, None]  # [T, D]
-            total = total.to(x.device) + (missing.T @ x).double()
-            count += float(weight.double().sum())
-        return total / count
+        moment, inputs, stream = (Products(weights) for _ in range(3))
+        for run, original_run in zip(runs, self._runs, strict=True):
+            x, h = _reach(short, self._block, run)
+            original_x, original_h = _reach(short, self._twin, original_run)
+            moment.add(x, x)
+            inputs.add(original_x - x, x)
+            if h is not None and original_h is not None:
+                stream.add((original_h - h).float(), x)
+        A, C = (checked_moment(name, total.mean()) for total in (moment, inputs))
+        return A, Missing(C, stream.mean())
 
 
-def _stream(short: str, block: nn.Module, run: Run) -> Tensor:
-    """Return the stream `[T, D]` that one of `ADDERS` adds to."""
-    if short == "mlp.down_proj":
-        left: Any = run()
-        stream: Tensor = left[1]
-        return stream
-    x, residual = record_calls(block, [run])[0][:2]
-    return residual if x is None else residual + x
+def _reach(short: str, block: nn.Module, run: Run) -> tuple[Tensor, Tensor | None]:
+    """Return what enters a matrix `[T, I]`; the stream `[T, D]` it adds to if one of `ADDERS`."""
+    attended: list[Tensor] = []
+    hook = block.get_submodule("self_attn").register_forward_hook(
+        lambda _module, _args, output: attended.append(output)
+    )
+    try:
+        x = rows_of(record_calls(block.get_submodule(short), [run])[0][0])
+    finally:
+        hook.remove()
+    if short not in ADDERS:
+        return x, None
+    before, stream = record_calls(block, [run])[0][:2]
+    for added in (before, *attended):
+        stream = stream if added is None else stream + added
+    return x, stream

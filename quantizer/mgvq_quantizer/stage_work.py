@@ -348,12 +348,12 @@ class Stages:
     def _original_blocks(self, i: int) -> list[Work]:
         """`OriginalBlocks` of a block, and `shift.mismatch_shift`."""
         names, tokens = self._all(f"model.layers.{i}."), self.train.tokens
-        parts = [times(self.decoder_block(i, self.train), 3)]  # twice for the last one's stream
+        parts = [self.decoder_block(i, self.train)]
         for name in self._planned(f"model.layers.{i}."):
             j, (O, I), adds = names.index(name), self.linears[name], name.endswith(ADDERS)  # noqa: E741
             before = [self._products(names[:j], tokens)] + [self._attention(self.train)] * (j > 0)
             crossed, solved = tokens * I * (I + O * adds), 2 * O * I * I + I**3 // 3
-            parts += [times(total(before), 2 + adds), Work({FORWARD: crossed, FACTOR: solved})]
+            parts += [*before, Work({FORWARD: crossed, FACTOR: solved})]
         return parts
 
     def _moment(self, name: str, rows: int, count: int) -> Work:

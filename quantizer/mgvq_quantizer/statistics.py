@@ -26,45 +26,60 @@ class _Seen(Exception):
     """Raised by a hook to end a run that has nothing more to show."""
 
 
-class _Moment:
-    """The weighted sum of `x x^T` over rows that enter a module, run after run."""
+class Products:
+    """The weighted mean of `a b^T` over rows, run after run."""
 
-    def __init__(self, name: str, weights: Sequence[Tensor] | None) -> None:
-        self.name, self._weights = name, weights
+    def __init__(self, weights: Sequence[Tensor] | None) -> None:
+        """Start at nothing.
+
+        Args:
+            weights: how much each row counts, one `[T]` a run; None counts all alike.
+        """
+        self._weights = weights
         self._total: Tensor | None = None
         self._count = torch.zeros((), dtype=torch.float64)
         self._run = 0
 
-    def add(self, _: nn.Module, args: tuple[Any, ...]) -> None:
-        """Take in the call of one run; a forward pre-hook."""
-        x = args[0].reshape(-1, args[0].shape[-1]).float()  # [T, I]
-        weighted = x
+    def add(self, a: Tensor, b: Tensor) -> None:
+        """Take in the rows `[T, A]` and `[T, B]` of the next run."""
         if self._weights is None:
-            self._count += len(x)
+            self._count += len(a)
         else:
-            weight = self._weights[self._run].to(x)  # [T]
-            weighted = x * weight[:, None]
+            weight = self._weights[self._run].to(a)  # [T]
+            a = a * weight[:, None]
             self._count += float(weight.double().sum())
-        product = (weighted.T @ x).double()
+        product = (a.T @ b).double()
         self._total = product if self._total is None else self._total + product
         self._run += 1
 
-    def mean(self) -> Tensor:
-        """Return the weighted mean `[I, I]` float64.
-
-        Raises:
-            CalibrationError: if nothing entered the module, or something not finite.
-        """
+    def mean(self) -> Tensor | None:
+        """Return the mean `[A, B]` float64; None where no row counts."""
         if self._total is None or not float(self._count):
-            raise CalibrationError(
-                f"the calibration data never reaches {self.name}: does it hold pictures and text?"
-            )
-        if not bool(torch.isfinite(self._total).all()):
-            raise CalibrationError(
-                f"the activations that enter {self.name} are not finite: check the unquantized "
-                "model with mgvq-eval, or try other calibration data"
-            )
+            return None
         return self._total / float(self._count)
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """Return what enters a linear layer as `[T, I]` float32."""
+    return x.reshape(-1, x.shape[-1]).float()
+
+
+def checked_moment(name: str, moment: Tensor | None) -> Tensor:
+    """Return the second moment of a matrix's inputs.
+
+    Raises:
+        CalibrationError: if nothing entered the matrix, or something not finite.
+    """
+    if moment is None:
+        raise CalibrationError(
+            f"the calibration data never reaches {name}: does it hold pictures and text?"
+        )
+    if not bool(torch.isfinite(moment).all()):
+        raise CalibrationError(
+            f"the activations that enter {name} are not finite: check the unquantized model with "
+            "mgvq-eval, or try other calibration data"
+        )
+    return moment
 
 
 def record_calls(module: nn.Module, runs: Iterable[Run]) -> Calls:
@@ -107,14 +122,15 @@ def input_moment(
     Raises:
         CalibrationError: if nothing entered the module, or something not finite.
     """
-    moment = _Moment(name, weights)
+    total = Products(weights)
 
-    def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-        moment.add(module, args)
+    def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+        x = rows_of(args[0])
+        total.add(x, x)
         raise _Seen
 
     _run_with_hooks({module: hook}, runs)
-    return moment.mean()
+    return checked_moment(name, total.mean())
 
 
 def input_mean(
@@ -153,9 +169,17 @@ def input_moments(
     A module without weights counts all rows alike; those of one with weights are for the runs that
     reach it, in order.
     """
-    moments = {name: _Moment(name, (weights or {}).get(name)) for name in modules}
-    _run_with_hooks({module: moments[name].add for name, module in modules.items()}, runs)
-    return {name: moment.mean() for name, moment in moments.items()}
+    sums = {name: Products((weights or {}).get(name)) for name in modules}
+
+    def adder(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def add(_: nn.Module, args: tuple[Any, ...]) -> None:
+            x = rows_of(args[0])
+            sums[name].add(x, x)
+
+        return add
+
+    _run_with_hooks({module: adder(name) for name, module in modules.items()}, runs)
+    return {name: checked_moment(name, total.mean()) for name, total in sums.items()}
 
 
 def input_energies(
@@ -185,35 +209,6 @@ def input_energies(
 
     _run_with_hooks({module: adder(name) for name, module in modules.items()}, runs)
     return {name: torch.stack(parts).sum(0) for name, parts in totals.items()}
-
-
-def cross_moment(
-    seen: tuple[nn.Module, Sequence[Run]],
-    original: tuple[nn.Module, Sequence[Run]],
-    weights: Sequence[Tensor] | None = None,
-) -> Tensor:
-    """Return the mean of `(x - xh) xh^T`: how inputs miss what they were, along what they are.
-
-    Args:
-        seen: a module and its runs, behind quantized ones: `xh`.
-        original: the same module and the same runs in the original model: `x`.
-        weights: how much each row counts, one `[T]` a run; None counts all alike.
-
-    Returns:
-        `[I, I]` float64.
-    """
-    total, count = torch.zeros((), dtype=torch.float64), 0.0
-    for i, (run, original_run) in enumerate(zip(seen[1], original[1], strict=True)):
-        now, then = (
-            record_calls(module, [one])[0][0].float()
-            for module, one in ((seen[0], run), (original[0], original_run))
-        )
-        now, then = (rows.reshape(-1, rows.shape[-1]) for rows in (now, then))  # [T, I]
-        weight = torch.ones(len(now)) if weights is None else weights[i]
-        missing = (then - now) * weight.to(now)[:, None]
-        total = total.to(now.device) + (missing.T @ now).double()
-        count += float(weight.double().sum())
-    return total / count
 
 
 def _run_with_hooks(

@@ -237,9 +237,11 @@ class Stream:
         module = self._module(name)
         solution = self.work.load(name, plan.layout)
         if solution is None:
-            if moment is None:
+            missing = None
+            if originals is not None:
+                moment, missing = originals.look(name, runs, weights)
+            elif moment is None:
                 moment = input_moment(name, module, runs, weights)
-            missing = None if originals is None else originals.missing(name, runs, weights)
             evidence = None if witness is None else witness.about(name)
             try:
                 solution, target = self._solve(plan, moment, missing, evidence)

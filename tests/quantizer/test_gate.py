@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -22,7 +21,6 @@ from mgvq_quantizer.pipeline import quantize
 from mgvq_quantizer.recipe import QuantRecipe
 from mgvq_quantizer.report import Report
 from mgvq_quantizer.solver import Problem, Solution, solve
-from mgvq_quantizer.statistics import cross_moment
 from mgvq_quantizer.teacher import Student, ask_teacher
 from mgvq_quantizer.work_folder import WorkFolder
 from mgvq_runtime.checkpoint.reader import open_checkpoint
@@ -130,19 +128,6 @@ def test_both_sides_of_every_sample_make_its_gradient(dense: Path) -> None:
     ones = torch.cat(found.likelihood.outputs)
     assert bool(torch.isfinite(ones).all())
     assert bool(ones.any())
-
-
-@pytest.mark.parametrize("weighted", [False, True])
-def test_the_cross_moment_is_that_of_the_inputs(weighted: bool) -> None:
-    now, then = normal(2, 6, WIDTH, seed=11), normal(2, 6, WIDTH, seed=12)
-    module, twin = torch.nn.Linear(WIDTH, 2), torch.nn.Linear(WIDTH, 2)
-    runs, originals = ([partial(m, rows) for rows in x] for m, x in ((module, now), (twin, then)))
-    weights = list(normal(2, 6, seed=13).abs()) if weighted else None
-    found = cross_moment((module, runs), (twin, originals), weights)
-    w = torch.ones(12) if weights is None else torch.cat(weights)
-    missing, seen = (then - now).view(12, WIDTH).double(), now.view(12, WIDTH).double()
-    expected = torch.einsum("t,ti,tj->ij", w.double(), missing, seen) / w.double().sum()
-    assert torch.allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.fixture(scope="module")

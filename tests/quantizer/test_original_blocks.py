@@ -20,7 +20,7 @@ from mgvq_quantizer.dataset import read_data
 from mgvq_quantizer.original_blocks import ADDERS, OriginalBlocks
 from mgvq_quantizer.pipeline import quantize
 from mgvq_quantizer.recipe import QuantRecipe
-from mgvq_quantizer.statistics import Run, record_calls
+from mgvq_quantizer.statistics import Products, Run, input_moment, record_calls
 from mgvq_quantizer.walk import walk_blocks
 from mgvq_quantizer.work_folder import WorkFolder
 from mgvq_runtime.checkpoint.reader import open_checkpoint
@@ -68,6 +68,22 @@ def stream_of(model: CausalLM, batches: list[TokenBatch], name: str) -> torch.Te
     return torch.cat([call[1] if call[0] is None else call[0] + call[1] for call in calls]).double()
 
 
+@pytest.mark.parametrize("weighted", [False, True])
+def test_products_are_means_over_the_rows_of_all_runs(weighted: bool) -> None:
+    drawn = torch.Generator().manual_seed(11)
+    a, b = torch.randn(2, 6, 3, generator=drawn), torch.randn(2, 6, 4, generator=drawn)
+    weights = list(torch.rand(2, 6, generator=drawn)) if weighted else None
+    total = Products(weights)
+    assert total.mean() is None
+    for rows in zip(a, b, strict=True):
+        total.add(*rows)
+    w = torch.ones(12) if weights is None else torch.cat(weights)
+    expected = torch.einsum("t,ti,tj->ij", w, a.view(12, 3), b.view(12, 4)).double() / w.sum()
+    found = total.mean()
+    assert found is not None
+    assert torch.allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
 @torch.no_grad()
 def test_what_is_missing_is_that_of_whole_models(dense: Path) -> None:
     """Whatever was changed in the blocks before, and before it in its own block."""
@@ -84,7 +100,8 @@ def test_what_is_missing_is_that_of_whole_models(dense: Path) -> None:
         for short in NAMES:
             name = f"{block}.{short}"
             module = model.get_submodule(name)
-            found = beside.missing(name, runs)
+            A, found = beside.look(name, runs)
+            assert torch.equal(A, input_moment(name, module, runs))
             now, then = (inputs_of(m, batches, name) for m in (model, original))
             expected = (then - now).T @ now / len(now)
             assert torch.allclose(found.inputs, expected, rtol=1e-3, atol=1e-5)
