@@ -272,7 +272,8 @@ def test_a_checkpoint_with_classes_is_stored_as_counted_and_runs(
             x = torch.randn(3, layout.in_features, generator=seeded(0))
             bias = 0.0 if module.bias is None else module.bias
             expected = x @ ops.vq_dequantize(weight).T + bias
-            assert torch.allclose(module(x), expected, atol=1e-4)
+            # As in tests/kernels: a core with byte shuffles rounds its partial sums.
+            assert float((module(x) - expected).norm() / expected.norm()) < 2e-4
     assert several > 1
     written = json.loads((folder / "quantization_report.json").read_text())["matrices"]
     page = (folder / "quantization_report.html").read_text()
