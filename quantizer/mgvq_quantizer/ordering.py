@@ -70,7 +70,8 @@ def channel_order(
     errors = []
     for order in candidates:
         trial = Problem(rows, hessian, order, few)
-        errors.append(solve([trial], quick(recipe), generator.set_state(state))[0].error)
+        drawn = generator.set_state(state)
+        errors.append(solve([trial], quick(recipe), drawn, is_trial=True)[0].error)
     return candidates[errors.index(min(errors))]
 
 

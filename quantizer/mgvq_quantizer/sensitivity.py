@@ -88,7 +88,7 @@ def measure(
     def rounded(rows: Tensor, rate: int) -> Tensor:
         layout = VQLayout.uniform(len(rows), I, rate, True, recipe.codec, recipe.window)
         problem = Problem(rows, inputs.weighted, order, layout)
-        solution = solve([problem], quick(recipe), generator.set_state(state))[0]
+        solution = solve([problem], quick(recipe), generator.set_state(state), is_trial=True)[0]
         return ops.vq_dequantize(solution.weight)
 
     some = some_rows(weight)

@@ -139,6 +139,7 @@ def solve(
     recipe: QuantRecipe,
     generator: torch.Generator,
     books: Books | None = None,
+    is_trial: bool = False,
 ) -> list[Solution]:
     """Quantize matrices together; tables of one name are shared between them.
 
@@ -147,6 +148,7 @@ def solve(
         recipe: rounds, sweeps and damping.
         generator: seeds the tables.
         books: tables that are already fixed, all of them; codes and row scales adapt to them.
+        is_trial: leave out `error_nearest`, which takes a rounding; it is nan then.
 
     Returns:
         One solution a problem, in order.
@@ -161,7 +163,7 @@ def solve(
     for m in members:
         search = m.rounding.metrics, _values(m, books), trellis_rates(m.layout)
         m.scales = reaching_scales(m.weight, m.scales, *search)
-    nearest_errors = [_plain_error(m, books) for m in members]
+    nearest_errors = [float("nan") if is_trial else _plain_error(m, books) for m in members]
     best_loss = float("inf")
     best: tuple[Books, list[Tensor], list[Rounded]] | None = None
     for _ in range(recipe.refit_rounds):
@@ -176,10 +178,8 @@ def solve(
             best_loss = loss
             best = (books, [m.scales for m in members], [m.rounded.copy() for m in members])
     assert best is not None
-    solutions = []
-    for problem, member, scales, rounded, first in zip(
-        problems, members, best[1], best[2], nearest_errors, strict=True
-    ):
+    solutions, found = [], zip(problems, members, *best[1:], nearest_errors, strict=True)
+    for problem, member, scales, rounded, first in found:
         # A row of zeros is stored as one: the smallest scale times a codeword is not zero.
         scales = scales * member.weight.any(1)
         member.scales, member.rounded = scales, rounded

@@ -101,6 +101,7 @@ def solve(
     recipe: QuantRecipe,
     is_fixed: bool = False,
     is_two_sided: bool = False,
+    is_trial: bool = False,
 ) -> Work:
     """Count `solver.solve` of matrices that share tables.
 
@@ -109,6 +110,7 @@ def solve(
         recipe: rounds and sweeps.
         is_fixed: whether the tables are given.
         is_two_sided: whether the problems bring a curvature of their outputs.
+        is_trial: whether the error of the nearest codewords is left out.
     """
     work = Work()
     for layout in layouts:
@@ -117,8 +119,9 @@ def solve(
         work.update(factorize(layout))
         work.update(times(form(layout, is_two_sided), 1 + recipe.refit_rounds))
         work.update(times(form(layout), 2))  # the error at the end, as a share
-        work.update(times(form(_plain_rows(layout)), 2))  # and that of plain codewords
-        work.update(_plain(layout))
+        if not is_trial:
+            work.update(times(form(_plain_rows(layout)), 2))  # and that of plain codewords
+            work.update(_plain(layout))
         if layout.codec == "trellis":
             work[MATMUL] += SCALE_STEPS * O * I  # reaching_scales
         work.update(times(_assign(layout, recipe, is_two_sided), recipe.refit_rounds))
@@ -139,7 +142,7 @@ def channel_order(layout: VQLayout, recipe: QuantRecipe) -> Work:
     """Count `ordering.channel_order`: some rows rounded in both orders."""
     if not layout.has_permutation or max(map(block_of, layout.bands)) == 1:
         return Work()
-    return times(solve([some_rows(layout)], quick(recipe)), 2)
+    return times(solve([some_rows(layout)], quick(recipe), is_trial=True), 2)
 
 
 def some_rows(layout: VQLayout) -> VQLayout:

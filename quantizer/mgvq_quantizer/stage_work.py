@@ -117,8 +117,7 @@ class Stages:
         return total([forward, self.decoder_backward(self.train), head])
 
     def survey(self) -> Work:
-        """Count `survey.survey`: a block three times and once more, each matrix on trial, from its
-        block on."""
+        """Count `survey.survey`: every block once, each matrix on trial, from its block on."""
         if not self.surveyed:
             return Work()
         data = self.data
@@ -129,9 +128,9 @@ class Stages:
             block = self.decoder_block(i, reading)
             behind = total([block, behind])
             names = self._planned(f"model.layers.{i}.")
-            parts += [times(self.decoder_block(i, self.train), 4 if names else 1), block]
+            parts += [self.decoder_block(i, self.train), block]
             for name in names:
-                parts += [self._moment(name, self.train.tokens, 3), behind, self._measure(name)]
+                parts += [self._moment(name, self.train.tokens, 2), behind, self._measure(name)]
         return total(parts)
 
     def share_books(self) -> Work:
@@ -143,7 +142,8 @@ class Stages:
             for matrix in group:
                 parts.append(self._moment(matrix.name, self._rows(matrix.name), 1))
                 parts.append(work.channel_order(matrix.layout, self.recipe))
-            parts.append(work.solve([matrix.layout for matrix in group], self.recipe))
+            layouts = [matrix.layout for matrix in group]
+            parts.append(work.solve(layouts, self.recipe, is_trial=True))
         return total(parts)
 
     def vision(self) -> Work:
@@ -296,7 +296,7 @@ class Stages:
             tried = layout if rate == self.recipe.reference_rate else few
             one = work.uniform(tried, rate, recipe)
             residual = few.out_features * layout.in_features**2
-            parts += [work.solve([one], recipe), times(work.factorize(few), 2)]
+            parts += [work.solve([one], recipe, is_trial=True), times(work.factorize(few), 2)]
             parts.append(Work({FACTOR: 2 * residual}))
         return total(parts)
 

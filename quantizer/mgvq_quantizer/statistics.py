@@ -170,15 +170,7 @@ def input_moments(
     reach it, in order.
     """
     sums = {name: Products((weights or {}).get(name)) for name in modules}
-
-    def adder(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def add(_: nn.Module, args: tuple[Any, ...]) -> None:
-            x = rows_of(args[0])
-            sums[name].add(x, x)
-
-        return add
-
-    _run_with_hooks({module: adder(name) for name, module in modules.items()}, runs)
+    watch_inputs(modules, runs, lambda name, x: sums[name].add(x, x))
     return {name: checked_moment(name, total.mean()) for name, total in sums.items()}
 
 
@@ -199,16 +191,29 @@ def input_energies(
     """
     totals: dict[str, list[Tensor]] = {name: [] for name in modules}
 
-    def adder(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def add(_: nn.Module, args: tuple[Any, ...]) -> None:
-            squares = args[0].reshape(-1, args[0].shape[-1]).float().square()  # [T, I]
-            weight = weights[name][len(totals[name])].to(squares)  # [K, T]
-            totals[name].append((weight @ squares).double())
+    def add(name: str, x: Tensor) -> None:
+        weight = weights[name][len(totals[name])].to(x)  # [K, T]
+        totals[name].append((weight @ x.square()).double())
 
-        return add
-
-    _run_with_hooks({module: adder(name) for name, module in modules.items()}, runs)
+    watch_inputs(modules, runs, add)
     return {name: torch.stack(parts).sum(0) for name, parts in totals.items()}
+
+
+def watch_inputs(
+    modules: Mapping[str, nn.Module], runs: Iterable[Run], take: Callable[[str, Tensor], None]
+) -> None:
+    """Call `take` with a module's name and the rows `[T, I]` that enter it, in every run.
+
+    Args:
+        modules: by name; the first positional argument of each is `[..., I]`.
+        runs: whole forwards.
+        take: what to do with the rows.
+    """
+
+    def taker(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        return lambda _, args: take(name, rows_of(args[0]))
+
+    _run_with_hooks({module: taker(name) for name, module in modules.items()}, runs)
 
 
 def _run_with_hooks(

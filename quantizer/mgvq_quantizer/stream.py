@@ -118,7 +118,8 @@ class Stream:
             runs = looking if group[0].name.startswith("visual.") else reading
             moments = input_moments(modules, runs, weights)
             problems = list(self._problems(group, moments))
-            solved = solve(problems, self.recipe, seeded(self.recipe.seed, label))
+            drawn = seeded(self.recipe.seed, label)
+            solved = solve(problems, self.recipe, drawn, is_trial=True)
             for problem, solution in zip(problems, solved, strict=True):
                 self.books |= books_of(problem, solution)
 

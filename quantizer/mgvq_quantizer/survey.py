@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,14 @@ from mgvq_quantizer.calibration import Sample
 from mgvq_quantizer.gradients import Gradients, TokenWeights, shows_picture, weights_of
 from mgvq_quantizer.recipe import QuantRecipe
 from mgvq_quantizer.sensitivity import Inputs, Sensitivity, measure
-from mgvq_quantizer.statistics import Calls, Run, input_moments, next_call, record_calls
+from mgvq_quantizer.statistics import (
+    Calls,
+    Products,
+    checked_moment,
+    next_call,
+    record_calls,
+    watch_inputs,
+)
 from mgvq_quantizer.stream import seeded
 from mgvq_quantizer.teacher import Reference, divergence_behind
 from mgvq_quantizer.work_folder import WorkFolder
@@ -73,15 +81,17 @@ def survey(
             found[name] = _from_json(facts)
             progress(name)
 
-    layers, batches = model.model.layers, [*evidence.batches, *evidence.asked]
     if len(found) == len(names):
         return [found[name] for name in names]
-    calls = record_calls(layers[0], decoder_runs(model, batches, evidence.features))
+    layers = model.model.layers
+    train, asked = (
+        record_calls(layers[0], decoder_runs(model, batches, evidence.features))
+        for batches in (evidence.batches, evidence.asked)
+    )
     for i, block in enumerate(layers):
         mine = [name for name in names if name.startswith(f"model.layers.{i}.")]
         missing = [name for name in mine if name not in found]
-        runs = [partial(block, *call) for call in calls[: len(evidence.batches)]]
-        inputs = _inputs(model, missing, runs, evidence) if missing else {}
+        inputs, train_left = _inputs(model, missing, block, train, evidence)
         for name in missing:
             module = model.get_submodule(name)
             assert isinstance(module, nn.Linear)
@@ -91,12 +101,12 @@ def survey(
                 inputs[name],
                 evidence.gradients[name],
                 recipe,
-                partial(_alone, model, i, block, module, calls[len(runs) :], evidence),
+                partial(_alone, model, i, block, module, asked, evidence),
                 seeded(recipe.seed, f"sensitivity of {name}"),
             )
             work.save_facts(f"sensitivity.{name}", asdict(found[name]))
             progress(name)
-        calls = [next_call(call, block(*call)) for call in calls]
+        train, asked = train_left, [next_call(call, block(*call)) for call in asked]
     return [found[name] for name in names]
 
 
@@ -120,35 +130,43 @@ def _alone(
 
 
 def _inputs(
-    model: CausalLM, names: Sequence[str], runs: Sequence[Run], evidence: Evidence
-) -> dict[str, Inputs]:
-    """Run a block three times: for all tokens alike, weighted, and for pictures alone.
+    model: CausalLM, names: Sequence[str], block: nn.Module, calls: Calls, evidence: Evidence
+) -> tuple[dict[str, Inputs], Calls]:
+    """Run a block once, and look at what enters its matrices in three ways.
 
     The pictures' tokens of a model's last block may count nothing: only answers are read there.
+
+    Returns:
+        What enters by name, and the calls that would enter the next block.
     """
     modules = {name: model.get_submodule(name) for name in names}
     weights = {name: weights_of(evidence.batches, evidence.weights[name]) for name in names}
-    token = model.config.image_token_id
-    masks = [_pictures(batch.samples, token) for batch in evidence.batches]
-    on_pictures = {
-        name: [w * mask.to(w) for w, mask in zip(ws, masks, strict=True)]
-        for name, ws in weights.items()
-    }
-    share = {name: _total(on_pictures[name]) / _total(weights[name]) for name in names}
-    plain = input_moments(modules, runs)
-    weighted = input_moments(modules, runs, weights)
-    seen = {name: module for name, module in modules.items() if share[name]}
-    pictures = input_moments(seen, runs, on_pictures)
-    return {
+    masks = [_pictures(batch.samples, model.config.image_token_id) for batch in evidence.batches]
+    plain = {name: Products(None) for name in names}
+    weighted = {name: Products(weights[name]) for name in names}
+    pictures: dict[str, list[Tensor]] = {name: [] for name in names}
+    left: Calls = []
+
+    def take(name: str, x: Tensor) -> None:
+        weight, mask = weights[name][len(left)], masks[len(left)]  # [T]
+        plain[name].add(x, x)
+        weighted[name].add(x, x)
+        on_pictures = weight.to(x) * mask.to(x)
+        pictures[name].append((on_pictures @ x.square()).double())
+
+    def forward(call: tuple[Any, ...]) -> None:
+        left.append(next_call(call, block(*call)))
+
+    watch_inputs(modules, [partial(forward, call) for call in calls], take)
+    inputs = {
         name: Inputs(
-            plain[name],
-            weighted[name],
-            share[name] * pictures[name].diagonal()
-            if name in seen
-            else torch.zeros_like(plain[name].diagonal()),
+            checked_moment(name, plain[name].mean()),
+            checked_moment(name, weighted[name].mean()),
+            torch.stack(pictures[name]).sum(0) / _total(weights[name]),
         )
         for name in names
     }
+    return inputs, left
 
 
 def _total(weights: Sequence[Tensor]) -> float:
