@@ -1,12 +1,16 @@
 """Conversations in which a model answers itself, to calibrate and to judge it on (for `texts`).
 
+    python -m benchmarks.real_decoders.generated_text smollm2    # writes both files anew
+
 What a model says by itself is where its own probabilities matter, and no data set is needed for it.
-The prompts are drawn from short lists; the answers are sampled, so they differ between processors.
+The prompts are drawn from short lists. The answers are sampled and differ between processors, so
+they are kept in files: results on one set of answers can stand beside each other.
 """
 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
@@ -14,6 +18,10 @@ from pathlib import Path
 import numpy as np
 
 from mgvq_runtime import LLM, SamplingParams
+
+_FILES = Path(__file__).parent / "conversations"
+CALIBRATION, JUDGED = _FILES / "calibration.jsonl", _FILES / "judged.jsonl"
+"""SmolLM2's own, answered in float32 on a core with AVX512."""
 
 _FORMS = (
     "Write a short story about {}.",
@@ -125,3 +133,14 @@ def converse(folder: Path, questions: Sequence[str]) -> str:
         for prompt, reply in zip(questions, replies, strict=True)
     ]
     return "".join(json.dumps({"conversations": turn}) + "\n" for turn in turns)
+
+
+def main() -> int:
+    """Run the command."""
+    for file, is_judged in ((CALIBRATION, False), (JUDGED, True)):
+        file.write_text(converse(Path(sys.argv[1]), prompts(is_judged)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -3,7 +3,7 @@
     python -m benchmarks.real_decoders.table FOLDER            # hours on a processor
     python -m benchmarks.real_decoders.table FOLDER --only 44  # one size
 
-Fetches and converts the model, writes calibration and evaluation text, quantizes, evaluates, and
+Fetches and converts the model, gathers calibration and evaluation text, quantizes, evaluates, and
 rewrites `benchmarks/results/smollm2.json` and the table in this folder's README. Whatever is in
 FOLDER already is used: a run that was stopped goes on. Not here: the model (`smollm2`), where text
 comes from (`texts`).
@@ -115,10 +115,8 @@ def main() -> int:
     model = folder / "smollm2"
     if not (model / "config.json").exists():
         smollm2.make(model)
-    write_calibration(folder / "calibration", model, folder / "downloads")
-    write_evaluation(
-        folder / "austen.txt", folder / "conversations.jsonl", model, folder / "downloads"
-    )
+    write_calibration(folder / "calibration", folder / "downloads")
+    write_evaluation(folder / "austen.txt", folder / "conversations.jsonl", folder / "downloads")
     rows = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     for size in [arguments.only] if arguments.only else RECIPES:
         rows[size] = run(folder, size)

