@@ -70,6 +70,20 @@ def split_batches(samples: Sequence[Sample], max_tokens: int) -> list[list[Sampl
     return batches
 
 
+def deal(samples: Sequence[Sample], steps: int, max_tokens: int, seed: int) -> list[list[Sample]]:
+    """Return a batch for each of some steps: `split_batches` of all samples, shuffled anew each
+    time that they are used up."""
+    rng = np.random.default_rng(seed)
+    batches: list[list[Sample]] = []
+    left: list[list[Sample]] = []
+    for _ in range(steps):
+        if not left:
+            shuffled = [samples[i] for i in rng.permutation(len(samples))]
+            left = split_batches(shuffled, max_tokens)
+        batches.append(left.pop())
+    return batches
+
+
 def length_batches(samples: Sequence[Sample], device: torch.device) -> list[TokenBatch]:
     """Return all samples in batches of like lengths, the shortest first."""
     ordered = sorted(samples, key=lambda sample: len(sample.token_ids))

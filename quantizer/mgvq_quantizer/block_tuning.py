@@ -25,6 +25,7 @@ from mgvq_quantizer.batches import (
     MAX_TOKENS,
     Features,
     TokenBatch,
+    deal,
     embed,
     make_batch,
     split_batches,
@@ -163,8 +164,9 @@ class BlockTuner:
         def told(step: int, now: float) -> None:
             self._progress(f"tuning {prefix}, step {step}/{steps}, held-out error {now:.5f}")
 
+        dealt = deal(self._data.train, steps, self._recipe.tuning_batch_tokens, self._recipe.seed)
         with torch.enable_grad():
-            found = find_best(knobs, self._data.train, loss, measure, steps, self._recipe, told)
+            found = find_best(knobs, dealt, loss, measure, self._recipe, told)
         return BlockTuned(*found)
 
     def _token_weights(self) -> States:

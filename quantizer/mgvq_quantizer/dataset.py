@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mgvq_quantizer import calibration, plain_text
-from mgvq_quantizer.batches import unique_pictures
+from mgvq_quantizer.batches import deal, unique_pictures
 from mgvq_quantizer.calibration import CalibrationError, Conversation, Sample
 from mgvq_quantizer.plain_text import Passage
 from mgvq_quantizer.recipe import QuantRecipe
@@ -31,8 +31,18 @@ class Data:
 
     @property
     def all(self) -> list[Sample]:
-        """Every sample."""
-        return [*self.train, *self.heldout, *self.swapped]
+        """Every conversation, as it came."""
+        return [*self.train, *self.heldout]
+
+    def tuning_batches(self, recipe: QuantRecipe) -> list[list[Sample]]:
+        """Return the batches of end-to-end tuning, one a step."""
+        samples = [*self.train, *self.swapped]
+        return deal(samples, recipe.tuning_steps, recipe.tuning_batch_tokens, recipe.seed)
+
+    def drawn(self, recipe: QuantRecipe) -> list[Sample]:
+        """Return those of `swapped` that tuning sees."""
+        seen = {id(sample) for batch in self.tuning_batches(recipe) for sample in batch}
+        return [sample for sample in self.swapped if id(sample) in seen]
 
 
 def open_dense(model: Path) -> Checkpoint:

@@ -16,14 +16,12 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from mgvq_kernels import ops
 from mgvq_kernels.layout import VQWeight
 from mgvq_quantizer.allocation import MatrixPlan
-from mgvq_quantizer.batches import split_batches
 from mgvq_quantizer.calibration import Sample
 from mgvq_quantizer.codebook import Codebook, decode, entries_of, snap
 from mgvq_quantizer.recipe import QuantRecipe
@@ -180,10 +178,9 @@ class MatrixKnobs:
 
 def find_best(
     knobs: Knobs,
-    samples: Sequence[Sample],
+    batches: Sequence[list[Sample]],
     loss: Callable[[list[Sample]], Tensor],
     measure: Callable[[], float],
-    steps: int,
     recipe: QuantRecipe,
     progress: Callable[[int, float], None],
 ) -> tuple[float, float, int]:
@@ -191,11 +188,10 @@ def find_best(
 
     Args:
         knobs: changed in place.
-        samples: dealt out in batches, each time in another order.
+        batches: one a step of the optimizer; none measures only.
         loss: of one batch, a scalar with gradients.
         measure: the loss of the held-out samples, with the knobs as they would be stored.
-        steps: of the optimizer; none measures only.
-        recipe: step sizes, tokens a batch, seed.
+        recipe: step sizes.
         progress: told each look at the held-out samples: the step, and what was measured.
 
     Returns:
@@ -203,17 +199,12 @@ def find_best(
     """
     before = best = measure()
     kept, best_step, share = knobs.copy(), 0, 1.0
-    rng = np.random.default_rng(recipe.seed)
     optimizer = knobs.optimizer(recipe, share)
-    queue: list[list[Sample]] = []
-    for step in range(1, steps + 1):
-        if not queue:
-            shuffled = [samples[i] for i in rng.permutation(len(samples))]
-            queue = split_batches(shuffled, recipe.tuning_batch_tokens)
+    for step, batch in enumerate(batches, start=1):
         optimizer.zero_grad()
-        loss(queue.pop()).backward()  # type: ignore[no-untyped-call]
+        loss(batch).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
-        if step % max(1, steps // CHECKS) == 0 or step == steps:
+        if step % max(1, len(batches) // CHECKS) == 0 or step == len(batches):
             now = measure()
             progress(step, now)
             if now < best:

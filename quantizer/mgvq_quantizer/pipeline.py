@@ -205,6 +205,8 @@ def _round(residence: Residence, recipe: QuantRecipe, work: Work, data: Data, ba
     check_pictures(data, graph)
     features = encode_pictures(graph, unique_pictures(data.all), device)
     reference = ask_teacher(graph, length_batches(data.all, device), features)
+    drawn = length_batches(data.drawn(recipe), device)
+    taught = ask_teacher(graph, drawn, features, reference)  # for tuning, which alone sees these
     tables = {}
     if recipe.has_row_parts:
         tables = split_tables(graph, measured_use(graph, reference, data.all), recipe)
@@ -238,7 +240,7 @@ def _round(residence: Residence, recipe: QuantRecipe, work: Work, data: Data, ba
         tuner = BlockTuner(graph, stream.plans, blocks, recipe, work.rounding, bar.set_description)
     stream.decoder(train, features, testimony, tuner, originals)
     did = stream.verdicts, stream.tuned_blocks
-    return _Rounded(stream.plans, stream.solutions, features, reference, found, *did)
+    return _Rounded(stream.plans, stream.solutions, features, taught, found, *did)
 
 
 def _tune(
@@ -256,7 +258,7 @@ def _tune(
             done.plans,
             {name: solution.weight for name, solution in done.solutions.items()},
             done.reference,
-            ([*data.train, *data.swapped], data.heldout),
+            (data.tuning_batches(recipe), data.heldout),
             done.features,
             recipe,
             bar.set_description,

@@ -58,9 +58,9 @@ class StageMemory:
         self.model = _FLOAT * (everything - (sum(blocks) if by_block else 0)) + self.block
         patches = sum(picture.patches.size for picture in pictures)
         self.features = _FLOAT * self.D * sum(picture.num_tokens for picture in pictures)
-        said = Reading.of(data.all).answers
+        said = Reading.of([*data.all, *data.drawn(stages.recipe)]).answers
         self.reference = _FLOAT * self.D * (said + self.V)
-        ids = sum(len(sample.token_ids) for sample in data.all)
+        ids = sum(len(sample.token_ids) for sample in [*data.all, *data.swapped])
         self.samples = _FLOAT * patches + 2 * 4 * _LONG * ids
         self.entered = _FLOAT * stages.train.tokens * 2 * (self.D + text.head_dim)
         """What enters one block: states, the stream beside them, rotations."""

@@ -15,7 +15,7 @@ from torch import nn
 
 from mgvq_quantizer import solver_work as work
 from mgvq_quantizer.allocation import MatrixPlan, sharing_groups
-from mgvq_quantizer.batches import split_batches, unique_pictures
+from mgvq_quantizer.batches import deal, unique_pictures
 from mgvq_quantizer.calibration import Sample
 from mgvq_quantizer.dataset import Data
 from mgvq_quantizer.gate_work import Asked, choose
@@ -102,8 +102,8 @@ class Stages:
         self.train, self.heldout = Reading.of(data.train), Reading.of(data.heldout)
 
     def ask_teacher(self) -> Work:
-        """Count `encode_pictures` and `teacher.ask_teacher`, over all samples."""
-        asked = Reading.of(self.data.all)
+        """Count `encode_pictures` and `teacher.ask_teacher`, over all samples that are used."""
+        asked = Reading.of([*self.data.all, *self.data.drawn(self.recipe)])
         return total([self.encode_pictures(), self.decoder_forward(asked)])
 
     def squared_gradients(self) -> Work:
@@ -196,15 +196,15 @@ class Stages:
     def tune(self) -> Work:
         """Count `tuning.tune`: weights have gradients, and are decoded for every step; without
         steps one look at the held-out samples."""
-        samples, steps = [*self.data.train, *self.data.swapped], self.recipe.tuning_steps
+        batches = self.data.tuning_batches(self.recipe)
         look = total([self.decoder_forward(self.heldout), self._head(self.heldout)])
-        if not steps:
+        if not batches:
             return look
-        step = Reading.of(samples)
-        head = Work({FORWARD: 4 * step.answers * self.head})
-        read = total([self.decoder_forward(step), self.decoder_backward(step, True), head])
+        shown = Reading.of([sample for batch in batches for sample in batch])
+        head = Work({FORWARD: 4 * shown.answers * self.head})
+        read = total([self.decoder_forward(shown), self.decoder_backward(shown, True), head])
         tuned = [p for name, p in self.plans.items() if not name.startswith("visual.")]
-        return self._find_best(samples, steps, read, look, tuned)
+        return self._find_best(len(batches), read, look, tuned)
 
     def encode_pictures(self) -> Work:
         """Count one look of the tower at every picture."""
@@ -251,41 +251,33 @@ class Stages:
         """`teacher.state_divergences`: the model's logits and the reference's."""
         return Work({FORWARD: 2 * reading.answers * self.head})
 
-    def _find_best(
-        self,
-        samples: Sequence[Sample],
-        steps: int,
-        read: Work,
-        look: Work,
-        tuned: Sequence[MatrixPlan],
-    ) -> Work:
+    def _find_best(self, steps: int, read: Work, look: Work, tuned: Sequence[MatrixPlan]) -> Work:
         """`knobs.find_best` and `MatrixKnobs`.
 
         Args:
-            samples: dealt out in batches.
             steps: at least 1.
-            read: forward and backward over all samples.
+            read: forward and backward over the batches of all steps.
             look: at the held-out samples.
             tuned: plans of the matrices that are decoded.
         """
-        batches = split_batches(samples, self.recipe.tuning_batch_tokens)
-        stepped = Work({kind: n * steps // len(batches) for kind, n in read.items()})
         every = max(1, steps // CHECKS)
         looks = 1 + steps // every + (steps % every > 0)
         weights = sum(plan.layout.num_weights for plan in tuned)
         codes = sum(work.entries(plan.layout) for plan in tuned)
         decoded = Work({REFIT: steps * codes + looks * codes // 2, FLOW: steps * 8 * weights})
-        return total([stepped, decoded, times(look, looks)])
+        return total([read, decoded, times(look, looks)])
 
     def _tune_block(self, i: int) -> Work:
         """`BlockTuner.enter` and `leave`: all samples through the block before and after."""
-        steps, train = self.recipe.block_steps, self.train
-        both = total([self.decoder_block(i, train), self.decoder_block(i, self.heldout)])
-        read = total([self.decoder_block(i, train), self._block_backward(i, train, True)])
+        recipe, steps = self.recipe, self.recipe.block_steps
+        both = total([self.decoder_block(i, r) for r in (self.train, self.heldout)])
+        dealt = deal(self.data.train, steps, recipe.tuning_batch_tokens, recipe.seed)
+        shown = Reading.of([sample for batch in dealt for sample in batch])
+        read = total([self.decoder_block(i, shown), self._block_backward(i, shown, True)])
         names = self._planned(f"model.layers.{i}.")
         tuned = [self.plans[name] for name in names]
         look = self.decoder_block(i, self.heldout)
-        return total([times(both, 2), self._find_best(self.data.train, steps, read, look, tuned)])
+        return total([times(both, 2), self._find_best(steps, read, look, tuned)])
 
     def _measure(self, name: str) -> Work:
         """`sensitivity.measure`: the whole matrix once, some rows at the other rates."""

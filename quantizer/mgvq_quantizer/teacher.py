@@ -59,13 +59,19 @@ class Student(nn.Module):
         return state_divergences(self.model, hidden[batch.answer_rows], batch.samples, reference)
 
 
-def ask_teacher(graph: CausalLM, batches: Sequence[TokenBatch], features: Features) -> Reference:
+def ask_teacher(
+    graph: CausalLM,
+    batches: Sequence[TokenBatch],
+    features: Features,
+    heard: Reference | None = None,
+) -> Reference:
     """Ask the unquantized model about every sample.
 
     Args:
         graph: dense.
         batches: samples.
         features: rows of every picture.
+        heard: what it said about others, to be in the answer too.
 
     Raises:
         CalibrationError: if its states are not finite.
@@ -78,6 +84,8 @@ def ask_teacher(graph: CausalLM, batches: Sequence[TokenBatch], features: Featur
         counts = [int(sample.is_answer.sum()) for sample in batch.samples]
         for sample, part in zip(batch.samples, torch.split(rows, counts), strict=True):
             hidden[id(sample)] = part
+    if heard is not None:
+        return Reference({**heard.hidden, **hidden}, heard.head)
     tied = graph.config.tie_word_embeddings
     head = graph.model.embed_tokens.weight if tied else graph.lm_head.weight
     assert isinstance(head, Tensor)

@@ -43,7 +43,7 @@ def tune(
     plans: Mapping[str, MatrixPlan],
     weights: Mapping[str, VQWeight],
     reference: Reference,
-    samples: tuple[Sequence[Sample], Sequence[Sample]],
+    samples: tuple[Sequence[list[Sample]], Sequence[Sample]],
     features: Features,
     recipe: QuantRecipe,
     progress: Callable[[str], None],
@@ -54,16 +54,16 @@ def tune(
         model: in dense arithmetic; not changed.
         plans: every quantized matrix.
         weights: their codes, tables and scales.
-        reference: what the unquantized model says about all samples.
-        samples: to train on; held out.
+        reference: what the unquantized model says about these samples.
+        samples: batches to train on, one a step; held out, to choose the step that is kept.
         features: rows of every picture, from the quantized vision tower.
-        recipe: steps and step sizes.
+        recipe: step sizes.
         progress: told what happens, in words.
 
     Returns:
         The best state on the held-out samples.
     """
-    device = reference.head.device
+    device, (batches, heldout) = reference.head.device, samples
     mine = {name: plan for name, plan in plans.items() if not name.startswith("visual.")}
     vectors = {
         name: parameter
@@ -71,7 +71,7 @@ def tune(
         if not name.startswith("visual.") and parameter.dim() == 1
     }
     student, knobs = Student(model), MatrixKnobs(mine, weights, vectors)
-    held = [make_batch(part, device) for part in split_batches(samples[1], MAX_TOKENS)]
+    held = [make_batch(part, device) for part in split_batches(heldout, MAX_TOKENS)]
 
     def measure() -> float:
         values = _of_student(knobs.stored_parameters())
@@ -82,11 +82,9 @@ def tune(
         return divergences(student, values, batch, features, reference).mean()
 
     def told(step: int, kl: float) -> None:
-        progress(f"tuning, step {step}/{recipe.tuning_steps}, held-out KL {kl:.4f}")
+        progress(f"tuning, step {step}/{len(batches)}, held-out KL {kl:.4f}")
 
-    before, after, steps = find_best(
-        knobs, samples[0], loss, measure, recipe.tuning_steps, recipe, told
-    )
+    before, after, steps = find_best(knobs, batches, loss, measure, recipe, told)
     return Tuned(*knobs.stored(), before, after, steps)
 
 

@@ -229,12 +229,13 @@ class Bench:
         """Tune a quantized decoder against the dense model, which is asked once."""
         data = self._data
         if self._reference is None:
-            everything = length_batches(data.all, self._batches[0].token_ids.device)
+            samples, device = [*data.all, *data.swapped], self._batches[0].token_ids.device
+            everything = length_batches(samples, device)
             with torch.no_grad():
                 self._reference = ask_teacher(self._dense(), everything, self._features)
-        samples = ([*data.train, *data.swapped], data.heldout)
         recipe = dataclasses.replace(self._recipe, seed=row.seed, tuning_steps=row.tuning_steps)
-        tune_decoder(graph, results, self._reference, samples, self._features, recipe, progress)
+        shown = data.tuning_batches(recipe), data.heldout
+        tune_decoder(graph, results, self._reference, shown, self._features, recipe, progress)
 
     def _dense(self) -> CausalLM:
         return fill_model(self._source, self._device)

@@ -83,7 +83,7 @@ def tune_decoder(
     model: CausalLM,
     results: Mapping[str, Quantized],
     reference: Reference,
-    samples: tuple[Sequence[Sample], Sequence[Sample]],
+    samples: tuple[Sequence[list[Sample]], Sequence[Sample]],
     features: Features,
     recipe: QuantRecipe,
     progress: Callable[[str], None],
@@ -93,18 +93,18 @@ def tune_decoder(
     Args:
         model: the quantized model; matrices, norms and biases of its decoder are replaced.
         results: its quantized matrices by name.
-        reference: what the unquantized model says about all samples.
-        samples: to train on; held out.
+        reference: what the unquantized model says about these samples.
+        samples: batches to train on, one a step; held out, to choose the step that is kept.
         features: rows of every picture.
-        recipe: steps and step sizes.
+        recipe: step sizes.
         progress: told what happens, in words.
 
     Returns:
         KL on the held-out samples before and after.
     """
-    device = reference.head.device
+    device, (batches, heldout) = reference.head.device, samples
     student, knobs = Student(model), _Knobs(model, results)
-    held = [make_batch(part, device) for part in split_batches(samples[1], MAX_TOKENS)]
+    held = [make_batch(part, device) for part in split_batches(heldout, MAX_TOKENS)]
 
     @torch.no_grad()
     def measure() -> float:
@@ -116,11 +116,9 @@ def tune_decoder(
         return divergences(student, values, make_batch(part, device), features, reference).mean()
 
     def told(step: int, kl: float) -> None:
-        progress(f"tuning, step {step}/{recipe.tuning_steps}, held-out KL {kl:.4f}")
+        progress(f"tuning, step {step}/{len(batches)}, held-out KL {kl:.4f}")
 
-    before, after, _ = find_best(
-        knobs, samples[0], loss, measure, recipe.tuning_steps, recipe, told
-    )
+    before, after, _ = find_best(knobs, batches, loss, measure, recipe, told)
     with torch.no_grad():
         for name, value in knobs.parameters(stored=True).items():
             model.get_parameter(name).copy_(value)
