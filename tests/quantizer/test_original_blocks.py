@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from mgvq_quantizer import stream
 from mgvq_quantizer.batches import (
     TokenBatch,
     decoder_runs,
@@ -16,6 +17,7 @@ from mgvq_quantizer.batches import (
     make_batch,
     unique_pictures,
 )
+from mgvq_quantizer.bias_correction import mean_error
 from mgvq_quantizer.dataset import read_data
 from mgvq_quantizer.original_blocks import ADDERS, OriginalBlocks
 from mgvq_quantizer.pipeline import quantize
@@ -130,6 +132,28 @@ def test_states_miss_the_original_ones_by_less(dense: Path, tmp_path: Path) -> N
         quantize(dense, output, replace(UNTUNED, mismatch=share), show_progress=False)
         misses.append(float((states_of(model_of(output), batches) - truth).norm() / truth.norm()))
     assert misses[1] < 0.95 * misses[0]
+
+
+def test_a_bias_makes_up_for_what_rounding_the_moved_weight_loses(
+    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    targets = []
+
+    def shift(weight: torch.Tensor, *_: object) -> torch.Tensor:
+        return torch.full_like(weight, 0.125, dtype=torch.float64)
+
+    def note(weight: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
+        targets.append(weight)
+        return mean_error(weight, *rest)
+
+    monkeypatch.setattr(stream, "mismatch_shift", shift)
+    monkeypatch.setattr(stream, "mean_error", note)
+    quantize(dense, tmp_path / "moved", UNTUNED, show_progress=False)
+    model = model_of(dense)
+    for i in range(len(model.model.layers)):
+        weight = model.model.layers[i].self_attn.qkv_proj.weight
+        moved = weight + 0.125
+        assert any(t.shape == moved.shape and torch.equal(t, moved) for t in targets)
 
 
 def test_a_stopped_run_goes_on_to_the_same_bytes(
