@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 
 from mgvq_quantizer import evaluate_cli
@@ -186,6 +187,12 @@ def test_the_plot_has_a_panel_for_tuning_and_one_for_ablations(tmp_path: Path) -
     with Image.open(tmp_path / "1.png") as picture:
         assert picture.size == (1200, 720), "nothing to compare an ablation with"
     plot.plot([], tmp_path / "none.png")
+    axes = Figure().subplots()
+    lines = [line for line in tables.lines_of(rows) if line.target == 3.0 and not line.tuning_steps]
+    plot._ablations(axes, lines, ["uniform"], [("MGVQ", 2.0), ("MGVQ", 3.0)])
+    ((mark,), (label,)) = axes.get_legend_handles_labels()
+    assert label == "MGVQ changed, 3 bits"
+    assert mark.lines[0].get_color() == "C1", "its own, though 2 bits are not in this panel"
     whole, changed = (
         next(line for line in tables.lines_of(rows) if line.label == label)
         for label in ("MGVQ", "MGVQ, uniform")

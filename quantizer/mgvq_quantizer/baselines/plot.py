@@ -52,6 +52,7 @@ def plot(rows: Sequence[Row], file: Path) -> None:
     curves = [line for line in lines if line not in ablations]
     found = {_CHANGED[_name(line)].change for line in ablations}
     changes = [change for change in CHANGES if change in found]
+    wholes = sorted({(_base(line), line.target) for line in ablations})
     figure = Figure(figsize=(6.0 * len(steps) + 2.0, 9.6 if changes else 4.8), dpi=150)
     figure.set_layout_engine("constrained")
     panels = figure.subplots(1 + bool(changes), len(steps), squeeze=False, sharey="row")
@@ -61,7 +62,8 @@ def plot(rows: Sequence[Row], file: Path) -> None:
         _curves(panels[0, column], [x for x in curves if x.tuning_steps == number], names)
         panels[0, column].set_title(title)
         if changes:
-            _ablations(panels[1, column], [x for x in lines if x.tuning_steps == number], changes)
+            shown = [line for line in lines if line.tuning_steps == number]
+            _ablations(panels[1, column], shown, changes, wholes)
             panels[1, column].set_title(f"{OURS} with one change, {title}")
             panels[1, column].set_visible(any(x.tuning_steps == number for x in ablations))
     panels[0, 0].set_ylabel("KL from the unquantized model, nats a token")
@@ -119,18 +121,24 @@ def _curves(axes: Axes, lines: Sequence[Line], names: Sequence[str]) -> None:
     axes.grid(visible=True, which="both", alpha=0.25)
 
 
-def _ablations(axes: Axes, lines: Sequence[Line], changes: Sequence[str]) -> None:
-    """One row a change, one mark a whole and rate: KL as a multiple of that whole's."""
-    wholes = {(_name(line), line.target): line for line in lines if line.kl > 0}
+def _ablations(
+    axes: Axes, lines: Sequence[Line], changes: Sequence[str], wholes: Sequence[tuple[str, float]]
+) -> None:
+    """One row a change, one mark a whole and rate: KL as a multiple of that whole's.
+
+    The place of whole and rate in `wholes` decides colour and marker.
+    """
+    there = {(_name(line), line.target): line for line in lines if line.kl > 0}
     groups: dict[tuple[str, float], list[tuple[int, float, float]]] = {}
     for line in lines:
         variant = _variant(line)
-        if variant is not None and (key := (variant.base, line.target)) in wholes:
+        if variant is not None and (key := (variant.base, line.target)) in there:
             place = changes.index(variant.change)
-            groups.setdefault(key, []).append((place, *_multiple(line, wholes[key])))
-    for i, (whole, target) in enumerate(sorted(groups)):
-        places, multiples, spreads = zip(*groups[whole, target], strict=True)
-        shift = 0.2 * (i - (len(groups) - 1) / 2)
+            groups.setdefault(key, []).append((place, *_multiple(line, there[key])))
+    for (whole, target), marks in groups.items():
+        places, multiples, spreads = zip(*marks, strict=True)
+        i = wholes.index((whole, target))
+        shift = 0.6 / len(wholes) * (i - (len(wholes) - 1) / 2)
         axes.errorbar(
             multiples,
             [place + shift for place in places],
