@@ -20,6 +20,8 @@ from mgvq_kernels.packing import pack
 from tests.kernels.random_weights import MIXED, oracle, random_weight
 
 REFERENCE_ERROR = 1e-6
+MOST_ROWS = dispatch.LOOKUP_ROWS if cpu.HAS_BYTE_PERMUTE else dispatch.GATHER_ROWS
+"""Rows of x that are looked up on this processor; more are multiplied by a decoded matrix."""
 LOOKUP_ERROR = 2e-4
 """16-bit partial sums: measured 3e-5 to 6e-5 on random data."""
 DTYPE_ERROR = {torch.float32: LOOKUP_ERROR, torch.float16: 1e-3, torch.bfloat16: 5e-3}
@@ -122,9 +124,9 @@ def test_one_hot_rows_recover_columns(mixed: tuple[VQWeight, np.ndarray]) -> Non
     """The best test of indexing: every input channel, alone, gives its own column."""
     weight, truth = mixed
     packed = pack(weight, "cpu")
-    for first in range(0, 424, dispatch.GATHER_ROWS):
-        x = torch.eye(424)[first : first + dispatch.GATHER_ROWS]
-        columns = truth[:, first : first + dispatch.GATHER_ROWS].T
+    for first in range(0, 424, MOST_ROWS):
+        x = torch.eye(424)[first : first + MOST_ROWS]
+        columns = truth[:, first : first + MOST_ROWS].T
         y = ops.vq_linear(x, packed).double().numpy()
         assert np.abs(y - columns).max() <= 1e-4 * np.abs(truth).max()
 
@@ -167,7 +169,7 @@ def test_poison_stays_in_its_row(poison: float, mixed: tuple[VQWeight, np.ndarra
 def test_repeats_and_batches_are_bitwise_equal(mixed: tuple[VQWeight, np.ndarray]) -> None:
     """20 repeats agree, and a row's result does not depend on the rows beside it."""
     packed = pack(mixed[0], "cpu")
-    x = torch.randn(dispatch.GATHER_ROWS, 424)
+    x = torch.randn(MOST_ROWS, 424)
     first = ops.vq_linear(x, packed)
     assert all(torch.equal(ops.vq_linear(x, packed), first) for _ in range(20))
     for i in range(x.shape[0]):
