@@ -9,6 +9,7 @@ they are kept in files: results on one set of answers can stand beside each othe
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -137,8 +138,11 @@ def converse(folder: Path, questions: Sequence[str]) -> str:
 
 def main() -> int:
     """Run the command."""
+    parser = argparse.ArgumentParser(description="Let SmolLM2 answer all prompts anew.")
+    parser.add_argument("model", type=Path, help="folder that `smollm2` wrote")
+    model: Path = parser.parse_args().model
     for file, is_judged in ((CALIBRATION, False), (JUDGED, True)):
-        file.write_text(converse(Path(sys.argv[1]), prompts(is_judged)))
+        file.write_text(converse(model, prompts(is_judged)))
     return 0
 
 

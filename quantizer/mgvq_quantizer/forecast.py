@@ -254,7 +254,7 @@ def _facts(data: Data, assumed: str) -> dict[str, Any]:
         "assumed": assumed,
         "conversations": len(data.train),
         "heldout": len(data.heldout),
-        "tokens": Reading.of([*data.train, *data.heldout]).tokens,
+        "tokens": Reading.of(data.all).tokens,
         "pictures": len(unique_pictures(data.all)),
     }
 

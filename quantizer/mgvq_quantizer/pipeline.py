@@ -224,7 +224,7 @@ def _round(residence: Residence, recipe: QuantRecipe, work: Work, data: Data, ba
         originals = OriginalBlocks(calls)
     states = None
     if recipe.block_steps:
-        states = decoder_states(graph, [*data.train, *data.heldout], features)
+        states = decoder_states(graph, data.all, features)
     residence.settle(plans, stream.solutions)
     if any(name.startswith("visual.") for name in plans):
         stream.vision(list(picture_batches(shown)), device)

@@ -65,7 +65,7 @@ def rows_of(x: Tensor) -> Tensor:
 
 
 def checked_moment(name: str, moment: Tensor | None) -> Tensor:
-    """Return the second moment of a matrix's inputs.
+    """Return a mean of products with a matrix's inputs, as `Products` found it.
 
     Raises:
         CalibrationError: if nothing entered the matrix, or something not finite.
