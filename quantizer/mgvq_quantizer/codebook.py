@@ -58,6 +58,15 @@ class Codebook:
         """`[256, d]` float32: entries times scale."""
         return self.entries.float() * self.scale
 
+    def drawn_out(self, factor: float) -> Codebook:
+        """Return the table with every entry so many times as large."""
+        return Codebook(self.entries, torch.tensor(self.scale * factor).item())
+
+
+def vectors_of(matrix: Tensor, d: int) -> Tensor:
+    """Return the vectors `[I/d, O, d]` of every `d` columns of a matrix `[O, I]`."""
+    return matrix.view(matrix.shape[0], -1, d).transpose(0, 1).contiguous()
+
 
 def snap(values: Tensor) -> Codebook:
     """Put a float table on the int8 grid that just holds its largest entry.

@@ -123,6 +123,7 @@ class Stages:
         inner: Tensor,
         codes: Tensor,
         sweeps: int,
+        kept: float,
         *,
         keep_better: bool,
     ) -> Tensor:
@@ -134,6 +135,7 @@ class Stages:
             inner: `[w, w]` float32: how much of a block's new error the ones before it absorb.
             codes: `[O, w/b, V]` int64; overwritten.
             sweeps: rounds of coordinate descent over a block's vectors.
+            kept: what goals are divided by before codewords are looked for.
             keep_better: keep old codes where the new ones are no better.
 
         Returns:
@@ -147,7 +149,8 @@ class Stages:
         matrix = inner.contiguous().numpy()
 
         def run(start: int, stop: int) -> None:
-            _choose(start, stop, first, rounds, keep_better, arrays, matrix, self._band)
+            settings = first, rounds, keep_better, np.float32(kept)
+            _choose(start, stop, settings, arrays, matrix, self._band)
 
         over_threads(run, 0, O, 1, codes.numel() >= _MANY_SEARCHES)
         return forms
@@ -260,20 +263,27 @@ def _encode(goal, turns, new, picked, wanted, scores, block, band):  # type: ign
 
 @compile_cached
 def _choose(  # type: ignore[no-untyped-def]
-    start, stop, first, turns, keep_better, columns, inner, band
+    start, stop, settings, columns, inner, band
 ):
+    first, turns, keep_better, kept = settings
     weight, goal, value, error, codes, forms = columns
     metrics = band[2]
     b = metrics.shape[1]
     scores = np.empty(band[4].shape[2], np.float32)
-    new, wanted = np.empty(b, np.float32), np.empty(b, np.float32)
+    new, wanted, sought = (
+        np.empty(b, np.float32),
+        np.empty(b, np.float32),
+        np.empty(b, np.float32),
+    )
     picked = np.empty(codes.shape[2], np.int64)
     for row in range(start, stop):
         forms[row] = 0.0
         for j in range(codes.shape[1] - 1, -1, -1):
             begin, end, block = j * b, (j + 1) * b, first + j
             aim = goal[row, begin:end]
-            _encode(aim, turns, new, picked, wanted, scores, block, band)
+            for i in range(b):
+                sought[i] = aim[i] / kept
+            _encode(sought, turns, new, picked, wanted, scores, block, band)
             form = _form(aim, new, metrics[block])
             if keep_better:
                 old = _form(aim, value[row, begin:end], metrics[block])

@@ -27,6 +27,8 @@ from mgvq_quantizer.codebook import DESCENT_SWEEPS, Tables, assign, compiled_sea
 from mgvq_quantizer.ldl import BlockLDL, Run
 from mgvq_quantizer.trellis_search import assign_trellis, whole_segments
 
+_KEPT_AT_ONE_BIT = {"lookup": 0.69, "trellis": 0.75}
+"""By codec, of normal values; tables of lookups trained on them."""
 BUFFER = 64
 """Columns whose mutual feedback is applied at once; beyond them it is one matmul a buffer."""
 
@@ -99,6 +101,18 @@ def descent_feedback(factors: BlockLDL) -> Feedback:
     return Feedback((torch.cat(couplings, dim=1) - eye).float(), tuple(metrics))
 
 
+def kept_shares(layout: VQLayout) -> list[float]:
+    """Return [band] what its tables are drawn out by the inverse of, 1 for those that are not.
+
+    By least squares a code reproduces a value smaller than it is: its regression on the value has
+    a slope of one less the distortion, at one bit .75 of a trellis. Bands of one bit lie in the
+    quiet channels, all of which would shrink together. Drawn out, and with goals divided by the
+    slope before codes are looked for, they have a slope of one and lose a third more.
+    """
+    share = _KEPT_AT_ONE_BIT[layout.codec]
+    return [share if band.rate == 1 else 1.0 for band in layout.bands]
+
+
 def empty(weight: Tensor, tables: Tables, widths: Sequence[int]) -> Rounded:
     """Return the state before the first pass: no codes chosen, value zero.
 
@@ -126,6 +140,7 @@ def sweep(
     *,
     keep_better: bool = False,
     rates: Sequence[int] = (),
+    kept: Sequence[float] = (),
 ) -> float:
     """Choose the codes of every block once, last block first.
 
@@ -135,8 +150,10 @@ def sweep(
         tables: [band][stage] `[256, d]` float32.
         feedback: couplings and metrics of the pass.
         keep_better: keep a row's old codes in a block where the new ones are no better (descent);
-            those of a whole segment of rows where codes are a trellis.
+            those of a whole segment of rows where codes are a trellis; those of all bands that are
+            drawn out, whose codes it would shrink again.
         rates: [band]: the bits a weight of a trellis, 0 for lookups; empty stands for lookups only.
+        kept: [band]: of `kept_shares`, if tables are drawn out by them; empty if they are not.
 
     Returns:
         `sum_j tr(eta_j M_j eta_j^T)` over the residuals that were left. For block-LDL rounding this
@@ -146,12 +163,15 @@ def sweep(
     loss = 0.0
     end = weight.shape[1]
     compiled = weight.is_cpu and ops.has_numba()
-    rates = rates or [0] * len(tables)
-    for codes, books, metrics, rate in zip(
-        *map(reversed, (rounded.codes, tables, feedback.metrics, rates)), strict=True
+    rates, kept = rates or [0] * len(tables), kept or [1.0] * len(tables)
+    for codes, books, metrics, rate, share in zip(
+        *map(reversed, (rounded.codes, tables, feedback.metrics, rates, kept)), strict=True
     ):
         nb, b, _ = metrics.shape
         first = end - nb * b
+        if keep_better and share < 1:
+            end = first
+            continue
         compile_it = compiled and not rate
         stages = compiled_search().Stages.of_band(books, metrics) if compile_it else None
         per_buffer = max(1, BUFFER // b)
@@ -167,9 +187,9 @@ def sweep(
                 [_vectors_of(code, blocks, nb) for code in codes],
             )
             if stages is None:
-                loss += _choose(buffer, blocks, inner, books, metrics, keep_better, rate)
+                loss += _choose(buffer, blocks, inner, books, metrics, keep_better, rate, share)
             else:
-                loss += _choose_compiled(buffer, blocks, inner, stages, keep_better)
+                loss += _choose_compiled(buffer, blocks, inner, stages, keep_better, share)
         end = first
     return loss
 
@@ -197,14 +217,14 @@ def _vectors_of(code: Tensor, blocks: range, all_blocks: int) -> Tensor:
 
 
 def _choose_compiled(
-    buffer: _Buffer, blocks: range, inner: Tensor, stages: Any, keep_better: bool
+    buffer: _Buffer, blocks: range, inner: Tensor, stages: Any, keep_better: bool, kept: float
 ) -> float:
     """Choose the codes of a buffer, last block first, in compiled code."""
     O = len(buffer.weight)  # noqa: E741
     by_block = [code.reshape(O, len(blocks), -1) for code in buffer.codes]
     codes = torch.cat(by_block, dim=2).contiguous()  # [O, blocks, vectors]
     forms = stages.choose(
-        blocks.start, buffer, inner, codes, DESCENT_SWEEPS, keep_better=keep_better
+        blocks.start, buffer, inner, codes, DESCENT_SWEEPS, kept, keep_better=keep_better
     )
     chosen = torch.split(codes, [part.shape[2] for part in by_block], dim=2)
     for code, new in zip(buffer.codes, chosen, strict=True):
@@ -220,6 +240,7 @@ def _choose(
     metrics: Tensor,
     keep_better: bool,
     rate: int,
+    kept: float,
 ) -> float:
     """Choose the codes of a buffer, last block first; return the sum of the forms."""
     b = metrics.shape[1]
@@ -230,7 +251,7 @@ def _choose(
         codes = [_vectors_of(code, range(j, j + 1), len(blocks)) for code in buffer.codes]
         metric = metrics[blocks[j]]
         goal = buffer.goal[:, here]
-        loss += _round_block(goal, codes, value, tables, metric, keep_better, rate)
+        loss += _round_block(goal, codes, value, tables, metric, keep_better, rate, kept)
         left = buffer.weight[:, here] - value
         buffer.goal[:, ahead].addmm_(left - buffer.error[:, here], inner[here, ahead])
         buffer.error[:, here] = left
@@ -245,10 +266,12 @@ def _round_block(
     metric: Tensor,
     keep_better: bool,
     rate: int,
+    kept: float,
 ) -> float:
     """Choose codes and value of a block for the goal `[O, b]`; return its form."""
+    sought = goal / kept
     chosen, new = (
-        assign_trellis(goal, metric, tables, rate) if rate else assign(goal, metric, tables)
+        assign_trellis(sought, metric, tables, rate) if rate else assign(sought, metric, tables)
     )
     form = _form(goal - new, metric)  # [O]
     better = torch.ones_like(form, dtype=torch.bool)

@@ -5,7 +5,8 @@ tables of one name are one table, in one matrix or in several. The feedback of r
 all bands. Rows are divided by their scales (root mean square at first); then rounding, coordinate
 descent, least-squares refit of the tables and of the scales take turns and the best state is kept.
 The objective is `tr(E A E^T)` over the divided rows: equal relative error for every output; or
-`tr(B E A E^T)` where a problem brings a curvature `B` of its outputs (`two_sided`).
+`tr(B E A E^T)` where a problem brings a curvature `B` of its outputs (`two_sided`). Bands of one
+bit are drawn out beyond that (`rounding.kept_shares`).
 Not here: where `A`, the second moment, and `B` come from, the order of channels (`ordering`),
 files, models.
 
@@ -33,6 +34,7 @@ from mgvq_quantizer.codebook import (
     refit_codebooks,
     snap,
     train_codebook,
+    vectors_of,
 )
 from mgvq_quantizer.ldl import factorize
 from mgvq_quantizer.recipe import QuantRecipe
@@ -42,6 +44,7 @@ from mgvq_quantizer.rounding import (
     blocks_of,
     descent_feedback,
     empty,
+    kept_shares,
     ldl_feedback,
     sweep,
 )
@@ -224,8 +227,7 @@ def _first_books(
             pieces.setdefault(tuple(names), []).append(_Piece(member, b))
     books: dict[str, Codebook] = {}
     for names, parts in pieces.items():
-        trained = _band_books(parts, recipe, generator)
-        books.update(zip(names, trained, strict=True))
+        books |= zip(names, _band_books(parts, recipe, generator), strict=True)
     return books
 
 
@@ -249,11 +251,12 @@ def _band_books(
     first = pieces[0].member.layout
     O = first.out_features  # noqa: E741
     stage = first.bands[pieces[0].band].stages[0]
+    kept = kept_shares(first)[pieces[0].band]
     if stage.codec == "trellis":
         parts = [piece.member.target()[:, piece.columns] for piece in pieces]
         moments = [piece.member.hessian.diagonal()[piece.columns] for piece in pieces]
         tail = tail_of(torch.cat(parts, dim=1), torch.cat(moments))
-        return [first_table(stage.rate, stage.window, tail, generator)]
+        return [first_table(stage.rate, stage.window, tail, generator).drawn_out(1 / kept)]
     dims = [stage.vector_dim for stage in first.bands[pieces[0].band].stages]
     widths = [piece.columns.stop - piece.columns.start for piece in pieces]
     vectors_a_row = sum(widths) // min(dims)
@@ -264,7 +267,7 @@ def _band_books(
         metrics = torch.cat(
             [_metrics(p.member, p.band, d) * (p.member.to_energy * O) for p in pieces]
         )
-        vectors = torch.cat([_vectors(part, d) for part in left])
+        vectors = torch.cat([vectors_of(part, d) for part in left])
         book = train_codebook(vectors, metrics, recipe.codebook_iterations, generator)
         codes = nearest(vectors, book.values, metrics)
         values = torch.split(book.values[codes], [width // d for width in widths])
@@ -273,20 +276,20 @@ def _band_books(
             for part, v in zip(left, values, strict=True)
         ]
         books.append(book)
-    return books
+    return [book.drawn_out(1 / kept) for book in books]
 
 
 def _assign(member: _Member, books: Books, descent_sweeps: int) -> None:
     """Round from scratch, check the loss identity, then descend."""
     target, tables, rows = member.target(), _values(member, books), member.rows
-    rates = trellis_rates(member.layout)
+    rates, kept = trellis_rates(member.layout), kept_shares(member.layout)
     rounded = empty(target, tables, [band.width for band in member.layout.bands])
     member.rounded = rounded
     if rows is None:
-        residual = sweep(target, rounded, tables, member.rounding, rates=rates)
+        residual = sweep(target, rounded, tables, member.rounding, rates=rates, kept=kept)
         shaped = target - rounded.value
     else:
-        residual = round_rows(target, rounded, tables, member.rounding, rows)
+        residual = round_rows(target, rounded, tables, member.rounding, rows, kept)
         shaped = rows.lower.T @ (target - rounded.value)
     loss = form(shaped, member.hessian, None)
     floor = 1e-6 / member.to_energy
@@ -297,9 +300,9 @@ def _assign(member: _Member, books: Books, descent_sweeps: int) -> None:
         )
     for _ in range(descent_sweeps):
         if rows is None:
-            sweep(target, rounded, tables, member.descent, keep_better=True, rates=rates)
+            sweep(target, rounded, tables, member.descent, keep_better=True, rates=rates, kept=kept)
         else:
-            descend_rows(target, rounded, tables, member.descent, rows, member.hessian)
+            descend_rows(target, rounded, tables, member.descent, rows, member.hessian, kept)
 
 
 def _refit_books(members: Sequence[_Member], books: Books) -> dict[str, Codebook]:
@@ -311,7 +314,10 @@ def _refit_books(members: Sequence[_Member], books: Books) -> dict[str, Codebook
         {name: book.values for name, book in books.items()},
         outputs=[member.outputs for member in members],
     )
-    new = {name: snap(table) for name, table in refitted.items()}
+    new: dict[str, Codebook] = {}
+    for member in members:
+        for names, kept in zip(member.names, kept_shares(member.layout), strict=True):
+            new |= {name: snap(refitted[name]).drawn_out(1 / kept) for name in names}
     for member in members:
         member.rounded.value = decode(member.rounded.codes, _values(member, new))
     return new
@@ -370,11 +376,6 @@ def _metrics(member: _Member, band: int, d: int) -> Tensor:
     nb, b, _ = metrics.shape
     blocks = metrics.view(nb, b // d, d, b // d, d)
     return blocks.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2).reshape(-1, d, d)
-
-
-def _vectors(matrix: Tensor, d: int) -> Tensor:
-    """`[I/d, O, d]`: the vectors of every block of columns."""
-    return matrix.view(matrix.shape[0], -1, d).transpose(0, 1).contiguous()
 
 
 def _values(member: _Member, books: Books) -> Tables:

@@ -31,6 +31,7 @@ from mgvq_quantizer.ldl import damp, without_dead_inputs
 from mgvq_quantizer.ordering import channel_order
 from mgvq_quantizer.original_blocks import Missing, OriginalBlocks
 from mgvq_quantizer.recipe import QuantRecipe
+from mgvq_quantizer.rounding import kept_shares
 from mgvq_quantizer.shift import mismatch_shift
 from mgvq_quantizer.solver import Problem, Solution, solve
 from mgvq_quantizer.statistics import (
@@ -301,9 +302,12 @@ class Stream:
         """Return the tables of a matrix that others read too; those of a trellis stay untrained."""
         if plan.layout.codec == "lookup":
             return {name: self.books[name] for band in plan.tables for name in band}
+        bands = plan.tables, plan.layout.bands, plan.tails, kept_shares(plan.layout)
         return {
-            name: first_table(stage.rate, stage.window, tail, seeded(self.recipe.seed, name))
-            for (name,), band, tail in zip(plan.tables, plan.layout.bands, plan.tails, strict=True)
+            name: first_table(
+                stage.rate, stage.window, tail, seeded(self.recipe.seed, name)
+            ).drawn_out(1 / kept)
+            for (name,), band, tail, kept in zip(*bands, strict=True)
             for stage in band.stages
         }
 

@@ -12,6 +12,7 @@ Source: method memo C.4; YAQA (Cornell-RelaxML/yaqa).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -57,7 +58,12 @@ def row_feedback(B: Tensor, rows: int = ROWS) -> RowFeedback:
 
 
 def round_rows(
-    weight: Tensor, rounded: Rounded, tables: Tables, columns: Feedback, rows: RowFeedback
+    weight: Tensor,
+    rounded: Rounded,
+    tables: Tables,
+    columns: Feedback,
+    rows: RowFeedback,
+    kept: Sequence[float] = (),
 ) -> float:
     """Choose all codes once, from the last block of rows and columns to the first.
 
@@ -67,6 +73,7 @@ def round_rows(
         tables: [band][stage] `[256, d]` float32.
         columns: of `ldl_feedback`.
         rows: feedback between rows.
+        kept: as in `sweep`.
 
     Returns:
         `tr(F A F^T)` with `F = L_B^T E`: the sum of the residuals' forms.
@@ -76,7 +83,7 @@ def round_rows(
     for block in reversed(rows.blocks):
         carried = rows.lower[block.stop :, block].T @ error[block.stop :]
         part = _rows(rounded, block)
-        loss += sweep(weight[block] + carried, part, tables, columns)
+        loss += sweep(weight[block] + carried, part, tables, columns, kept=kept)
         error[block] = weight[block] - part.value
     return loss
 
@@ -88,6 +95,7 @@ def descend_rows(
     columns: Feedback,
     rows: RowFeedback,
     A: Tensor,
+    kept: Sequence[float] = (),
 ) -> None:
     """Choose the codes of each block of rows again where that lowers `tr(B E A E^T)`.
 
@@ -98,6 +106,7 @@ def descend_rows(
         columns: of `descent_feedback`.
         rows: feedback between rows.
         A: `[I, I]` float32.
+        kept: as in `sweep`.
     """
     error = weight - rounded.value
     for block in reversed(rows.blocks):
@@ -106,7 +115,7 @@ def descend_rows(
         target = weight[block] + torch.linalg.solve(own, pull)
         part = _rows(rounded, block)
         trial = part.copy()
-        sweep(target, trial, tables, columns, keep_better=True)
+        sweep(target, trial, tables, columns, keep_better=True, kept=kept)
         if form(target - trial.value, A, own) < form(target - part.value, A, own):
             part.take(trial)
             error[block] = weight[block] - part.value

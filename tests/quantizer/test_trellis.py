@@ -20,6 +20,7 @@ from mgvq_quantizer import allocation, solver, trellis_search
 from mgvq_quantizer.codebook import decode, entries_of
 from mgvq_quantizer.pipeline import quantize
 from mgvq_quantizer.recipe import QuantRecipe
+from mgvq_quantizer.rounding import kept_shares
 from mgvq_quantizer.solver import Problem, solve
 from mgvq_quantizer.trellis_search import (
     COMMON_TAIL,
@@ -52,6 +53,15 @@ def test_the_distortion_of_a_gaussian_is_the_known_one(rate: int, known: float) 
     entries = encode(goal, torch.ones(8), table, rate)
     error = float((goal - table[:, 0][entries]).square().mean())
     assert error == pytest.approx(known, rel=0.06)
+
+
+def test_one_bit_drawn_out_is_the_value_on_average_and_loses_a_third_more() -> None:
+    goal = torch.randn(512, 8, generator=seeded(0))
+    (kept,) = kept_shares(VQLayout.uniform(512, 8, 1, codec="trellis"))
+    table = first_table(1, 12, COMMON_TAIL, seeded(1)).drawn_out(1 / kept).values
+    value = table[:, 0][encode(goal / kept, torch.ones(8), table, 1)]
+    assert float((goal * value).sum() / goal.square().sum()) == pytest.approx(1.0, abs=0.01)
+    assert float((goal - value).square().mean()) == pytest.approx(0.28 / 0.75, rel=0.03)
 
 
 @pytest.mark.parametrize("rate", [1, 2, 4])
