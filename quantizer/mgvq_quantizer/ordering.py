@@ -27,7 +27,11 @@ TRIAL_ROWS = 256
 def quick(recipe: QuantRecipe) -> QuantRecipe:
     """Return the recipe of a trial, which is compared with other trials and then forgotten."""
     return dataclasses.replace(
-        recipe, refit_rounds=1, descent_sweeps=0, codebook_iterations=_TRIAL_ITERATIONS
+        recipe,
+        refit_rounds=1,
+        descent_sweeps=0,
+        codebook_iterations=_TRIAL_ITERATIONS,
+        draw_out=False,
     )
 
 

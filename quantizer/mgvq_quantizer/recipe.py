@@ -66,6 +66,7 @@ ROUNDING_ONLY = (
     "max_pictures",
     "refit_rounds",
     "descent_sweeps",
+    "draw_out",
     "max_codebook_overhead",
     "permute",
     "bias_correction",
@@ -146,6 +147,10 @@ class QuantRecipe:
     """Rounds of re-assignment and least-squares refit of codebooks and row scales."""
     descent_sweeps: int = 2
     """Coordinate descent passes over the codes after each assignment."""
+    draw_out: bool = False
+    """Store values that are as large as the original ones on average, not smaller ones that lose
+    the least squares: where few bits lose little, as on the demonstration model, errors along the
+    weights cost the most; where they lose much, as on SmolLM2, it does harm."""
     max_codebook_overhead: float = 0.05
     """Bits a weight a matrix may spend on tables of its own; above it they are shared by kind."""
     channel_classes: bool = False
@@ -237,6 +242,11 @@ class QuantRecipe:
     def gated(self) -> bool:
         """Whether decoder matrices are rounded in several ways, of which the best is kept."""
         return self.two_sided or self.gradient_shift
+
+    @property
+    def descents(self) -> int:
+        """Descent passes a rounding takes: none over drawn out values, which they would draw in."""
+        return 0 if self.draw_out else self.descent_sweeps
 
     @property
     def has_row_parts(self) -> bool:

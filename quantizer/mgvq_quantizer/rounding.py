@@ -27,8 +27,8 @@ from mgvq_quantizer.codebook import DESCENT_SWEEPS, Tables, assign, compiled_sea
 from mgvq_quantizer.ldl import BlockLDL, Run
 from mgvq_quantizer.trellis_search import assign_trellis, whole_segments
 
-_KEPT_AT_ONE_BIT = {"lookup": 0.69, "trellis": 0.75}
-"""By codec, of normal values; tables of lookups trained on them."""
+_KEPT_BY_LOOKUPS = {1: 0.69, 2: 0.905, 3: 0.967, 4: 0.991}
+"""By rate, of normal values in tables trained on them; 8 bits keep all."""
 BUFFER = 64
 """Columns whose mutual feedback is applied at once; beyond them it is one matmul a buffer."""
 
@@ -101,16 +101,23 @@ def descent_feedback(factors: BlockLDL) -> Feedback:
     return Feedback((torch.cat(couplings, dim=1) - eye).float(), tuple(metrics))
 
 
-def kept_shares(layout: VQLayout) -> list[float]:
-    """Return [band] what its tables are drawn out by the inverse of, 1 for those that are not.
+def kept_shares(layout: VQLayout, draw_out: bool) -> list[float]:
+    """Return [band] what its tables are drawn out by the inverse of: 1 where they are not.
 
     By least squares a code reproduces a value smaller than it is: its regression on the value has
-    a slope of one less the distortion, at one bit .75 of a trellis. Bands of one bit lie in the
-    quiet channels, all of which would shrink together. Drawn out, and with goals divided by the
-    slope before codes are looked for, they have a slope of one and lose a third more.
+    a slope of one less the distortion. Drawn out, and with goals divided by the slope before codes
+    are looked for, the slope is one and the squared error so many times as large.
+
+    Args:
+        layout: the bands.
+        draw_out: of the recipe.
     """
-    share = _KEPT_AT_ONE_BIT[layout.codec]
-    return [share if band.rate == 1 else 1.0 for band in layout.bands]
+    if not draw_out:
+        return [1.0] * len(layout.bands)
+    rates = [band.rate for band in layout.bands]
+    if layout.codec == "trellis":
+        return [1 - 4.0**-rate for rate in rates]
+    return [_KEPT_BY_LOOKUPS.get(rate, 1.0) for rate in rates]
 
 
 def empty(weight: Tensor, tables: Tables, widths: Sequence[int]) -> Rounded:
@@ -150,8 +157,7 @@ def sweep(
         tables: [band][stage] `[256, d]` float32.
         feedback: couplings and metrics of the pass.
         keep_better: keep a row's old codes in a block where the new ones are no better (descent);
-            those of a whole segment of rows where codes are a trellis; those of all bands that are
-            drawn out, whose codes it would shrink again.
+            those of a whole segment of rows where codes are a trellis.
         rates: [band]: the bits a weight of a trellis, 0 for lookups; empty stands for lookups only.
         kept: [band]: of `kept_shares`, if tables are drawn out by them; empty if they are not.
 
@@ -169,9 +175,6 @@ def sweep(
     ):
         nb, b, _ = metrics.shape
         first = end - nb * b
-        if keep_better and share < 1:
-            end = first
-            continue
         compile_it = compiled and not rate
         stages = compiled_search().Stages.of_band(books, metrics) if compile_it else None
         per_buffer = max(1, BUFFER // b)

@@ -5,8 +5,7 @@ tables of one name are one table, in one matrix or in several. The feedback of r
 all bands. Rows are divided by their scales (root mean square at first); then rounding, coordinate
 descent, least-squares refit of the tables and of the scales take turns and the best state is kept.
 The objective is `tr(E A E^T)` over the divided rows: equal relative error for every output; or
-`tr(B E A E^T)` where a problem brings a curvature `B` of its outputs (`two_sided`). Bands of one
-bit are drawn out beyond that (`rounding.kept_shares`).
+`tr(B E A E^T)` where a problem brings a curvature `B` of its outputs (`two_sided`).
 Not here: where `A`, the second moment, and `B` come from, the order of channels (`ordering`),
 files, models.
 
@@ -124,6 +123,7 @@ class _Member:
     scales: Tensor
     """`[O]` float32, every value a float16."""
     rounded: Rounded
+    kept: Sequence[float]
     rows: RowFeedback | None
     """Between the divided rows."""
 
@@ -171,7 +171,7 @@ def solve(
     best: tuple[Books, list[Tensor], list[Rounded]] | None = None
     for _ in range(recipe.refit_rounds):
         for member in members:
-            _assign(member, books, recipe.descent_sweeps)
+            _assign(member, books, recipe.descents)
         if not fixed:
             books = _refit_books(members, books)
         for member in members:
@@ -213,6 +213,7 @@ def _member(problem: Problem, recipe: QuantRecipe) -> _Member:
         descent=descent_feedback(factors),
         scales=scales,
         rounded=empty(weight, [], []),
+        kept=kept_shares(problem.layout, recipe.draw_out),
         rows=rows,
     )
 
@@ -248,19 +249,18 @@ def _band_books(
     pieces: Sequence[_Piece], recipe: QuantRecipe, generator: torch.Generator
 ) -> list[Codebook]:
     """Train one table a stage on a sample of rows; later stages on what the earlier ones left."""
-    first = pieces[0].member.layout
-    O = first.out_features  # noqa: E741
-    stage = first.bands[pieces[0].band].stages[0]
-    kept = kept_shares(first)[pieces[0].band]
+    member, band = pieces[0].member, pieces[0].band
+    O, stages = member.layout.out_features, member.layout.bands[band].stages  # noqa: E741
+    stage, kept = stages[0], member.kept[band]
     if stage.codec == "trellis":
         parts = [piece.member.target()[:, piece.columns] for piece in pieces]
         moments = [piece.member.hessian.diagonal()[piece.columns] for piece in pieces]
         tail = tail_of(torch.cat(parts, dim=1), torch.cat(moments))
         return [first_table(stage.rate, stage.window, tail, generator).drawn_out(1 / kept)]
-    dims = [stage.vector_dim for stage in first.bands[pieces[0].band].stages]
+    dims = [stage.vector_dim for stage in stages]
     widths = [piece.columns.stop - piece.columns.start for piece in pieces]
-    vectors_a_row = sum(widths) // min(dims)
-    rows = torch.randperm(O, generator=generator)[: max(1, MAX_TRAINING_VECTORS // vectors_a_row)]
+    some = max(1, MAX_TRAINING_VECTORS * min(dims) // sum(widths))
+    rows = torch.randperm(O, generator=generator)[:some]
     left = [p.member.target()[rows.to(p.member.weight.device), p.columns] for p in pieces]
     books: list[Codebook] = []
     for d in dims:
@@ -282,7 +282,7 @@ def _band_books(
 def _assign(member: _Member, books: Books, descent_sweeps: int) -> None:
     """Round from scratch, check the loss identity, then descend."""
     target, tables, rows = member.target(), _values(member, books), member.rows
-    rates, kept = trellis_rates(member.layout), kept_shares(member.layout)
+    rates, kept = trellis_rates(member.layout), member.kept
     rounded = empty(target, tables, [band.width for band in member.layout.bands])
     member.rounded = rounded
     if rows is None:
@@ -300,9 +300,9 @@ def _assign(member: _Member, books: Books, descent_sweeps: int) -> None:
         )
     for _ in range(descent_sweeps):
         if rows is None:
-            sweep(target, rounded, tables, member.descent, keep_better=True, rates=rates, kept=kept)
+            sweep(target, rounded, tables, member.descent, keep_better=True, rates=rates)
         else:
-            descend_rows(target, rounded, tables, member.descent, rows, member.hessian, kept)
+            descend_rows(target, rounded, tables, member.descent, rows, member.hessian)
 
 
 def _refit_books(members: Sequence[_Member], books: Books) -> dict[str, Codebook]:
@@ -316,7 +316,7 @@ def _refit_books(members: Sequence[_Member], books: Books) -> dict[str, Codebook
     )
     new: dict[str, Codebook] = {}
     for member in members:
-        for names, kept in zip(member.names, kept_shares(member.layout), strict=True):
+        for names, kept in zip(member.names, member.kept, strict=True):
             new |= {name: snap(refitted[name]).drawn_out(1 / kept) for name in names}
     for member in members:
         member.rounded.value = decode(member.rounded.codes, _values(member, new))

@@ -302,7 +302,8 @@ class Stream:
         """Return the tables of a matrix that others read too; those of a trellis stay untrained."""
         if plan.layout.codec == "lookup":
             return {name: self.books[name] for band in plan.tables for name in band}
-        bands = plan.tables, plan.layout.bands, plan.tails, kept_shares(plan.layout)
+        shares = kept_shares(plan.layout, self.recipe.draw_out)
+        bands = plan.tables, plan.layout.bands, plan.tails, shares
         return {
             name: first_table(
                 stage.rate, stage.window, tail, seeded(self.recipe.seed, name)

@@ -95,7 +95,6 @@ def descend_rows(
     columns: Feedback,
     rows: RowFeedback,
     A: Tensor,
-    kept: Sequence[float] = (),
 ) -> None:
     """Choose the codes of each block of rows again where that lowers `tr(B E A E^T)`.
 
@@ -106,7 +105,6 @@ def descend_rows(
         columns: of `descent_feedback`.
         rows: feedback between rows.
         A: `[I, I]` float32.
-        kept: as in `sweep`.
     """
     error = weight - rounded.value
     for block in reversed(rows.blocks):
@@ -115,7 +113,7 @@ def descend_rows(
         target = weight[block] + torch.linalg.solve(own, pull)
         part = _rows(rounded, block)
         trial = part.copy()
-        sweep(target, trial, tables, columns, keep_better=True, kept=kept)
+        sweep(target, trial, tables, columns, keep_better=True)
         if form(target - trial.value, A, own) < form(target - part.value, A, own):
             part.take(trial)
             error[block] = weight[block] - part.value

@@ -71,7 +71,7 @@ def test_bands_lower_the_error_at_the_same_bits_where_few_channels_carry_much(
     loud = torch.logspace(0, 3, 128, dtype=torch.float64)[torch.randperm(128, generator=seeded(8))]
     moment = moment * loud.sqrt()[:, None] * loud.sqrt()[None]
     errors = {}
-    for name, bands in {"uniform": [(128, 2)], "mixed": [(32, 1), (64, 2), (32, 3)]}.items():
+    for name, bands in {"uniform": [(128, 2)], "mixed": [(64, 1), (32, 2), (32, 4)]}.items():
         layout = mixed(192, bands)
         assert layout.code_bits() == 2 * 192 * 128
         weight = problem(moment, layout, 8).weight
@@ -80,7 +80,7 @@ def test_bands_lower_the_error_at_the_same_bits_where_few_channels_carry_much(
         solution = solve([case], RECIPE, seeded(1))[0]
         errors[name] = solution.error
         assert error_of(case, solution) == pytest.approx(solution.error, rel=1e-3)
-    assert errors["mixed"] < 0.85 * errors["uniform"], errors  # .0054 against .0075
+    assert errors["mixed"] < 0.85 * errors["uniform"], errors  # .0058 against .0076
 
 
 def test_a_permuted_weight_is_the_formula_of_the_format(correlated: Moment) -> None:

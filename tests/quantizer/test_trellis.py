@@ -55,13 +55,14 @@ def test_the_distortion_of_a_gaussian_is_the_known_one(rate: int, known: float) 
     assert error == pytest.approx(known, rel=0.06)
 
 
-def test_one_bit_drawn_out_is_the_value_on_average_and_loses_a_third_more() -> None:
+@pytest.mark.parametrize(("rate", "lost"), [(1, 0.28), (2, 0.0733), (3, 0.0198)])
+def test_drawn_out_entries_are_the_value_on_average_and_lose_more(rate: int, lost: float) -> None:
     goal = torch.randn(512, 8, generator=seeded(0))
-    (kept,) = kept_shares(VQLayout.uniform(512, 8, 1, codec="trellis"))
-    table = first_table(1, 12, COMMON_TAIL, seeded(1)).drawn_out(1 / kept).values
-    value = table[:, 0][encode(goal / kept, torch.ones(8), table, 1)]
+    (kept,) = kept_shares(VQLayout.uniform(512, 8, rate, codec="trellis"), draw_out=True)
+    table = first_table(rate, 12, COMMON_TAIL, seeded(1)).drawn_out(1 / kept).values
+    value = table[:, 0][encode(goal / kept, torch.ones(8), table, rate)]
     assert float((goal * value).sum() / goal.square().sum()) == pytest.approx(1.0, abs=0.01)
-    assert float((goal - value).square().mean()) == pytest.approx(0.28 / 0.75, rel=0.03)
+    assert float((goal - value).square().mean()) == pytest.approx(lost / kept, rel=0.06)
 
 
 @pytest.mark.parametrize("rate", [1, 2, 4])

@@ -37,6 +37,7 @@ CHANGES: Mapping[str, Mapping[str, Any]] = {
     "two-sided": {"two_sided": True},
     "gradient-shift": {"gradient_shift": True},
     "no-mismatch": {"mismatch": 0.0},
+    "draw-out": {"draw_out": True},
     "channel-classes": {"channel_classes": True},
     "block-tuning": {"block_steps": 50},
     "no-bias-correction": {"bias_correction": False},
