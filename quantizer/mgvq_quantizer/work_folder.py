@@ -132,7 +132,8 @@ class WorkFolder:
         for b, band in enumerate(weight.codes):
             for s, codes in enumerate(band):
                 tensors[f"codes.{b}.{s}"] = codes
-                tensors[f"codebook.{b}.{s}"] = weight.codebooks[b][s]
+                # Bands that read one table hold it once; a safetensors file may not.
+                tensors[f"codebook.{b}.{s}"] = weight.codebooks[b][s].clone()
                 tensors[f"codebook_scale.{b}.{s}"] = weight.codebook_scales[b][s]
         if weight.permutation is not None:
             tensors["permutation"] = weight.permutation

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from random import Random
@@ -285,6 +286,18 @@ def test_a_checkpoint_with_classes_is_stored_as_counted_and_runs(
             assert name.startswith("model.layers.")
             rate, width = matrix["bands"][0]
             assert f"{width} {matrix['classes'][0]} at {rate} bit" in page
+
+
+def test_classes_of_a_trellis_read_one_table(dense: Path, tmp_path: Path) -> None:
+    """Its tables are not trained: bands of one rate hold the same one, in the work folder too."""
+    settings = {"codec": "trellis", "window": 8, "tuning_steps": 0, "max_codebook_overhead": 0.0}
+    recipe = dataclasses.replace(CLASSED, **settings)
+    quantize(dense, tmp_path / "checkpoint", recipe, show_progress=False)
+    spec = open_checkpoint(tmp_path / "checkpoint").quantization
+    assert spec is not None
+    several = [matrix.codebooks for matrix in spec.matrices.values() if len(matrix.codebooks) > 1]
+    assert several
+    assert all(len(set(books)) == 1 for books in several)
 
 
 def test_interrupted_with_classes_it_goes_on_to_the_same_bytes(
