@@ -148,9 +148,9 @@ class QuantRecipe:
     descent_sweeps: int = 2
     """Coordinate descent passes over the codes after each assignment."""
     draw_out: bool = False
-    """Store values that are as large as the original ones on average, not smaller ones that lose
-    the least squares: where few bits lose little, as on the demonstration model, errors along the
-    weights cost the most; where they lose much, as on SmolLM2, it does harm."""
+    """Store what bands of few bits hold as large as it was on average, not drawn in as the least
+    squares would have it; the scales of rows go on losing the least squares. Good where few bits
+    lose little, as on the demonstration model, bad where they lose much, as on SmolLM2."""
     max_codebook_overhead: float = 0.05
     """Bits a weight a matrix may spend on tables of its own; above it they are shared by kind."""
     channel_classes: bool = False

@@ -136,9 +136,10 @@ def test_residuals_add_up_and_descent_never_raises_the_loss(correlated: Moment) 
     assert torch.equal(rounded.value, table[rounded.codes[0][0]].view(48, 192))
 
 
+@pytest.mark.parametrize("kept", [1.0, 0.7])
 @pytest.mark.parametrize("dims", [(8,), (4,), (2,), (1,), (4, 8)])
 def test_compiled_code_chooses_as_torch_does(
-    correlated: Moment, dims: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+    correlated: Moment, dims: tuple[int, ...], kept: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rounding, then descent, over several buffers; on one thread and on two, bit for bit."""
     g = torch.Generator().manual_seed(6)
@@ -150,7 +151,7 @@ def test_compiled_code_chooses_as_torch_does(
         monkeypatch.setattr(ops, "has_numba", lambda: compiled)
         monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
         rounded = empty(weight, [tables], [192])
-        losses = [sweep(weight, rounded, [tables], ldl_feedback(factors))]
+        losses = [sweep(weight, rounded, [tables], ldl_feedback(factors), kept=[kept])]
         losses += [
             sweep(weight, rounded, [tables], descent_feedback(factors), keep_better=True)
             for _ in range(2)
@@ -163,7 +164,7 @@ def test_compiled_code_chooses_as_torch_does(
     assert (losses, codes.tolist()) == (again, codes_again.tolist())
     expected, plain_codes, _ = run(compiled=False, threads=1)
     # A tie within float32 sends the rest of its row another way.
-    assert (codes == plain_codes).float().mean() > 0.98
+    assert (codes == plain_codes).float().mean() > 0.97
     assert losses == pytest.approx(expected, rel=5e-3)
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mgvq_kernels import ops
-from mgvq_kernels.layout import RATE_STAGES, Band, Stage, VQLayout
+from mgvq_kernels.layout import RATE_STAGES, Band, Stage, VQLayout, rate_stages
 from mgvq_quantizer.ordering import channel_order
 from mgvq_quantizer.recipe import QuantRecipe
 from mgvq_quantizer.solver import Problem, Solution, solve
@@ -45,6 +45,26 @@ def test_every_rate_beats_plain_nearest_codewords(correlated: Moment, rate: int)
     solution = solve([case], RECIPE, seeded(1))[0]
     assert solution.error < 0.6 * solution.error_nearest
     assert error_of(case, solution) == pytest.approx(solution.error, rel=1e-3)
+
+
+@pytest.mark.parametrize("codec", ["lookup", "trellis"])
+def test_drawn_out_bands_of_few_bits_are_larger_and_descent_leaves_them(
+    correlated: Moment, codec: str
+) -> None:
+    """Beside a band of many bits, which decides the scales of the rows."""
+    bands = (Band(0, 64, rate_stages(1, codec)), Band(64, 64, rate_stages(4, codec)))
+    case = problem(correlated(128, 0), VQLayout(192, 128, bands, True), 0)
+    assert case.permutation is not None
+    one_bit = case.weight[:, case.permutation[:64]]
+    slopes, stored = [], []
+    for draw_out, sweeps in ((False, 0), (True, 0), (True, 2)):
+        recipe = replace(RECIPE, draw_out=draw_out, descent_sweeps=sweeps)
+        stored.append(ops.vq_dequantize(solve([case], recipe, seeded(1))[0].weight))
+        kept = stored[-1][:, case.permutation[:64]]
+        slopes.append(float((one_bit * kept).sum() / one_bit.square().sum()))
+    assert slopes[0] < 0.75
+    assert slopes[1] > slopes[0] + 0.1
+    assert torch.equal(stored[1], stored[2])
 
 
 def test_more_bits_are_better(correlated: Moment) -> None:

@@ -87,9 +87,9 @@ class Comparison:
     def add(self, row: Row) -> None:
         """Keep a finished row, on disk too; it takes the place of one with the same key."""
         self.rows = [*(old for old in self.rows if old.key != row.key), row]
-        content = {"facts": self.facts, "rows": [dataclasses.asdict(row) for row in self.rows]}
+        rows = ",\n".join(json.dumps(dataclasses.asdict(row)) for row in self.rows)  # a line each
         temporary = self._file.with_suffix(".tmp")
-        temporary.write_text(json.dumps(content, indent=1) + "\n")
+        temporary.write_text(f'{{"facts": {json.dumps(self.facts)}, "rows": [\n{rows}\n]}}\n')
         os.replace(temporary, self._file)
 
     def _read(self) -> None:
