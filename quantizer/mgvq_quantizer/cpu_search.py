@@ -262,19 +262,14 @@ def _encode(goal, turns, new, picked, wanted, scores, block, band):  # type: ign
 
 
 @compile_cached
-def _choose(  # type: ignore[no-untyped-def]
-    start, stop, settings, columns, inner, band
-):
+def _choose(start, stop, settings, columns, inner, band):  # type: ignore[no-untyped-def]
     first, turns, keep_better, kept = settings
     weight, goal, value, error, codes, forms = columns
     metrics = band[2]
     b = metrics.shape[1]
     scores = np.empty(band[4].shape[2], np.float32)
-    new, wanted, sought = (
-        np.empty(b, np.float32),
-        np.empty(b, np.float32),
-        np.empty(b, np.float32),
-    )
+    new, wanted = np.empty(b, np.float32), np.empty(b, np.float32)
+    sought = np.empty(b, np.float32)
     picked = np.empty(codes.shape[2], np.int64)
     for row in range(start, stop):
         forms[row] = 0.0

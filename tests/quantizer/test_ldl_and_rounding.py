@@ -164,7 +164,7 @@ def test_compiled_code_chooses_as_torch_does(
     assert (losses, codes.tolist()) == (again, codes_again.tolist())
     expected, plain_codes, _ = run(compiled=False, threads=1)
     # A tie within float32 sends the rest of its row another way.
-    assert (codes == plain_codes).float().mean() > 0.97
+    assert (codes == plain_codes).float().mean() > (0.98 if kept == 1.0 else 0.97)
     assert losses == pytest.approx(expected, rel=5e-3)
 
 
