@@ -28,6 +28,8 @@ TILE_ROWS = SEGMENT_ROWS
 UNIT_ROWS = 4
 """Rows of a unit: the fewest whose bits fill whole words at every rate."""
 
+WORD_BYTES = 4
+
 BLOCK_GROUPS = 16
 """Groups of a block, the least share of a band a program takes: 128 channels."""
 
@@ -93,9 +95,16 @@ def to_tiles(codes: Tensor, rate: int) -> Tensor:
     tiles, units = padded_rows(codes.shape[0]) // TILE_ROWS, TILE_ROWS // UNIT_ROWS
     whole = codes.new_zeros(tiles * TILE_ROWS, codes.shape[1])
     whole[: codes.shape[0]] = codes
-    cut = whole.view(tiles, units, UNIT_ROWS, -1, rate).permute(0, 3, 1, 2, 4)
-    words = cut.reshape(tiles, -1, units, rate, 4).flip(4)  # the highest byte comes last in memory
-    return words.transpose(2, 3).reshape(-1)
+    cut = whole.view(tiles, units, UNIT_ROWS, -1, rate)
+    groups = cut.shape[3]
+    words = codes.new_empty(tiles, groups, rate, units, dtype=torch.int32)
+    word = codes.new_empty(tiles, units, groups, WORD_BYTES)
+    for w in range(rate):
+        for j in range(WORD_BYTES):
+            row, byte = divmod(w * WORD_BYTES + j, rate)
+            word[..., WORD_BYTES - 1 - j] = cut[:, :, row, :, byte]  # the highest comes last
+        words[:, :, w] = word.view(torch.int32)[..., 0].transpose(1, 2)
+    return words.view(torch.uint8).view(-1)
 
 
 def from_tiles(flat: Tensor, rows: int, rate: int) -> Tensor:

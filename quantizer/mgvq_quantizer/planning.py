@@ -94,9 +94,7 @@ def make_plans(
         channels = channels_of(graph, names, train, features, weights, recipe)
         plans = plan(graph, recipe, tables, channels)
     if found is None:
-        asked = length_batches(
-            first_answers([*data.heldout, *data.train[: 2 * len(data.heldout)]]), device
-        )
+        asked = length_batches(first_answers(data), device)
         evidence = Evidence(train, features, gradients, weights, asked, reference)
 
         def done(name: str) -> None:
@@ -130,8 +128,10 @@ def _gradients(
     return found
 
 
-def first_answers(samples: Sequence[Sample]) -> list[Sample]:
-    """Return the first samples, at least one, with `_ALONE_ANSWERS` answer tokens between them."""
+def first_answers(data: Data) -> list[Sample]:
+    """Return the first samples, those held out before all, with `_ALONE_ANSWERS` answer tokens
+    between them; at least one."""
+    samples = [*data.heldout, *data.train]
     before = accumulate((int(sample.is_answer.sum()) for sample in samples), initial=0)
     return [s for s, count in zip(samples, before, strict=False) if count < _ALONE_ANSWERS]
 

@@ -36,6 +36,11 @@ _LEAST = {
     "class_threshold": 0,
 }
 
+_ROUNDS = {"lookup": 4, "trellis": 1}
+_DESCENTS = {"lookup": 2, "trellis": 0}
+"""Rounds and descent passes where none are given, by codec."""
+_OF_LOOKUPS = ("refit_rounds", "descent_sweeps")
+"""Settings of a preset that a trellis leaves at its own."""
 
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "fast": {"refit_rounds": 2, "descent_sweeps": 1, "picture_swaps": 1},
@@ -143,10 +148,12 @@ class QuantRecipe:
     """Share of the mean diagonal added to a layer's second moment before it is factored."""
     codebook_iterations: int = 20
     """Rounds of expectation-maximisation that start a codebook."""
-    refit_rounds: int = 4
-    """Rounds of re-assignment and least-squares refit of codebooks and row scales."""
-    descent_sweeps: int = 2
-    """Coordinate descent passes over the codes after each assignment."""
+    refit_rounds: int | None = None
+    """Rounds of re-assignment and least-squares refit of codebooks and row scales; when not given,
+    4 with lookups and 1 with a trellis."""
+    descent_sweeps: int | None = None
+    """Coordinate descent passes over the codes after each assignment; when not given, 2 with
+    lookups and none with a trellis, which is no better for them and takes three times as long."""
     draw_out: bool = False
     """Store what bands of few bits hold as large as it was on average, not drawn in as the least
     squares would have it; the scales of rows go on losing the least squares. Good where few bits
@@ -244,9 +251,15 @@ class QuantRecipe:
         return self.two_sided or self.gradient_shift
 
     @property
+    def rounds(self) -> int:
+        """Rounds of assignment and refit that a rounding takes."""
+        return _ROUNDS[self.codec] if self.refit_rounds is None else self.refit_rounds
+
+    @property
     def descents(self) -> int:
         """Descent passes a rounding takes: none over drawn out values, which they would draw in."""
-        return 0 if self.draw_out else self.descent_sweeps
+        given = _DESCENTS[self.codec] if self.descent_sweeps is None else self.descent_sweeps
+        return 0 if self.draw_out else given
 
     @property
     def has_row_parts(self) -> bool:
@@ -293,8 +306,10 @@ def make_recipe(preset: str, file: Path | None, settings: Mapping[str, Any]) -> 
     Raises:
         ConfigError: if the file cannot be read, or has a key or a type that does not fit.
     """
-    values = {**PRESETS[preset], **(_read(file) if file else {}), **settings}
-    return QuantRecipe(**values)
+    chosen = {**(_read(file) if file else {}), **settings}
+    is_trellis = chosen.get("codec") == "trellis"
+    start = {k: v for k, v in PRESETS[preset].items() if not (is_trellis and k in _OF_LOOKUPS)}
+    return QuantRecipe(**{**start, **chosen})
 
 
 def setting_type(field: dataclasses.Field[Any]) -> type:

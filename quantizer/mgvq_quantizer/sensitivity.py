@@ -5,8 +5,9 @@ their channels is read from the residuals `eta` of the block factorisation, whos
 D_k eta_k^T)` sum to the loss of the layer: what is left of a channel's error after all others have
 compensated it. That is done in two curvatures which are then combined: *local*, every output's
 relative error counting alike, and *global*, tokens and outputs weighted by their squared gradients.
-The scale is measured: the divergence of the model when this matrix alone is rounded. Not here: who
-gets which rate (`precision`).
+The scale is measured: the divergence of the model when this matrix alone has the reference rate, or
+one below it, where a divergence no longer grows as a form does. Not here: who gets which rate
+(`precision`).
 
 Source: method memo B.3 to B.5.
 """
@@ -78,7 +79,8 @@ def measure(
         inputs: moments of its inputs.
         gradients: at its outputs.
         recipe: rates, damping, how the curvatures are combined.
-        alone: returns the model's divergence when this matrix has the given values.
+        alone: returns the model's divergence when this matrix has the given values; asked at the
+            reference rate and below.
         generator: seeds the trial tables.
     """
     weight, I = without_dead_inputs(weight, inputs.plain), weight.shape[1]  # noqa: E741
@@ -97,19 +99,25 @@ def measure(
         partial(_losses, moment=inputs.plain, rows=1 / energies),
         partial(_losses, moment=inputs.weighted, rows=some_rows(gradients.rows).to(energies)),
     )
-    whole = rounded(weight, recipe.reference_rate)
-    reference = max(alone(whole), _SMALLEST_LOSS)
+    alone_at: list[float] = []  # [rate], up to the reference
     local: list[Tensor] = []
     shared: list[Tensor] = []
     for rate in rates:
-        values = some_rows(whole) if rate == recipe.reference_rate else rounded(some, rate)
+        if rate <= recipe.reference_rate:
+            whole = rounded(weight, rate)
+            alone_at.append(max(alone(whole), _SMALLEST_LOSS))
+            values = some_rows(whole)
+        else:
+            values = rounded(some, rate)
         error = (some - values)[:, order].double()  # [rows, I]
         for table, curvature in zip((local, shared), curvatures, strict=True):
             table.append(curvature(error, order=order, damping=recipe.damping))
     at = rates.index(recipe.reference_rate)
     combined = _combined(torch.stack(local), torch.stack(shared), recipe.global_share, at)
+    measured = torch.tensor(alone_at).to(combined) / combined[: at + 1].sum(1)
+    nats = torch.cat([measured, measured[-1:].expand(len(rates) - at - 1)])  # [R]: of one of those
     widths = run_widths(I)
-    losses = _by_run(combined * (reference / combined[at].sum()), widths)  # [R, K]
+    losses = _by_run(combined * nats[:, None], widths)  # [R, K]
     energy, pictures = (
         _by_run(x[order][None], widths)[0] for x in (inputs.weighted.diagonal(), inputs.pictures)
     )
@@ -118,7 +126,7 @@ def measure(
         rates,
         widths,
         tuple(tuple(run) for run in losses.T.tolist()),
-        reference,
+        alone_at[-1],
         tuple((pictures / energy.clamp_min(1e-30)).tolist()),
     )
 

@@ -169,7 +169,7 @@ def solve(
     nearest_errors = [float("nan") if is_trial else _plain_error(m, books) for m in members]
     best_loss = float("inf")
     best: tuple[Books, list[Tensor], list[Rounded]] | None = None
-    for _ in range(recipe.refit_rounds):
+    for _ in range(recipe.rounds):
         for member in members:
             _assign(member, books, recipe.descents)
         if not fixed:

@@ -117,22 +117,22 @@ def solve(
         O, I = layout.out_features, layout.in_features  # noqa: E741
         square = O * I * I
         work.update(factorize(layout))
-        work.update(times(form(layout, is_two_sided), 1 + recipe.refit_rounds))
+        work.update(times(form(layout, is_two_sided), 1 + recipe.rounds))
         work.update(times(form(layout), 2))  # the error at the end, as a share
         if not is_trial:
             work.update(times(form(_plain_rows(layout)), 2))  # and that of plain codewords
             work.update(_plain(layout))
         if layout.codec == "trellis":
             work[MATMUL] += SCALE_STEPS * O * I  # reaching_scales
-        work.update(times(_assign(layout, recipe, is_two_sided), recipe.refit_rounds))
-        work[MATMUL] += recipe.refit_rounds * square  # _refit_scales
+        work.update(times(_assign(layout, recipe, is_two_sided), recipe.rounds))
+        work[MATMUL] += recipe.rounds * square  # _refit_scales
         if is_two_sided:
             work.update(_row_feedback(layout))
-            work[MATMUL] += recipe.refit_rounds * 2 * O * O * I
-            work[MATMUL] += recipe.refit_rounds * O**3 // 3
+            work[MATMUL] += recipe.rounds * 2 * O * O * I
+            work[MATMUL] += recipe.rounds * O**3 // 3
         if not is_fixed:
             refit = refit_codebooks(layout, is_two_sided)
-            work.update(times(refit, recipe.refit_rounds))
+            work.update(times(refit, recipe.rounds))
     if not is_fixed:
         work.update(_first_books(layouts, recipe))
     return work

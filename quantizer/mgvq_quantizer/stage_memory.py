@@ -84,7 +84,7 @@ class StageMemory:
         inputs = [plan.layout.in_features for plan in self._decoder() if ".0." in plan.name]
         moments = 3 * _DOUBLE * sum(i * i for i in inputs)
         data = self.stages.data
-        asked = first_answers([*data.heldout, *data.train[: 2 * len(data.heldout)]])
+        asked = first_answers(data)
         least = max(
             self._read([*data.train, *asked]) + self._logits(asked), self._solve(self._decoder())
         )

@@ -120,9 +120,8 @@ class Stages:
         """Count `survey.survey`: every block once, each matrix on trial, from its block on."""
         if not self.surveyed:
             return Work()
-        data = self.data
-        asked = first_answers([*data.heldout, *data.train[: 2 * len(data.heldout)]])
-        reading = Reading.of(asked)
+        reading = Reading.of(first_answers(self.data))
+        tries = self.recipe.rates.index(self.recipe.reference_rate) + 1
         parts, behind = [], self._head(reading)
         for i in reversed(range(self.layers)):
             block = self.decoder_block(i, reading)
@@ -130,7 +129,8 @@ class Stages:
             names = self._planned(f"model.layers.{i}.")
             parts += [self.decoder_block(i, self.train), block]
             for name in names:
-                parts += [self._moment(name, self.train.tokens, 2), behind, self._measure(name)]
+                parts += [self._moment(name, self.train.tokens, 2), self._measure(name)]
+                parts.append(times(behind, tries))
         return total(parts)
 
     def share_books(self) -> Work:
@@ -280,12 +280,12 @@ class Stages:
         return total([times(both, 2), self._find_best(steps, read, look, tuned)])
 
     def _measure(self, name: str) -> Work:
-        """`sensitivity.measure`: the whole matrix once, some rows at the other rates."""
+        """`sensitivity.measure`: the whole matrix up to the reference, some rows at other rates."""
         layout = self.plans[name].layout
         few = work.some_rows(layout)
         recipe, parts = quick(self.recipe), []
         for rate in self.recipe.rates:
-            tried = layout if rate == self.recipe.reference_rate else few
+            tried = layout if rate <= self.recipe.reference_rate else few
             one = work.uniform(tried, rate, recipe)
             residual = few.out_features * layout.in_features**2
             parts += [work.solve([one], recipe, is_trial=True), times(work.factorize(few), 2)]

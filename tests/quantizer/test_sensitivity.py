@@ -100,19 +100,24 @@ def case(correlated: Moment, seed: int) -> tuple[torch.Tensor, Inputs, Gradients
 
 
 def test_losses_sum_to_what_was_measured_and_fall_with_the_rate(correlated: Moment) -> None:
+    """Measured up to the reference rate of 2; above it they fall as the layer's own do."""
     weight, inputs, gradients = case(correlated, 0)
     asked: list[torch.Tensor] = []
 
     def alone(values: torch.Tensor) -> float:
         asked.append(values)
-        return 0.125
+        return 0.75 if len(asked) == 1 else 0.125
 
     found = measure("m", weight, inputs, gradients, RECIPE, alone, seeded(1))
     assert found.widths == (32,) * 4
     totals = torch.tensor(found.losses).sum(0)
-    assert float(totals[RECIPE.rates.index(2)]) == pytest.approx(0.125)
+    assert RECIPE.rates[:2] == (1, 2)
+    assert totals[:2].tolist() == pytest.approx([0.75, 0.125])
     assert bool((totals[1:] < 0.6 * totals[:-1]).all())
-    assert len(asked) == 1
+    errors = [float((weight - values).square().sum()) for values in asked]
+    assert len(errors) == 2
+    assert errors[0] > 2 * errors[1]
+    assert found.alone == 0.125
     assert found.picture_share == pytest.approx((0.25,) * 4)
 
 

@@ -20,9 +20,10 @@ from mgvq_runtime.checkpoint.bits import group_of
 
 OURS = "MGVQ"
 """The label of the whole method."""
-TRELLIS: Mapping[str, Any] = {"codec": "trellis", "refit_rounds": 2, "descent_sweeps": 1}
+TRELLIS: Mapping[str, Any] = {"codec": "trellis"}
 """Settings of the whole method with a trellis for lookups."""
-_LOOKUPS_ONLY = {"two-sided"}
+_LOOKUPS_ONLY = {"two-sided", "no-descent", "one-refit"}
+_TRELLIS_ONLY = {"descent", "two-rounds"}
 
 CHANGES: Mapping[str, Mapping[str, Any]] = {
     "uniform": {"allocation": "uniform"},
@@ -32,6 +33,8 @@ CHANGES: Mapping[str, Mapping[str, Any]] = {
     "unordered": {"allocation": "uniform", "permute": False},  # bands need an order
     "no-descent": {"descent_sweeps": 0},
     "one-refit": {"refit_rounds": 1},
+    "descent": {"descent_sweeps": 1},
+    "two-rounds": {"refit_rounds": 2},
     "own-tables": {"max_codebook_overhead": 100.0},
     "guided": {"guided": True},
     "two-sided": {"two_sided": True},
@@ -62,13 +65,13 @@ class Variant:
 
 def _variants() -> Iterator[Variant]:
     """Yield the whole method with lookups and with a trellis, each with its changes."""
-    for name, label, settings in (
-        ("mgvq", OURS, {}),
-        ("mgvq-trellis", f"{OURS}, trellis", TRELLIS),
+    for name, label, settings, others in (
+        ("mgvq", OURS, {}, _TRELLIS_ONLY),
+        ("mgvq-trellis", f"{OURS}, trellis", TRELLIS, _LOOKUPS_ONLY),
     ):
         yield Variant(name, label, settings)
         for change, changed in CHANGES.items():
-            if settings is TRELLIS and change in _LOOKUPS_ONLY:
+            if change in others:
                 continue
             words = f"{label}, {change.replace('-', ' ')}"
             yield Variant(f"{name}-{change}", words, {**settings, **changed}, change, label)
