@@ -121,10 +121,7 @@ def to_blocks(codes: Tensor) -> Tensor:
     whole = codes.new_zeros(atoms * ATOM_ROWS, blocks * BLOCK_GROUPS)
     whole[:rows, :groups] = codes
     cut = whole.view(atoms, ATOM_ROWS, blocks, BLOCK_GROUPS)
-    flat = codes.new_empty(blocks, atoms, BLOCK_GROUPS, ATOM_ROWS)
-    for block in range(blocks):
-        flat[block] = cut[:, :, block].transpose(1, 2)
-    return flat.view(-1)
+    return cut.permute(2, 0, 3, 1).reshape(-1)
 
 
 def from_blocks(flat: Tensor, rows: int, groups: int) -> Tensor:

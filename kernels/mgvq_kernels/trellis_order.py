@@ -28,14 +28,17 @@ TILE_ROWS = SEGMENT_ROWS
 UNIT_ROWS = 4
 """Rows of a unit: the fewest whose bits fill whole words at every rate."""
 
-WORD_BYTES = 4
-
 BLOCK_GROUPS = 16
 """Groups of a block, the least share of a band a program takes: 128 channels."""
 
 BAND_FIELDS = 9
 """Fields of a band: first block among those of its rate, blocks, rate, window, codebook offset,
 first channel, groups, first word, first halo."""
+
+_WORD_BYTES = 4
+_TILES_AT_ONCE = 4
+"""Tiles whose words are put together at once: more leave a core's cache. One byte of all words at a
+time takes 1.0 to 1.5 GB/s there, two to six times what one permutation of the bytes does."""
 
 Bands = Sequence[tuple[int, int, int, int]]
 """(First permuted channel, width, rate, window) of every band."""
@@ -92,18 +95,18 @@ def to_tiles(codes: Tensor, rate: int) -> Tensor:
     Returns:
         `[padded_rows * width * rate / 8]` uint8: tile, group, word of a unit, unit, byte.
     """
-    tiles, units = padded_rows(codes.shape[0]) // TILE_ROWS, TILE_ROWS // UNIT_ROWS
-    whole = codes.new_zeros(tiles * TILE_ROWS, codes.shape[1])
-    whole[: codes.shape[0]] = codes
-    cut = whole.view(tiles, units, UNIT_ROWS, -1, rate)
-    groups = cut.shape[3]
-    words = codes.new_empty(tiles, groups, rate, units, dtype=torch.int32)
-    word = codes.new_empty(tiles, units, groups, WORD_BYTES)
-    for w in range(rate):
-        for j in range(WORD_BYTES):
-            row, byte = divmod(w * WORD_BYTES + j, rate)
-            word[..., WORD_BYTES - 1 - j] = cut[:, :, row, :, byte]  # the highest comes last
-        words[:, :, w] = word.view(torch.int32)[..., 0].transpose(1, 2)
+    rows, units = padded_rows(codes.shape[0]), TILE_ROWS // UNIT_ROWS
+    if codes.shape[0] < rows:
+        codes = torch.cat([codes, codes.new_zeros(rows - codes.shape[0], codes.shape[1])])
+    cut = codes.reshape(rows // TILE_ROWS, units, UNIT_ROWS, -1, rate)  # [tiles, .., groups, rate]
+    words = codes.new_empty(len(cut), cut.shape[3], rate, units, dtype=torch.int32)
+    for tiles, out in zip(*(torch.split(x, _TILES_AT_ONCE) for x in (cut, words)), strict=True):
+        word = codes.new_empty(len(tiles), units, cut.shape[3], _WORD_BYTES)
+        for w in range(rate):
+            for j in range(_WORD_BYTES):
+                row, byte = divmod(w * _WORD_BYTES + j, rate)
+                word[..., _WORD_BYTES - 1 - j] = tiles[:, :, row, :, byte]  # the highest comes last
+            out[:, :, w] = word.view(torch.int32)[..., 0].transpose(1, 2)
     return words.view(torch.uint8).view(-1)
 
 

@@ -106,6 +106,21 @@ def test_flags_change_the_file_and_the_file_the_preset(tmp_path: Path) -> None:
         make_recipe("default", tmp_path / "none.toml", {})
 
 
+def test_a_trellis_takes_one_round_whatever_the_preset_unless_it_is_told() -> None:
+    kept = {name: make_recipe(name, None, {}) for name in PRESETS}
+    assert [(kept[n].rounds, kept[n].descents) for n in ("fast", "default", "best")] == [
+        (2, 1),
+        (4, 2),
+        (6, 2),
+    ]
+    for name in PRESETS:
+        recipe = make_recipe(name, None, {"codec": "trellis"})
+        assert (recipe.rounds, recipe.descents) == (1, 0)
+        assert recipe.tuning_steps == kept[name].tuning_steps
+    told = make_recipe("best", None, {"codec": "trellis", "refit_rounds": 3, "descent_sweeps": 1})
+    assert (told.rounds, told.descents) == (3, 1)
+
+
 @pytest.mark.parametrize(
     ("flags", "problem"),
     [
