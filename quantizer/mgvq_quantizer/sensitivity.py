@@ -94,14 +94,9 @@ def measure(
         return ops.vq_dequantize(solution.weight)
 
     some = some_rows(weight)
-    energies = some.square().mean(1).clamp_min(SMALLEST_SCALE**2).double()  # [rows]
-    curvatures = (
-        partial(_losses, moment=inputs.plain, rows=1 / energies),
-        partial(_losses, moment=inputs.weighted, rows=some_rows(gradients.rows).to(energies)),
-    )
+    curvatures = _curvatures(some, inputs, gradients)
     alone_at: list[float] = []  # [rate], up to the reference
-    local: list[Tensor] = []
-    shared: list[Tensor] = []
+    tables: tuple[list[Tensor], list[Tensor]] = ([], [])
     for rate in rates:
         if rate <= recipe.reference_rate:
             whole = rounded(weight, rate)
@@ -110,14 +105,12 @@ def measure(
         else:
             values = rounded(some, rate)
         error = (some - values)[:, order].double()  # [rows, I]
-        for table, curvature in zip((local, shared), curvatures, strict=True):
+        for table, curvature in zip(tables, curvatures, strict=True):
             table.append(curvature(error, order=order, damping=recipe.damping))
-    at = rates.index(recipe.reference_rate)
-    combined = _combined(torch.stack(local), torch.stack(shared), recipe.global_share, at)
-    measured = torch.tensor(alone_at).to(combined) / combined[: at + 1].sum(1)
-    nats = torch.cat([measured, measured[-1:].expand(len(rates) - at - 1)])  # [R]: of one of those
+    local, shared = (torch.stack(table) for table in tables)  # [R, I/8]
+    combined = _combined(local, shared, recipe.global_share, len(alone_at) - 1)
     widths = run_widths(I)
-    losses = _by_run(combined * nats[:, None], widths)  # [R, K]
+    losses = _by_run(_in_nats(combined, alone_at), widths)  # [R, K]
     energy, pictures = (
         _by_run(x[order][None], widths)[0] for x in (inputs.weighted.diagonal(), inputs.pictures)
     )
@@ -137,6 +130,17 @@ def run_widths(in_features: int) -> tuple[int, ...]:
     return (width,) * (in_features // width) if in_features % width == 0 else (in_features,)
 
 
+def _curvatures(
+    some: Tensor, inputs: Inputs, gradients: Gradients
+) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+    """Return `_losses` in the local and in the global curvature, for some rows of the weight."""
+    energies = some.square().mean(1).clamp_min(SMALLEST_SCALE**2).double()  # [rows]
+    return (
+        partial(_losses, moment=inputs.plain, rows=1 / energies),
+        partial(_losses, moment=inputs.weighted, rows=some_rows(gradients.rows).to(energies)),
+    )
+
+
 def _losses(error: Tensor, moment: Tensor, rows: Tensor, order: Tensor, damping: float) -> Tensor:
     """Return `[I/8]`: each block's part of `sum_i rows_i e_i A e_i^T`, from the residuals."""
     O, I = error.shape  # noqa: E741
@@ -151,6 +155,12 @@ def _combined(local: Tensor, shared: Tensor, global_share: float, reference: int
     tables = [table.clamp_min(1e-300) for table in (local, shared)]
     low, high = (table / table[reference].sum() for table in tables)
     return high**global_share * low ** (1 - global_share)
+
+
+def _in_nats(combined: Tensor, alone_at: Sequence[float]) -> Tensor:
+    """Scale `[R, I/8]` to what was measured at the first rates, the rest like the last of them."""
+    scales = torch.tensor(alone_at).to(combined) / combined[: len(alone_at)].sum(1)
+    return combined * torch.cat([scales, scales[-1:].expand(len(combined) - len(scales))])[:, None]
 
 
 def _by_run(values: Tensor, widths: Sequence[int]) -> Tensor:
