@@ -38,7 +38,7 @@ _LEAST = {
 
 _ROUNDS = {"lookup": 4, "trellis": 1}
 _DESCENTS = {"lookup": 2, "trellis": 0}
-"""Rounds and descent passes where none are given, by codec."""
+"""Rounds, and descent passes, where none are given, by codec."""
 _OF_LOOKUPS = ("refit_rounds", "descent_sweeps")
 """Settings of a preset that a trellis leaves at its own."""
 
@@ -237,8 +237,9 @@ class QuantRecipe:
             )
 
     def to_json(self) -> dict[str, Any]:
-        """Return the settings by name."""
-        return dataclasses.asdict(self)
+        """Return the settings by name, with the rounds and passes that were not given."""
+        taken = {"refit_rounds": self.rounds, "descent_sweeps": self.descents}
+        return dataclasses.asdict(self) | taken
 
     @property
     def kept_patterns(self) -> tuple[str, ...]:

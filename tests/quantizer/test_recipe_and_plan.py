@@ -119,6 +119,8 @@ def test_a_trellis_takes_one_round_whatever_the_preset_unless_it_is_told() -> No
         assert recipe.tuning_steps == kept[name].tuning_steps
     told = make_recipe("best", None, {"codec": "trellis", "refit_rounds": 3, "descent_sweeps": 1})
     assert (told.rounds, told.descents) == (3, 1)
+    written = [r.to_json() for r in (QuantRecipe(), QuantRecipe(codec="trellis"), told)]
+    assert [(w["refit_rounds"], w["descent_sweeps"]) for w in written] == [(4, 2), (1, 0), (3, 1)]
 
 
 @pytest.mark.parametrize(
