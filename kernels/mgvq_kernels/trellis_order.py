@@ -37,8 +37,8 @@ first channel, groups, first word, first halo."""
 
 _WORD_BYTES = 4
 _TILES_AT_ONCE = 4
-"""Tiles whose words are put together at once: more leave a core's cache. One byte of all words at a
-time takes 1.0 to 1.5 GB/s there, two to six times what one permutation of the bytes does."""
+"""Tiles whose words are put together at once: more leave a core's cache. At 2 to 5 bits this
+is 2.3 to 4.7 times as fast as one permutation of all bytes."""
 
 Bands = Sequence[tuple[int, int, int, int]]
 """(First permuted channel, width, rate, window) of every band."""
