@@ -94,7 +94,7 @@ def expected(loaded: Any) -> dict[str, list[RequestOutput]]:
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"max_batch_tokens": 32}, {"block_size": 1, "num_kv_blocks": 160}],
+    [{}, {"max_batch_tokens": 32}, {"block_size": 1, "num_kv_blocks": 140}],
     ids=["together", "little room", "preempted"],
 )
 def test_every_way_of_choosing_tokens_gives_what_it_gives_without(
