@@ -122,7 +122,7 @@ def from_tiles(flat: Tensor, rows: int, rate: int) -> Tensor:
         `[O, width * rate / 8]` uint8.
     """
     tiles, units = padded_rows(rows) // TILE_ROWS, TILE_ROWS // UNIT_ROWS
-    words = flat.view(tiles, -1, rate, units, 4).transpose(2, 3).flip(4)
+    words = flat.view(tiles, -1, rate, units, _WORD_BYTES).transpose(2, 3).flip(4)
     cut = words.reshape(tiles, -1, units, UNIT_ROWS, rate).permute(0, 2, 3, 1, 4)
     return cut.reshape(tiles * TILE_ROWS, -1)[:rows].contiguous()
 

@@ -153,7 +153,7 @@ class QuantRecipe:
     4 with lookups and 1 with a trellis."""
     descent_sweeps: int | None = None
     """Coordinate descent passes over the codes after each assignment; when not given, 2 with
-    lookups and none with a trellis, which is no better for them and takes three times as long."""
+    lookups and none with a trellis, which is no better for them."""
     draw_out: bool = False
     """Store what bands of few bits hold as large as it was on average, not drawn in as the least
     squares would have it; the scales of rows go on losing the least squares. Good where few bits

@@ -164,8 +164,14 @@ def test_a_longer_window_of_a_large_model_takes_what_its_search_takes(
     tmp_path: Path, quick_clock: None
 ) -> None:
     folder = write_config(tmp_path / "7b")
-    recipe = QuantRecipe(bits=2, allocation="uniform", codec="trellis", window=8)
-    recipe = dataclasses.replace(recipe, refit_rounds=4, descent_sweeps=2)
+    recipe = QuantRecipe(
+        bits=2,
+        allocation="uniform",
+        codec="trellis",
+        window=8,
+        refit_rounds=4,
+        descent_sweeps=2,
+    )
     macs, longer = (
         planned_macs(folder, dataclasses.replace(recipe, window=window))["decoder rounding"]
         for window in (8, 9)
