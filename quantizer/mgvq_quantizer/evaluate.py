@@ -178,7 +178,7 @@ class Examiner:
             DataError: if a row or picture cannot be used.
         """
         sums = _Sums()
-        bar = tqdm(total=len(self._questions), unit="question", disable=self._silent)
+        bar = tqdm(total=len(self._questions), unit="question", disable=self._silent, leave=None)
         with bar:
             for i, chunk in enumerate(_chunks(self._questions)):
                 asked = _prepare(self._archive, chunk, self._processor)

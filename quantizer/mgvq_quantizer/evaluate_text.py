@@ -161,7 +161,8 @@ class TextExaminer:
         """
         _check_vocabularies(model, self._reference)
         windows = []
-        for i, batch in enumerate(tqdm(self._windows, unit="window", disable=self._silent)):
+        bar = tqdm(self._windows, unit="window", disable=self._silent, leave=None)
+        for i, batch in enumerate(bar):
             if i not in self._reference_states:
                 self._reference_states[i] = _states(self._reference, batch)
             states = (_states(model, batch), self._reference_states[i])

@@ -138,7 +138,7 @@ def quantize(
     check(graph, recipe, output, unfinished)
     data = read_data(model, graph, recipe, calibration_data)
     facts = _deciding_facts(recipe, model, data)
-    bars = tqdm(unit="matrix", disable=not show_progress)
+    bars = tqdm(unit="matrix", disable=not show_progress, leave=None)
     with contextlib.ExitStack() as held, bars as bar, torch.no_grad():
         own = held.enter_context(WorkFolder(unfinished, facts))
         work = Work(own, own) if shared is None else _shared_work(shared, facts, recipe, held)

@@ -75,7 +75,8 @@ def test_the_command_compares_and_adds_to_what_is_there(
         assert found != original
     coarse, fine = (by_key["RTN, clip search", bits]["marks"]["kl"] for bits in (2.25, 4.25))
     assert 0.0 < fine < 0.5 * coarse
-    printed = capsys.readouterr().out
+    printed, shown = capsys.readouterr()
+    assert "question/s" in shown, "progress, with the time left"
     assert "| accuracy | perplexity | seeds |" in printed
     assert (output / "compare.md").read_text() in printed
     with Image.open(output / "compare.png") as picture:

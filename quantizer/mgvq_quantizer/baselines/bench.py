@@ -55,6 +55,8 @@ class Options:
     text: Path | None = None
     """Plain text to be read too; it is enough where there are no questions."""
     device: str = "cpu"
+    show_progress: bool = False
+    """Draw bars of our own matrices, of questions and of windows of text on stderr."""
 
 
 class Bench:
@@ -82,6 +84,7 @@ class Bench:
             raise CheckpointError(f"{model} is quantized already: give the original checkpoint")
         self._scratch, self._calibration = scratch, options.calibration
         self._device, self._progress = options.device, progress
+        self._show_progress = shown = options.show_progress
         graph = self._dense()
         self._recipe = QuantRecipe(
             tuning_steps=max(options.tuning_steps),
@@ -93,11 +96,11 @@ class Bench:
         self._examiner = self._reader = None
         if questions is not None:
             archive = Archive(questions)
-            self._examiner = Examiner(model, archive, options.limit, 0, device, show_progress=False)
+            self._examiner = Examiner(model, archive, options.limit, 0, device, shown)
         if options.text is not None:
             dense = self._examiner.reference if self._examiner else graph
             processor = ChatProcessor.from_checkpoint(self._source, graph.config)
-            self._reader = TextExaminer(dense, processor, options.text, show_progress=False)
+            self._reader = TextExaminer(dense, processor, options.text, show_progress=shown)
         self.facts = {
             "model": model.name,
             "model_fingerprint": fingerprint_folder(model),
@@ -192,7 +195,7 @@ class Bench:
                     recipe,
                     self._calibration,
                     self._device,
-                    show_progress=False,
+                    self._show_progress,
                     shared=self._scratch,
                 )
         except ConfigError as error:

@@ -51,6 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     max_samples=parsed.max_samples,
                     tuning_steps=tuple(parsed.tuning_steps),
                     device=resolve_device(parsed.device, torch.cuda.device_count()),
+                    show_progress=True,
                 ),
                 bar.set_description_str,
             )

@@ -30,6 +30,7 @@ CHANGES: Mapping[str, Mapping[str, Any]] = {
     "layer-budget": {"allocation": "layer"},
     "global-only": {"global_share": 1.0},
     "local-only": {"global_share": 0.0},
+    "shared-survey": {"survey_bits": 2.5},  # rows of 2 to 3 bits can share it
     "unordered": {"allocation": "uniform", "permute": False},  # bands need an order
     "no-descent": {"descent_sweeps": 0},
     "one-refit": {"refit_rounds": 1},
