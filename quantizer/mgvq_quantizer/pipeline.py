@@ -138,6 +138,7 @@ def quantize(
     check(graph, recipe, output, unfinished)
     data = read_data(model, graph, recipe, calibration_data)
     facts = _deciding_facts(recipe, model, data)
+    # leave=None: below another bar, that of a comparison, it goes when it is done.
     bars = tqdm(unit="matrix", disable=not show_progress, leave=None)
     with contextlib.ExitStack() as held, bars as bar, torch.no_grad():
         own = held.enter_context(WorkFolder(unfinished, facts))

@@ -128,6 +128,8 @@ def _ablations(
 
     The place of whole and rate in `wholes` decides colour and marker.
     """
+    from matplotlib.ticker import LogLocator
+
     there = {(_name(line), line.target): line for line in lines if line.kl > 0}
     groups: dict[tuple[str, float], list[tuple[int, float, float]]] = {}
     for line in lines:
@@ -149,6 +151,10 @@ def _ablations(
             capsize=3,
         )
     axes.axvline(1.0, color="black", linewidth=1.2)
+    axes.set_xscale("log")  # a part that multiplies the loss leaves the others their room
+    axes.set_xticks([], minor=True)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0, 7.0)))
+    axes.xaxis.set_major_formatter("{x:g}")
     axes.set_yticks(range(len(changes)), [change.replace("-", " ") for change in changes])
     axes.set_ylim(len(changes) - 0.5, -0.5)
     axes.set_xlabel("KL as a multiple of the whole's")
