@@ -152,6 +152,8 @@ def _ablations(
         )
     axes.axvline(1.0, color="black", linewidth=1.2)
     axes.set_xscale("log")  # a part that multiplies the loss leaves the others their room
+    low, high = axes.get_xlim()
+    axes.set_xlim(min(low, 0.5), max(high, 2.0))
     axes.set_xticks([], minor=True)
     axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0, 7.0)))
     axes.xaxis.set_major_formatter("{x:g}")
