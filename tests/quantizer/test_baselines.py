@@ -150,6 +150,31 @@ def test_heavy_vectors_pull_their_entry() -> None:
     assert torch.allclose(tables, torch.tensor([[[0.75, 0.25]]]))
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_vptq_does_not_lose_the_one_vector_that_matters(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One large weight of a loud input: trained on drawn vectors alone, most seeds miss it."""
+    monkeypatch.setattr(vptq_file, "_MAX_TRAINING_VECTORS", 256)
+    moment = torch.eye(64, dtype=torch.float64)
+    moment[5, 5] = 1000.0
+    weight = torch.randn(64, 64, generator=seeded(13))
+    weight[9, 5] = 40.0
+    layer = Layer(weight, moment)
+    assert loss(layer, vptq(layer, 3.0, seeded(seed)).weight) < 0.001
+
+
+def test_training_vectors_stand_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vptq_file, "_MAX_TRAINING_VECTORS", 100)
+    vectors, weights = torch.randn(1000, 2, generator=seeded(14)), torch.ones(1000, 1)
+    chosen, stands_for = vptq_file._sample(vectors, weights, seeded(0))
+    assert chosen.unique(dim=0).shape == (100, 2)
+    assert float(stands_for.sum()) == pytest.approx(1000)
+    few, ones = vptq_file._sample(vectors[:100], weights[:100], seeded(0))
+    assert torch.equal(few.sort(0).values, vectors[:100].sort(0).values)
+    assert torch.equal(ones, weights[:100])
+
+
 def e8p_points() -> torch.Tensor:
     """All points by the definition: half-odd, even sum, 256 patterns; both shifts."""
     signs = torch.tensor(list(itertools.product((1.0, -1.0), repeat=8)))

@@ -96,16 +96,35 @@ def _train(
     vectors = _vectors(weight, setting.dim)[0]  # [I * O/d, d], input by input
     weights = (importance / importance.mean()).to(weight)
     weights = weights.repeat_interleave(len(vectors) // len(weights))[:, None]
-    chosen = torch.randperm(len(vectors), generator=generator)[:_MAX_TRAINING_VECTORS]
-    chosen = chosen.to(vectors.device)
+    vectors, weights = _sample(vectors, weights, generator)
     book = kmeans.train(
-        vectors[chosen][None],
-        weights[chosen].expand(-1, setting.dim),
+        vectors[None],
+        weights.expand(-1, setting.dim),
         2**setting.index_bits,
         _ITERATIONS,
         generator,
     )[0]
     return book.half().float()
+
+
+def _sample(vectors: Tensor, weights: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Return at most `_MAX_TRAINING_VECTORS` of `[N, d]` with their weights `[N, 1]`, shuffled.
+
+    Half of them are those with most energy, the others drawn from the rest and weighted for it: a
+    single vector of a loud input can be most of what a matrix has to lose.
+    """
+    N = len(vectors)
+    order = torch.randperm(N, generator=generator).to(vectors.device)
+    if N > _MAX_TRAINING_VECTORS:
+        half = _MAX_TRAINING_VECTORS // 2
+        energy = weights[:, 0] * vectors.square().sum(1)
+        heavy = energy.argsort(descending=True, stable=True)[:half]
+        is_heavy = torch.zeros(N, dtype=torch.bool, device=vectors.device)
+        is_heavy[heavy] = True
+        drawn = order[~is_heavy[order]][:half]
+        weights = torch.where(is_heavy[:, None], weights, weights * (N - half) / half)
+        order = torch.cat([heavy, drawn])
+    return vectors[order], weights[order]
 
 
 def _vectors(columns: Tensor, dim: int) -> Tensor:
