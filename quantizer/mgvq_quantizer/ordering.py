@@ -31,7 +31,7 @@ def quick(recipe: QuantRecipe) -> QuantRecipe:
         refit_rounds=1,
         descent_sweeps=0,
         codebook_iterations=_TRIAL_ITERATIONS,
-        draw_out=False,
+        draw_out=0.0,
     )
 
 

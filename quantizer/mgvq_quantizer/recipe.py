@@ -154,10 +154,10 @@ class QuantRecipe:
     descent_sweeps: int | None = None
     """Coordinate descent passes over the codes after each assignment; when not given, 2 with
     lookups and none with a trellis, which is no better for them."""
-    draw_out: bool = False
-    """Store what bands of few bits hold as large as it was on average, not drawn in as the least
-    squares would have it; the scales of rows go on losing the least squares. Good where few bits
-    lose little, as on the demonstration model, bad where they lose much, as on SmolLM2."""
+    draw_out: float = 0.0
+    """How far what bands of few bits hold is stored as large as it was on average, 1, and not drawn
+    in as the least squares would have it, 0; the scales of rows go on losing the least squares.
+    Good where few bits lose little, bad where they lose much, as on SmolLM2 at 2 bits."""
     max_codebook_overhead: float = 0.05
     """Bits a weight a matrix may spend on tables of its own; above it they are shared by kind."""
     channel_classes: bool = False
@@ -200,7 +200,7 @@ class QuantRecipe:
                 "bands of several rates need permute, and so do channel_classes: choose allocation "
                 "uniform without them, or permute"
             )
-        for name in ("global_share", "mismatch"):
+        for name in ("global_share", "mismatch", "draw_out"):
             value = getattr(self, name)
             if not 0.0 <= value <= 1.0:
                 raise ConfigError(f"{name} must lie in 0..1, got {value}")

@@ -101,23 +101,24 @@ def descent_feedback(factors: BlockLDL) -> Feedback:
     return Feedback((torch.cat(couplings, dim=1) - eye).float(), tuple(metrics))
 
 
-def kept_shares(layout: VQLayout, draw_out: bool) -> list[float]:
+def kept_shares(layout: VQLayout, draw_out: float) -> list[float]:
     """Return [band] what its tables are drawn out by the inverse of: 1 where they are not.
 
     By least squares a code reproduces a value smaller than it is: its regression on the value has
-    a slope of one less the distortion. Drawn out, and with goals divided by the slope before codes
-    are looked for, the slope is one and the squared error so many times as large.
+    a slope `s` of one less the distortion. Drawn out by `s^-p`, and with goals divided by `s^p`
+    before codes are looked for, the slope is `s^(1-p)`. All the way, the squared error is `1/s`
+    times as large; half-way it is so for a quarter of what that adds.
 
     Args:
         layout: the bands.
-        draw_out: of the recipe.
+        draw_out: `p`, of the recipe.
     """
-    if not draw_out:
-        return [1.0] * len(layout.bands)
     rates = [band.rate for band in layout.bands]
     if layout.codec == "trellis":
-        return [1 - 4.0**-rate for rate in rates]
-    return [_KEPT_BY_LOOKUPS.get(rate, 1.0) for rate in rates]
+        shares = [1 - 4.0**-rate for rate in rates]
+    else:
+        shares = [_KEPT_BY_LOOKUPS.get(rate, 1.0) for rate in rates]
+    return [share**draw_out for share in shares]
 
 
 def empty(weight: Tensor, tables: Tables, widths: Sequence[int]) -> Rounded:

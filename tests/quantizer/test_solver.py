@@ -57,14 +57,14 @@ def test_drawn_out_bands_of_few_bits_are_larger_and_descent_leaves_them(
     assert case.permutation is not None
     one_bit = case.weight[:, case.permutation[:64]]
     slopes, stored = [], []
-    for draw_out, sweeps in ((False, 0), (True, 0), (True, 2)):
+    for draw_out, sweeps in ((0.0, 0), (0.5, 0), (1.0, 0), (1.0, 2)):
         recipe = replace(RECIPE, draw_out=draw_out, descent_sweeps=sweeps)
         stored.append(ops.vq_dequantize(solve([case], recipe, seeded(1))[0].weight))
         kept = stored[-1][:, case.permutation[:64]]
         slopes.append(float((one_bit * kept).sum() / one_bit.square().sum()))
     assert slopes[0] < 0.75
-    assert slopes[1] > slopes[0] + 0.1
-    assert torch.equal(stored[1], stored[2])
+    assert slopes[2] > slopes[1] + 0.04 > slopes[0] + 0.08
+    assert torch.equal(stored[2], stored[3])
 
 
 def test_more_bits_are_better(correlated: Moment) -> None:

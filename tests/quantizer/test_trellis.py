@@ -55,14 +55,20 @@ def test_the_distortion_of_a_gaussian_is_the_known_one(rate: int, known: float) 
     assert error == pytest.approx(known, rel=0.06)
 
 
+@pytest.mark.parametrize("far", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize(("rate", "lost"), [(1, 0.28), (2, 0.0733), (3, 0.0198)])
-def test_drawn_out_entries_are_the_value_on_average_and_lose_more(rate: int, lost: float) -> None:
+def test_drawn_out_entries_are_the_value_on_average_and_lose_more(
+    rate: int, lost: float, far: float
+) -> None:
     goal = torch.randn(512, 8, generator=seeded(0))
-    (kept,) = kept_shares(VQLayout.uniform(512, 8, rate, codec="trellis"), draw_out=True)
+    (kept,) = kept_shares(VQLayout.uniform(512, 8, rate, codec="trellis"), far)
     table = first_table(rate, 12, COMMON_TAIL, seeded(1)).drawn_out(1 / kept).values
     value = table[:, 0][encode(goal / kept, torch.ones(8), table, rate)]
-    assert float((goal * value).sum() / goal.square().sum()) == pytest.approx(1.0, abs=0.01)
-    assert float((goal - value).square().mean()) == pytest.approx(lost / kept, rel=0.06)
+    slope = float((goal * value).sum() / goal.square().sum())
+    error = float((goal - value).square().mean())
+    share = 1 - 4.0**-rate  # what the least squares keep
+    assert slope == pytest.approx(share ** (1 - far), abs=0.02)
+    assert error == pytest.approx(lost + share * (share**-far - 1) ** 2, rel=0.06)
 
 
 @pytest.mark.parametrize("rate", [1, 2, 4])
