@@ -107,7 +107,7 @@ def kept_shares(layout: VQLayout, draw_out: float) -> list[float]:
     By least squares a code reproduces a value smaller than it is: its regression on the value has
     a slope `s` of one less the distortion. Drawn out by `s^-p`, and with goals divided by `s^p`
     before codes are looked for, the slope is `s^(1-p)`. All the way, the squared error is `1/s`
-    times as large; half-way it is so for a quarter of what that adds.
+    times as large; half-way, a quarter of that is added.
 
     Args:
         layout: the bands.

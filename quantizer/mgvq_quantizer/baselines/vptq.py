@@ -108,7 +108,7 @@ def _train(
 
 
 def _sample(vectors: Tensor, weights: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Return at most `_MAX_TRAINING_VECTORS` of `[N, d]` with their weights `[N, 1]`, shuffled.
+    """Return at most `_MAX_TRAINING_VECTORS` of `[N, d]` and their weights `[N, 1]`.
 
     Half of them are those with most energy, the others drawn from the rest and weighted for it: a
     single vector of a loud input can be most of what a matrix has to lose.
