@@ -260,7 +260,11 @@ def _refit(clock: _Clock, seconds: Mapping[str, float], stage: Stage) -> dict[st
 def _solve(clock: _Clock, seconds: Mapping[str, float], recipe: QuantRecipe) -> float:
     """Time a whole solve, shortened to a round, and return it as a share of its parts."""
     short = dataclasses.replace(
-        recipe, refit_rounds=1, descent_sweeps=1, codebook_iterations=_ITERATIONS
+        recipe,
+        refit_rounds=1,
+        descent_sweeps=1,
+        draw_out=0.0,
+        codebook_iterations=_ITERATIONS,
     )
     rows, stages = _rows(recipe.codec), rate_stages(_RATE, recipe.codec, recipe.window)
     layout = VQLayout(rows, _COLUMNS, (Band(0, _COLUMNS, stages),))

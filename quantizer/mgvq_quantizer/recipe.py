@@ -37,13 +37,11 @@ _LEAST = {
 }
 
 _ROUNDS = {"lookup": 4, "trellis": 1}
-_DESCENTS = {"lookup": 2, "trellis": 0}
-"""Rounds, and descent passes, where none are given, by codec."""
-_OF_LOOKUPS = ("refit_rounds", "descent_sweeps")
-"""Settings of a preset that a trellis leaves at its own."""
+_DRAW_OUT = {"lookup": 0.5, "trellis": 0.0}
+"""`refit_rounds` and `draw_out` where they are not given, by codec."""
 
 PRESETS: Mapping[str, Mapping[str, Any]] = {
-    "fast": {"refit_rounds": 2, "descent_sweeps": 1, "picture_swaps": 1},
+    "fast": {"refit_rounds": 2, "picture_swaps": 1},
     "default": {},
     "best": {"refit_rounds": 6, "codebook_iterations": 30, "tuning_steps": 800},
 }
@@ -151,13 +149,13 @@ class QuantRecipe:
     refit_rounds: int | None = None
     """Rounds of re-assignment and least-squares refit of codebooks and row scales; when not given,
     4 with lookups and 1 with a trellis."""
-    descent_sweeps: int | None = None
-    """Coordinate descent passes over the codes after each assignment; when not given, 2 with
-    lookups and none with a trellis, which is no better for them."""
-    draw_out: float = 0.0
+    descent_sweeps: int = 0
+    """Coordinate descent passes over the codes after each assignment; they take the place of
+    draw_out, as they would draw its values in again."""
+    draw_out: float | None = None
     """How far what bands of few bits hold is stored as large as it was on average, 1, and not drawn
     in as the least squares would have it, 0; the scales of rows go on losing the least squares.
-    Good where few bits lose little, bad where they lose much, as on SmolLM2 at 2 bits."""
+    When not given, 0.5 with lookups and no descent, 0 with a trellis."""
     max_codebook_overhead: float = 0.05
     """Bits a weight a matrix may spend on tables of its own; above it they are shared by kind."""
     channel_classes: bool = False
@@ -202,8 +200,13 @@ class QuantRecipe:
             )
         for name in ("global_share", "mismatch", "draw_out"):
             value = getattr(self, name)
-            if not 0.0 <= value <= 1.0:
+            if value is not None and not 0.0 <= value <= 1.0:
                 raise ConfigError(f"{name} must lie in 0..1, got {value}")
+        if self.draw_out and self.descent_sweeps:
+            raise ConfigError(
+                "descent_sweeps draw in again what draw_out draws out: one of them must be 0, got "
+                f"{self.descent_sweeps} and {self.draw_out}"
+            )
         for name in ("damping", "heldout_share", "output_shrink", "codebook_lr", "scale_lr"):
             value = getattr(self, name)
             if not 0.0 < value < 1.0:
@@ -237,8 +240,8 @@ class QuantRecipe:
             )
 
     def to_json(self) -> dict[str, Any]:
-        """Return the settings by name, with the rounds and passes that were not given."""
-        taken = {"refit_rounds": self.rounds, "descent_sweeps": self.descents}
+        """Return the settings by name, with what the codec decides where they were not given."""
+        taken = {"refit_rounds": self.rounds, "draw_out": self.drawn_out}
         return dataclasses.asdict(self) | taken
 
     @property
@@ -257,10 +260,11 @@ class QuantRecipe:
         return _ROUNDS[self.codec] if self.refit_rounds is None else self.refit_rounds
 
     @property
-    def descents(self) -> int:
-        """Descent passes a rounding takes: none over drawn out values, which they would draw in."""
-        given = _DESCENTS[self.codec] if self.descent_sweeps is None else self.descent_sweeps
-        return 0 if self.draw_out else given
+    def drawn_out(self) -> float:
+        """How far values of few bits are drawn out."""
+        if self.draw_out is not None:
+            return self.draw_out
+        return 0.0 if self.descent_sweeps else _DRAW_OUT[self.codec]
 
     @property
     def has_row_parts(self) -> bool:
@@ -308,14 +312,17 @@ def make_recipe(preset: str, file: Path | None, settings: Mapping[str, Any]) -> 
         ConfigError: if the file cannot be read, or has a key or a type that does not fit.
     """
     chosen = {**(_read(file) if file else {}), **settings}
-    is_trellis = chosen.get("codec") == "trellis"
-    start = {k: v for k, v in PRESETS[preset].items() if not (is_trellis and k in _OF_LOOKUPS)}
+    start = dict(PRESETS[preset])
+    if chosen.get("codec") == "trellis":
+        start.pop("refit_rounds", None)  # a trellis is searched once, whatever the preset
     return QuantRecipe(**{**start, **chosen})
 
 
 def setting_type(field: dataclasses.Field[Any]) -> type:
     """Return the type of a field's values where they are given."""
-    return int if field.default is None else type(field.default)
+    if field.default is not None:
+        return type(field.default)
+    return float if "float" in str(field.type) else int
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -171,7 +171,7 @@ def solve(
     best: tuple[Books, list[Tensor], list[Rounded]] | None = None
     for _ in range(recipe.rounds):
         for member in members:
-            _assign(member, books, recipe.descents)
+            _assign(member, books, recipe.descent_sweeps)
         if not fixed:
             books = _refit_books(members, books)
         for member in members:
@@ -213,7 +213,7 @@ def _member(problem: Problem, recipe: QuantRecipe) -> _Member:
         descent=descent_feedback(factors),
         scales=scales,
         rounded=empty(weight, [], []),
-        kept=kept_shares(problem.layout, recipe.draw_out),
+        kept=kept_shares(problem.layout, recipe.drawn_out),
         rows=rows,
     )
 

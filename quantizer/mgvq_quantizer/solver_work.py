@@ -263,14 +263,14 @@ def _assign(layout: VQLayout, recipe: QuantRecipe, is_two_sided: bool) -> Work:
     work = times(form(layout), 1)
     if not is_two_sided:
         work.update(sweep(layout, keeps_better=False))
-        work.update(times(sweep(layout, keeps_better=True), recipe.descents))
+        work.update(times(sweep(layout, keeps_better=True), recipe.descent_sweeps))
         return work
     parts = [dataclasses.replace(layout, out_features=rows) for rows in _row_blocks(O)]
     work.update(total([sweep(part, keeps_better=False) for part in parts]))
     work[MATMUL] += O * O * I // 2 + O * O * I  # what blocks carry, and the shaped error
     descent = total([sweep(part, keeps_better=True) for part in parts])
     descent[MATMUL] += O * O * I + 2 * O * I * I
-    work.update(times(descent, recipe.descents))
+    work.update(times(descent, recipe.descent_sweeps))
     return work
 
 

@@ -302,7 +302,7 @@ class Stream:
         """Return the tables of a matrix that others read too; those of a trellis stay untrained."""
         if plan.layout.codec == "lookup":
             return {name: self.books[name] for band in plan.tables for name in band}
-        shares = kept_shares(plan.layout, self.recipe.draw_out)
+        shares = kept_shares(plan.layout, self.recipe.drawn_out)
         bands = plan.tables, plan.layout.bands, plan.tails, shares
         return {
             name: first_table(

@@ -64,14 +64,14 @@ def test_the_command_compares_and_adds_to_what_is_there(
     by_key = {(row["label"], row["target"]): row for row in first}
     assert by_key["ours", 2.0]["quantized"] == "decoder, embedding, projector, vision"
     assert by_key["ours", 2.0]["marks"]["kl"] == pytest.approx(
-        evaluate(quantized[0], dense, limit=6, show_progress=False).kl, rel=1e-6
+        evaluate(quantized[0], dense, limit=6, show_progress=False).kl, rel=1e-4
     )
     read = evaluate_text(quantized[0], dense, text, show_progress=False)
-    assert by_key["ours", 2.0]["text"]["kl"] == pytest.approx(read.kl, rel=1e-6)
-    assert by_key["ours", 2.0]["text"]["perplexity"] == pytest.approx(read.perplexity, rel=1e-6)
+    assert by_key["ours", 2.0]["text"]["kl"] == pytest.approx(read.kl, rel=1e-4)
+    assert by_key["ours", 2.0]["text"]["perplexity"] == pytest.approx(read.perplexity, rel=1e-4)
     for row in first:
         found, original = row["text"]["perplexity"], row["text"]["reference_perplexity"]
-        assert original == pytest.approx(read.reference_perplexity, rel=1e-6)
+        assert original == pytest.approx(read.reference_perplexity, rel=1e-4)
         assert found != original
     coarse, fine = (by_key["RTN, clip search", bits]["marks"]["kl"] for bits in (2.25, 4.25))
     assert 0.0 < fine < 0.5 * coarse

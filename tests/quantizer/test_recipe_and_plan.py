@@ -88,11 +88,12 @@ def test_every_setting_is_a_flag_with_the_field_as_default_and_help() -> None:
 
 def test_flags_change_the_file_and_the_file_the_preset(tmp_path: Path) -> None:
     file = tmp_path / "r.toml"
-    file.write_text('bits = 3\nallocation = "layer"\nrefit_rounds = 5\n')
+    file.write_text('bits = 3\nallocation = "layer"\nrefit_rounds = 5\ndraw_out = 1\n')
     flags = ["--preset", "fast", "--recipe", str(file), "--refit-rounds", "7"]
     recipe = recipe_from_arguments(build_parser().parse_args([*PATHS, *flags]))
     fast = {**PRESETS["fast"], "bits": 3.0, "allocation": "layer", "refit_rounds": 7}
-    assert recipe == QuantRecipe(**fast)
+    assert recipe == QuantRecipe(**fast, draw_out=1.0)
+    assert isinstance(recipe.draw_out, float)
     for text, problem in {
         "bit = 2": "'bit' is no setting; settings are bits, allocation",
         "seed = 'x'": "seed must be int, got 'x'",
@@ -108,19 +109,28 @@ def test_flags_change_the_file_and_the_file_the_preset(tmp_path: Path) -> None:
 
 def test_a_trellis_takes_one_round_whatever_the_preset_unless_it_is_told() -> None:
     kept = {name: make_recipe(name, None, {}) for name in PRESETS}
-    assert [(kept[n].rounds, kept[n].descents) for n in ("fast", "default", "best")] == [
-        (2, 1),
-        (4, 2),
-        (6, 2),
-    ]
+    assert [kept[name].rounds for name in ("fast", "default", "best")] == [2, 4, 6]
     for name in PRESETS:
         recipe = make_recipe(name, None, {"codec": "trellis"})
-        assert (recipe.rounds, recipe.descents) == (1, 0)
+        assert recipe.rounds == 1
         assert recipe.tuning_steps == kept[name].tuning_steps
-    told = make_recipe("best", None, {"codec": "trellis", "refit_rounds": 3, "descent_sweeps": 1})
-    assert (told.rounds, told.descents) == (3, 1)
+    told = make_recipe("best", None, {"codec": "trellis", "refit_rounds": 3})
     written = [r.to_json() for r in (QuantRecipe(), QuantRecipe(codec="trellis"), told)]
-    assert [(w["refit_rounds"], w["descent_sweeps"]) for w in written] == [(4, 2), (1, 0), (3, 1)]
+    assert [made["refit_rounds"] for made in written] == [4, 1, 3]
+
+
+def test_lookups_are_drawn_out_half_way_unless_they_are_told_or_descend() -> None:
+    for settings, taken in (
+        ({}, 0.5),
+        ({"draw_out": 0.0}, 0.0),
+        ({"draw_out": 1.0}, 1.0),
+        ({"descent_sweeps": 2}, 0.0),
+        ({"draw_out": 0.0, "descent_sweeps": 2}, 0.0),
+        ({"codec": "trellis"}, 0.0),
+        ({"codec": "trellis", "draw_out": 0.25}, 0.25),
+    ):
+        recipe = make_recipe("default", None, settings)
+        assert recipe.drawn_out == recipe.to_json()["draw_out"] == taken
 
 
 @pytest.mark.parametrize(
@@ -138,6 +148,8 @@ def test_a_trellis_takes_one_round_whatever_the_preset_unless_it_is_told() -> No
         (["--class-threshold", "-1"], "class_threshold must be at least 0, got -1.0"),
         (["--global-share", "1.5"], "global_share must lie in 0..1"),
         (["--mismatch", "1.5"], "mismatch must lie in 0..1, got 1.5"),
+        (["--draw-out", "1.5"], "draw_out must lie in 0..1, got 1.5"),
+        (["--draw-out", "0.5", "--descent-sweeps", "1"], "one of them must be 0, got 1 and 0.5"),
         (["--output-shrink", "0"], "output_shrink must lie between 0 and 1, got 0.0"),
         (["--shift-threshold", "-1"], "shift_threshold must be at least 0, got -1.0"),
         (["--shift-radius", "-1"], "shift_radius must be at least 0, got -1.0"),

@@ -16,7 +16,7 @@ from mgvq_quantizer.solver import Problem, Solution, solve
 from mgvq_quantizer.stream import books_of
 
 Moment = Callable[[int, int], torch.Tensor]
-RECIPE = QuantRecipe(codebook_iterations=8, refit_rounds=2)
+RECIPE = QuantRecipe(codebook_iterations=8, refit_rounds=2, descent_sweeps=2)
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -48,23 +48,20 @@ def test_every_rate_beats_plain_nearest_codewords(correlated: Moment, rate: int)
 
 
 @pytest.mark.parametrize("codec", ["lookup", "trellis"])
-def test_drawn_out_bands_of_few_bits_are_larger_and_descent_leaves_them(
-    correlated: Moment, codec: str
-) -> None:
+def test_drawn_out_bands_of_few_bits_are_larger(correlated: Moment, codec: str) -> None:
     """Beside a band of many bits, which decides the scales of the rows."""
     bands = (Band(0, 64, rate_stages(1, codec)), Band(64, 64, rate_stages(4, codec)))
     case = problem(correlated(128, 0), VQLayout(192, 128, bands, True), 0)
     assert case.permutation is not None
     one_bit = case.weight[:, case.permutation[:64]]
-    slopes, stored = [], []
-    for draw_out, sweeps in ((0.0, 0), (0.5, 0), (1.0, 0), (1.0, 2)):
-        recipe = replace(RECIPE, draw_out=draw_out, descent_sweeps=sweeps)
-        stored.append(ops.vq_dequantize(solve([case], recipe, seeded(1))[0].weight))
-        kept = stored[-1][:, case.permutation[:64]]
+    slopes = []
+    for draw_out in (0.0, 0.5, 1.0):
+        recipe = replace(RECIPE, descent_sweeps=0, draw_out=draw_out)
+        stored = ops.vq_dequantize(solve([case], recipe, seeded(1))[0].weight)
+        kept = stored[:, case.permutation[:64]]
         slopes.append(float((one_bit * kept).sum() / one_bit.square().sum()))
     assert slopes[0] < 0.75
     assert slopes[2] > slopes[1] + 0.04 > slopes[0] + 0.08
-    assert torch.equal(stored[2], stored[3])
 
 
 def test_more_bits_are_better(correlated: Moment) -> None:
@@ -117,7 +114,7 @@ def test_a_permuted_weight_is_the_formula_of_the_format(correlated: Moment) -> N
 def test_the_metric_and_its_feedback_pay_off_as_measured(correlated: Moment) -> None:
     """The memo's B.7: about .097 without feedback, .032 with metric and feedback."""
     case = problem(correlated(256, 6), VQLayout.uniform(256, 256, 2), 6)
-    solution = solve([case], QuantRecipe(), seeded(1))[0]
+    solution = solve([case], QuantRecipe(descent_sweeps=2), seeded(1))[0]
     assert solution.error_nearest > 0.08
     assert solution.error < 0.034
 

@@ -87,7 +87,8 @@ class Comparison:
     def add(self, row: Row) -> None:
         """Keep a finished row, on disk too; it takes the place of one with the same key."""
         self.rows = [*(old for old in self.rows if old.key != row.key), row]
-        rows = ",\n".join(json.dumps(dataclasses.asdict(row)) for row in self.rows)  # a line each
+        lines = (json.dumps(_shortened(dataclasses.asdict(row))) for row in self.rows)
+        rows = ",\n".join(lines)
         temporary = self._file.with_suffix(".tmp")
         temporary.write_text(f'{{"facts": {json.dumps(self.facts)}, "rows": [\n{rows}\n]}}\n')
         os.replace(temporary, self._file)
@@ -105,6 +106,13 @@ class Comparison:
                     f"{self._file} holds rows with {key} = {old.get(key)!r}, this run has "
                     f"{self.facts.get(key)!r}: use the same, or another --output"
                 )
+
+
+def _shortened(value: Any) -> Any:
+    """Return a JSON value with numbers of five digits: more than any of them is sure of."""
+    if isinstance(value, dict):
+        return {name: _shortened(inner) for name, inner in value.items()}
+    return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
 def _row(values: dict[str, Any]) -> Row:
