@@ -178,7 +178,7 @@ def test_quantizers_are_compared_on_text_where_a_model_brings_no_questions(
     rows = json.loads((output / "compare.json").read_text())["rows"]
     kl = {(row["label"], row["target"]): row["text"]["kl"] for row in rows}
     read = evaluate_text(two_bit, llama[0], text, show_progress=False)
-    assert kl["ours", 2.0] == pytest.approx(read.kl, rel=1e-6)
+    assert kl["ours", 2.0] == pytest.approx(read.kl, rel=1e-4)
     assert 0.0 < kl["RTN, clip search", 4.25] < 0.5 * kl["RTN, clip search", 2.25]
     assert evaluate_cli.main([*words, "--text", str(text)]) == 0
     assert json.loads((output / "compare.json").read_text())["rows"] == rows, "nothing ran again"

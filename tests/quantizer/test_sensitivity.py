@@ -130,7 +130,7 @@ def test_with_one_curvature_the_losses_are_those_of_the_layer(correlated: Moment
     forms = {}
     for rate in (2, 3):
         layout = VQLayout.uniform(96, 128, rate, has_permutation=True)
-        quick = QuantRecipe(refit_rounds=1, descent_sweeps=0, codebook_iterations=4)
+        quick = QuantRecipe(refit_rounds=1, draw_out=0.0, codebook_iterations=4)
         problem = Problem(weight, inputs.weighted, order, layout)
         solution = solve([problem], quick, seeded(1))[0]
         error = (weight - ops.vq_dequantize(solution.weight)).double()
