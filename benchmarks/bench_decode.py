@@ -1,6 +1,6 @@
 """Decode speed of two checkpoints side by side, one request at a time.
 
-    python benchmarks/bench_decode.py --checkpoint 2BIT --reference DENSE --reference-dtype bfloat16
+    python -m benchmarks.bench_decode --checkpoint 2BIT --reference DENSE --reference-dtype bfloat16
 
 Both models are loaded into one process and take turns, so that whatever else the machine does hits
 both alike; the ratio is the median of the ratios of neighbouring runs. Text only, no end token: the

@@ -1,6 +1,6 @@
 """What the engine itself is worth: batching, the prefix cache, and the time it adds to a step.
 
-    python benchmarks/bench_engine.py --output benchmarks/results/engine.json
+    python -m benchmarks.bench_engine --output benchmarks/results/engine.json
 
 Three measurements in one run of one process, in turns, so that a noisy machine hits all alike:
 answers a second of several requests together against one alone, time to the first token of a second
@@ -201,6 +201,7 @@ def measure(bench: Bench, repeats: int) -> dict[str, Any]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and print; returns the exit status."""
     parsed = build_parser().parse_args(arguments)
+    machine = environment()
     try:
         config = EngineConfig(
             checkpoint=parsed.checkpoint,
@@ -217,7 +218,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{name:28}{value:>12,}" + (f"   target {TARGETS[name]}" if name in TARGETS else ""))
     document = {
         "benchmark": "engine",
-        "environment": environment() | {"device": engine.config.device},
+        "environment": machine | {"device": engine.config.device},
         "checkpoint": parsed.checkpoint or "demo",
         "requests": parsed.requests,
         "new_tokens": parsed.new_tokens,

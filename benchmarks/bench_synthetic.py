@@ -246,6 +246,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("bench_synthetic: error: this needs a CUDA GPU, none is here", file=sys.stderr)
         return 2
+    machine = environment()
     with tempfile.TemporaryDirectory() as scratch:
         folder = (parsed.folder or Path(scratch)) / f"{parsed.shape}-{parsed.bits}bit"
         try:
@@ -266,7 +267,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 2
     document = {
         "benchmark": "synthetic",
-        "environment": environment() | {"gpu": torch.cuda.get_device_name()},
+        "environment": machine | {"gpu": torch.cuda.get_device_name()},
         "shape": parsed.shape,
         "bits": parsed.bits,
         "layers": parsed.layers,

@@ -1,21 +1,27 @@
 """vq_linear at 2 and 4 bits, lookups and trellis, against dense F.linear, on the CPU, in turns.
 
-    python benchmarks/bench_vq_linear.py [--rows 1] [--threads 1] [--json FILE]
+    python -m benchmarks.bench_vq_linear [--rows 1] [--threads 1] [--json FILE]
 
-The dense weights are random; times do not depend on values. `ratio` is the bfloat16 time over the
-lookups' time (medians), `memory` their packed bytes over the bfloat16 bytes; `trellis_ratio` and
-`trellis_memory` likewise.
+Each contender multiplies by one copy of its matrix after the other, as a model does: what lies in a
+cache is what would lie there beside `ROTATED_BYTES` of other weights, or in the demonstration model
+for its matrices. The dense weights are random; times do not depend on values. `ratio` is the
+bfloat16 time over the lookups' time (medians), `memory` their packed bytes over the bfloat16 bytes;
+`trellis_ratio` and `trellis_memory` likewise.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from harness import environment, report, time_in_turns
+from torch import Tensor
 
+from benchmarks.harness import environment, report, taking_turns, time_in_turns
 from mgvq_kernels import ops
 from mgvq_kernels.layout import CODECS, VQLayout, VQWeight
 from mgvq_kernels.packing import pack
@@ -31,6 +37,14 @@ SHAPES = (
     (1536, 8960, 2),
 )
 """(out_features, in_features, bits): the demonstration model's matrices, then a 1.5B decoder's."""
+
+
+ROTATED_BYTES = 200_000_000
+"""How much the copies of a matrix take together: six times the last cache of the processor the
+published numbers are of."""
+
+MOST_COPIES = 64
+"""Copies of a small matrix: about as much memory as the demonstration model has in all."""
 
 
 def make_weight(out_features: int, in_features: int, bits: int, codec: str) -> VQWeight:
@@ -68,10 +82,10 @@ def measure(out_features: int, in_features: int, bits: int, rows: int) -> dict[s
     with torch.inference_mode():
         times = time_in_turns(
             {
-                "vq": lambda: ops.vq_linear(x, packed),
-                "trellis": lambda: ops.vq_linear(x, trellis),
-                "bfloat16": lambda: F.linear(x16, dense16),
-                "float32": lambda: F.linear(x, dense),
+                "vq": each_copy(packed, lambda weight: ops.vq_linear(x, weight)),
+                "trellis": each_copy(trellis, lambda weight: ops.vq_linear(x, weight)),
+                "bfloat16": each_copy(dense16, lambda weight: F.linear(x16, weight)),
+                "float32": each_copy(dense, lambda weight: F.linear(x, weight)),
             }
         )
     return {
@@ -85,6 +99,13 @@ def measure(out_features: int, in_features: int, bits: int, rows: int) -> dict[s
         "trellis_memory": round(trellis.nbytes / dense16.nbytes, 3),
         "vq_code_gb_s": round(packed.num_codes / times["vq"]["median_us"] / 1e3, 2),
     }
+
+
+def each_copy(weight: Any, run: Callable[[Any], Tensor]) -> Callable[[], object]:
+    """Make a call that multiplies by the next of several copies of a matrix."""
+    count = max(2, min(MOST_COPIES, -(-ROTATED_BYTES // weight.nbytes)))
+    copies = [weight, *(copy.deepcopy(weight) for _ in range(count - 1))]
+    return taking_turns([functools.partial(run, one) for one in copies])
 
 
 def main() -> None:

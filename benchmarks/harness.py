@@ -6,12 +6,13 @@ busy the machine was, because numbers of a busy machine are not to be published.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,12 @@ def time_in_turns(
                 run()
             times[name].append((time.perf_counter() - start) / repeats[name] * 1e6)
     return {name: _summary(taken) for name, taken in times.items()}
+
+
+def taking_turns(calls: Sequence[Callable[[], object]]) -> Callable[[], object]:
+    """Make one function of several that do the same elsewhere: each call runs the next."""
+    turns = itertools.cycle(calls)
+    return lambda: next(turns)()
 
 
 def environment() -> dict[str, Any]:

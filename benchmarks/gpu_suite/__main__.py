@@ -117,7 +117,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--minutes", type=float, default=10, help="budget; the least important goes"
     )
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the two files")
-    parser.add_argument("--step-seconds", type=int, default=120, help="most time of one step")
+    parser.add_argument("--step-seconds", type=int, default=120, help="most time of one result")
     parser.add_argument("--only", default="", metavar="PREFIX", help="only steps that begin so")
     parser.add_argument("--interpret", action="store_true", help="run without a GPU, time nothing")
     parser.add_argument("--sanitizer", action="store_true", help="also run compute-sanitizer")

@@ -54,7 +54,7 @@ def sanitize_one(op: str, tool: str, command: str) -> str:
     with tempfile.TemporaryDirectory() as folder:
         process = [
             command, "--tool", tool, "--error-exitcode", str(FOUND_SOMETHING),
-            sys.executable, "-m", "benchmarks.gpu_suite.worker", "--small", "--only", f"check {op}",
+            sys.executable, "-m", "benchmarks.gpu_suite.worker", "--small", "--step", f"check {op}",
             "--journal", str(Path(folder) / "journal"), "--step-seconds", str(LIMIT_S),
             "--deadline", str(time.time() + 2 * LIMIT_S),
         ]  # fmt: skip

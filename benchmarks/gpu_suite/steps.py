@@ -74,7 +74,7 @@ def run_steps(
         steps: everything there is to do.
         journal: where results go.
         deadline: `time.time()` by which all should be done.
-        step_seconds: a step that takes longer is killed, with its process.
+        step_seconds: a step that yields nothing for so long is killed, with its process.
         is_healthy: says after an error whether this process can still use the device.
 
     Returns:
@@ -99,6 +99,7 @@ def run_steps(
             for row in step.run():
                 rows.append(row)
                 journal.write("row", step.name, row=row)
+                signal.alarm(step_seconds)
         except Exception as raised:  # noqa: BLE001  a step may fail in any way; it is written down
             error = f"{type(raised).__name__}: {raised}"
             traceback.print_exc()

@@ -159,7 +159,7 @@ def vq_dequantize(place: Place, real: bool) -> Iterator[OpCase]:
                 lambda dtype=dtype, weight=weight: _reference(weight, dtype),
                 0.0,
                 "bits",
-                nbytes=layout.code_bits() // 8 + 2 * layout.num_weights if real else 0,
+                nbytes=layout.code_bits() // 8 + dtype.itemsize * layout.num_weights if real else 0,
             )
         yield OpCase(
             f"float64 {shape}",

@@ -12,10 +12,12 @@ tables say what its groups stand for; plain torch; compiles nothing.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
+
+from mgvq_kernels.packed_checks import Expected
 
 BLOCK_GROUPS = 32
 """Groups of a block: one a lane of a warp."""
@@ -69,42 +71,23 @@ def block_tensors(
     return {"codes": blocks} | {name: table.to(device) for name, table in tables.items()}
 
 
-def check(tensors: Mapping[str, Tensor], rows: int, stages: Sequence[tuple[int, int, int]]) -> None:
-    """Ask for codes of the size the layout has, where 16 bytes can be loaded at a time.
+def expected_tensors(rows: int, stages: Sequence[tuple[int, int, int]]) -> Expected:
+    """Say what the kernels read beside what every order has.
 
-    Raises:
-        ValueError: if a tensor has another size or its memory is not aligned.
+    Args:
+        rows: O.
+        stages: (first permuted channel, width, vector dimension) of every stage, band by band.
     """
     size = sum(block_bytes(rows, width // vector_dim) for _, width, vector_dim in stages)
     dims = most_dims(vector_dim for _, _, vector_dim in stages)
-    sizes = {
-        "codes": size,
-        "word_books": len(stages) * 256 * dims,
-        "diagonal_books": len(stages) * 256 * 16 * dims,
-        "sources": size // padded_rows(rows) * dims,
-        "scales": rows,
+    return {
+        "codes": (size, torch.uint8),
+        "word_books": (len(stages) * 256 * dims, torch.int8),
+        "diagonal_books": (len(stages) * 256 * 16 * dims, torch.int8),
+        "stages": (len(stages) * STAGE_FIELDS, torch.int32),
+        "sources": (size // padded_rows(rows) * dims, torch.int32),
+        "counters": (padded_rows(rows) // LEAST_TILE, torch.int32),
     }
-    check_aligned(tensors, sizes)
-
-
-def check_aligned(tensors: Mapping[str, Tensor], sizes: Mapping[str, int]) -> None:
-    """Ask for contiguous tensors of so many numbers, where 16 bytes can be loaded at a time.
-
-    Raises:
-        ValueError: if a tensor has another size or its memory is not aligned.
-    """
-    for name, expected in sizes.items():
-        tensor = tensors[name]
-        if tensor.numel() != expected or not tensor.is_contiguous():
-            raise ValueError(
-                f"{name} must be contiguous and hold {expected} numbers for this layout, got "
-                f"{list(tensor.shape)} with strides {list(tensor.stride())}"
-            )
-        if tensor.data_ptr() % 16:
-            raise ValueError(
-                f"{name} must start at a multiple of 16 bytes, got address {tensor.data_ptr():#x}; "
-                f"clone it"
-            )
 
 
 def to_blocks(codes: Tensor) -> Tensor:

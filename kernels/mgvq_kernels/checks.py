@@ -7,6 +7,7 @@ only, never at values on a device.
 from __future__ import annotations
 
 import itertools
+import math
 
 import torch
 from torch import Tensor
@@ -21,6 +22,13 @@ def check_float(name: str, dtype: torch.dtype) -> None:
     """Ask for a floating dtype."""
     if dtype not in FLOAT_DTYPES:
         raise TypeError(f"{name} must be one of {FLOAT_DTYPES}, got {dtype}")
+
+
+def check_floats(**tensors: Tensor) -> None:
+    """Ask for tensors of floating dtypes, by their names."""
+    for name, tensor in tensors.items():
+        if tensor.dtype not in FLOAT_DTYPES:
+            check_float(name, tensor.dtype)
 
 
 def check_linear(
@@ -86,6 +94,7 @@ def check_cu_seqlens(name: str, offsets: tuple[int, ...], tokens: int) -> None:
 
 def check_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
     """Ask for queries and keys of the same tokens, heads of even width and an angle a pair."""
+    check_floats(q=q, k=k, cos=cos, sin=sin)
     if q.dim() != 3 or cos.shape != (q.shape[0], q.shape[2]) or sin.shape != cos.shape:
         raise ValueError(
             f"q must be [T, H, Dh] with cos and sin [T, Dh], got {list(q.shape)}, "
@@ -130,13 +139,15 @@ def check_caches(
     scales: tuple[Tensor | None, Tensor | None],
     dtype: torch.dtype | None,
 ) -> None:
-    """Ask for two contiguous caches of `dtype` (None: any floating), or int8 ones with scales."""
+    """Ask for two contiguous caches of `dtype` (None: one floating), or int8 ones with scales."""
     if (scales[0] is None) != (scales[1] is None):
         raise ValueError("key_scales and value_scales must both be given, or neither")
     for name, cache, scale in zip(("key", "value"), caches, scales, strict=True):
         asked = "" if scale is None else f", as {name}_scales is given"
         if scale is None and dtype is None:
             check_float(f"{name}_cache without {name}_scales", cache.dtype)
+            if cache.dtype != caches[0].dtype:
+                raise TypeError(f"value_cache is {cache.dtype}, key_cache {caches[0].dtype}")
         elif cache.dtype != (expected := dtype if scale is None else torch.int8):
             raise TypeError(f"{name}_cache must be {expected}{asked}, got {cache.dtype}")
         if cache.dim() != 4 or cache.shape != caches[0].shape or not cache.is_contiguous():
@@ -159,6 +170,12 @@ def check_caches(
                 f"{name}_scales must be contiguous {list(cache.shape[:3])} float16, got "
                 f"{list(scale.shape)} {scale.dtype} with strides {list(scale.stride())}"
             )
+
+
+def check_score_scale(scale: float) -> None:
+    """Ask for a factor that keeps what is masked, minus infinity, where it is."""
+    if not 0.0 < scale < math.inf:
+        raise ValueError(f"scale must be a finite number above 0, got {scale}")
 
 
 def check_paged(

@@ -162,7 +162,7 @@ def paged_attention(  # noqa: PLR0913
     pointers = [tensor.data_ptr() for tensor in (q, out, table, *caches)]
     pointers += [0 if one is None else one.data_ptr() for one in scales]
     shapes = (*q.shape, *table.shape, *key_cache.shape[:3])
-    plan = torch.tensor([*pointers, *shapes, *cu_seqlens_q, *context_lens])
+    plan = torch.tensor([*pointers, *shapes, 0, *cu_seqlens_q, *context_lens])
     address = plan.data_ptr()
     over_threads(
         lambda first, last: cpu_attention.paged_attention_decode(address, scale, first, last),
@@ -171,6 +171,11 @@ def paged_attention(  # noqa: PLR0913
         1,
         sum(context_lens) * q.shape[1] * q.shape[2] >= THREAD_PRODUCTS,
     )
+    if row := int(plan[cpu_attention.FOUND_NO_BLOCK]):
+        raise ValueError(
+            f"block_table names a block outside [0, {key_cache.shape[0]}) for request {row - 1}: "
+            f"{block_table[row - 1].tolist()}"
+        )
     if q.shape[0] > len(context_lens):
         for r, (begin, end) in enumerate(itertools.pairwise(cu_seqlens_q)):
             if end - begin > 1:

@@ -2,7 +2,8 @@
 """Numba kernel of attention of single tokens over a paged cache (called by `cpu`).
 
 Blocks are read where they lie, int8 ones multiplied by their scales as they are read; nothing is
-gathered. A request's result depends on no other request. Nothing is checked here.
+gathered. A request's result depends on no other request. Nothing is checked here but the blocks'
+numbers, which nobody else reads.
 """
 
 from __future__ import annotations
@@ -23,8 +24,12 @@ from numba import (  # noqa: TID253 (this file is made of it)
 
 from mgvq_kernels.cpu_jit import compile_cached, pointer
 
-PLAN_FIELDS = 15
+PLAN_FIELDS = 16
 """Numbers of a plan before the offsets."""
+
+FOUND_NO_BLOCK = 15
+"""Where a plan says afterwards which row of block_table, counted from 1, names a block that is not
+there; 0: none does."""
 
 SUMS_IN_ANY_ORDER = {"reassoc", "nsz", "contract"}
 """What a dot product may do to be made of vectors; NaN and infinity keep their meaning."""
@@ -97,20 +102,34 @@ def _attend(
 
 
 @njit
-def _attend_pairs(
-    tensors: Any, caches: Any, scales: Any, scale: Any, first: int, last: int
-) -> None:
-    """Attend for the pairs first..last of a request with one new token and a key/value head."""
+def _are_there(blocks: Any, num_blocks: int) -> bool:
+    """Say whether a cache of `num_blocks` has all of some blocks."""
+    for block in blocks:
+        if block < 0 or block >= num_blocks:
+            return False
+    return True
+
+
+@njit
+def _attend_pairs(tensors: Any, caches: Any, scales: Any, scale: Any, first: int, last: int) -> int:
+    """Attend for the pairs first..last of a request with one new token and a key/value head.
+
+    Returns the row of `table`, counted from 1, that names a block that is not there, or 0.
+    """
     q, out, table, offsets, lengths = tensors
+    num_blocks, size = caches[0].shape[0], caches[0].shape[1]
     num_heads = caches[0].shape[2]
     group = q.shape[1] // num_heads
     for pair in range(first, last):
         r, head = pair // num_heads, pair % num_heads
         t = offsets[r]
+        if not _are_there(table[r, : (lengths[r] + size - 1) // size], num_blocks):
+            return r + 1
         if offsets[r + 1] - t == 1:
             scores = np.empty((group, lengths[r]), np.float32)
             scaled = q[t] * scale
             _attend(scaled, head * group, caches, scales, table[r], head, scores, out[t])
+    return 0
 
 
 @compile_cached
@@ -120,7 +139,7 @@ def paged_attention_decode(plan_address: int, scale: float, first: int, last: in
     The plan is int64: addresses of q `[T, H, Dh]` float32, the result, block_table `[R, width]`
     int32, keys and values `[num_blocks, block_size, Hk, Dh]`, and of their scales
     `[num_blocks, block_size, Hk]` float16 (int8 caches) or zeros (float32 ones); T, H, Dh, R,
-    width, num_blocks, block_size, Hk; R + 1 offsets into q; R lengths.
+    width, num_blocks, block_size, Hk; 0, see `FOUND_NO_BLOCK`; R + 1 offsets into q; R lengths.
     """
     head = carray(pointer(plan_address), PLAN_FIELDS, int64)
     T, H, Dh, R, width = head[7], head[8], head[9], head[10], head[11]
@@ -144,11 +163,13 @@ def paged_attention_decode(plan_address: int, scale: float, first: int, last: in
             carray(pointer(head[5]), scale_shape, uint16),
             carray(pointer(head[6]), scale_shape, uint16),
         )
-        _attend_pairs(tensors, codes, scales, factor, first, last)
+        wrong = _attend_pairs(tensors, codes, scales, factor, first, last)
     else:
         caches = (
             carray(pointer(head[3]), cache_shape, float32),
             carray(pointer(head[4]), cache_shape, float32),
         )
         nothing = np.empty((0, 0, 0), np.uint16)
-        _attend_pairs(tensors, caches, (nothing, nothing), factor, first, last)
+        wrong = _attend_pairs(tensors, caches, (nothing, nothing), factor, first, last)
+    if wrong:
+        plan[FOUND_NO_BLOCK] = wrong

@@ -21,8 +21,8 @@ from numba.extending import intrinsic  # noqa: TID253
 def compile_cached(function: Callable[..., Any]) -> Any:
     """Compile on first call and keep the machine code on disk, where some folder can be written.
 
-    The name it is kept under holds a digest of every cpu file: numba looks at the function's own
-    file only, and code that took its constants from another one must not outlive them.
+    The name it is kept under holds a digest of every file a kernel is made of: numba looks at the
+    function's own only, and code that took its constants from another one must not outlive them.
     """
     function.__qualname__ += f"_{_sources_digest():08x}"
     try:
@@ -33,8 +33,9 @@ def compile_cached(function: Callable[..., Any]) -> Any:
 
 @functools.cache
 def _sources_digest() -> int:
-    """CRC-32 of the files the kernels are made of."""
-    files = sorted(Path(__file__).parent.glob("cpu_*.py"))
+    """CRC-32 of the files the kernels and their constants are in."""
+    folder = Path(__file__).parent
+    files = [*sorted(folder.glob("cpu_*.py")), folder / "layout.py", folder / "trellis.py"]
     return zlib.crc32(b"".join(path.read_bytes() for path in files))
 
 

@@ -9,11 +9,13 @@ core where torch's byte copies do 0.9, 2026-11); compiles nothing.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from mgvq_kernels.packed_checks import Expected
 
 STRIP_ROWS = 64
 """Output rows whose codes lie next to each other: one 512-bit register of bytes."""
@@ -131,49 +133,22 @@ def tile_schedule(out_features: int, stages: Sequence[tuple[int, int, int]]) -> 
     return torch.tensor(tiles, dtype=torch.int64)
 
 
-def check(
-    tensors: Mapping[str, Tensor],
-    rows: int,
-    stages: Sequence[tuple[int, int, int]],
-    has_permutation: bool,
-) -> None:
-    """Ask for tensors of the size the layout has: the kernels read addresses and check nothing.
+def expected_tensors(rows: int, stages: Sequence[tuple[int, int, int]]) -> Expected:
+    """Say what the kernels read beside what every order has: they check nothing themselves.
 
     Args:
-        tensors: what `packing.pack` made, by name.
         rows: O.
         stages: (first permuted channel, width, vector dimension) of every stage, band by band.
-        has_permutation: whether the input channels are permuted.
-
-    Raises:
-        ValueError: if a tensor is missing, has another size or is not contiguous.
     """
     groups = [width // vector_dim for _, width, vector_dim in stages]
-    sizes = {
-        "codes": strip_count(rows) * STRIP_ROWS * sum(groups),
-        "tables": sum(256 * vector_dim + TOP_FLOATS for _, _, vector_dim in stages),
-        "row_scales": rows,
-        "tiles": sum(math.ceil(count / TILE_GROUPS) for count in groups) * TILE_FIELDS,
+    tables = sum(256 * vector_dim + TOP_FLOATS for _, _, vector_dim in stages)
+    tiles = sum(math.ceil(count / TILE_GROUPS) for count in groups) * TILE_FIELDS
+    return {
+        "codes": (strip_count(rows) * STRIP_ROWS * sum(groups), torch.uint8),
+        "tables": (tables, torch.float32),
+        "row_scales": (rows, torch.float32),
+        "tiles": (tiles, torch.int64),
     }
-    if has_permutation:
-        sizes["permutation"] = max(start + width for start, width, _ in stages)
-    check_sizes(tensors, sizes)
-
-
-def check_sizes(tensors: Mapping[str, Tensor], sizes: Mapping[str, int]) -> None:
-    """Ask for contiguous tensors that hold as many numbers as the layout says.
-
-    Raises:
-        ValueError: if a tensor is missing, has another size or is not contiguous.
-    """
-    for name, expected in sizes.items():
-        tensor = tensors.get(name)
-        if tensor is None or tensor.numel() != expected or not tensor.is_contiguous():
-            came = None if tensor is None else (list(tensor.shape), list(tensor.stride()))
-            raise ValueError(
-                f"{name} must be contiguous and hold {expected} numbers for this layout, got "
-                f"{came} (shape, strides); make it with packing.pack"
-            )
 
 
 def describe(

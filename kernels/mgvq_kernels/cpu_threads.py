@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 
 import torch
 
@@ -34,7 +34,10 @@ def over_threads(
     cuts.append(last)
     pool = _pool(os.getpid(), threads)
     waiting = [pool.submit(run, cuts[i], cuts[i + 1]) for i in range(1, threads)]
-    run(cuts[0], cuts[1])
+    try:
+        run(cuts[0], cuts[1])
+    finally:  # what the others write to must outlive them, however this part ends
+        wait(waiting)
     for future in waiting:
         future.result()
 

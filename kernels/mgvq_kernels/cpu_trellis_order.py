@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mgvq_kernels import cpu_order
+from mgvq_kernels.packed_checks import Expected
 from mgvq_kernels.trellis import GROUP_WEIGHTS
 
 Bands = Sequence[tuple[int, int, int, int]]
@@ -94,26 +94,20 @@ def band_table(out_features: int, bands: Bands) -> Tensor:
     return torch.tensor(fields, dtype=torch.int64)
 
 
-def check(tensors: Mapping[str, Tensor], rows: int, bands: Bands) -> None:
-    """Ask for tensors of the size the layout has: the kernels read addresses and check nothing.
+def expected_tensors(rows: int, bands: Bands) -> Expected:
+    """Say what the kernels read beside what every order has: they check nothing themselves.
 
     Args:
-        tensors: what `packing.pack` made, by name.
         rows: O.
         bands: of the matrix.
-
-    Raises:
-        ValueError: if a tensor is missing, has another size or is not contiguous.
     """
-    sizes = {
-        "codes": sum(rows * width * rate // GROUP_WEIGHTS for _, width, rate, _ in bands),
-        "codebooks": sum(1 << window for _, _, _, window in bands),
-        "codebook_scales": len(bands),
-        "row_scales": rows,
-        "order": sum(width for _, width, _, _ in bands),
-        "bands": len(bands) * BAND_FIELDS,
+    codes = sum(rows * width * rate // GROUP_WEIGHTS for _, width, rate, _ in bands)
+    return {
+        "codes": (codes, torch.uint8),
+        "row_scales": (rows, torch.float32),
+        "order": (sum(width for _, width, _, _ in bands), torch.int32),
+        "bands": (len(bands) * BAND_FIELDS, torch.int64),
     }
-    cpu_order.check_sizes(tensors, sizes)
 
 
 def describe(tensors: Mapping[str, Tensor]) -> Tensor:

@@ -28,8 +28,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         `[..., D]` in x's dtype, computed in float32.
 
     Raises:
+        TypeError: if a dtype is not floating.
         ValueError: if `weight` is not `[D]`.
     """
+    checks.check_floats(x=x, weight=weight)
     if weight.shape != x.shape[-1:]:
         raise ValueError(f"weight must be [{x.shape[-1]}], got {list(weight.shape)}")
     kernel = _kernel("row_ops", x, weight)
@@ -51,8 +53,12 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
         `(normed, x + residual)`, both in x's dtype.
 
     Raises:
+        TypeError: if a dtype is not floating, or the residual's is not x's.
         ValueError: if shapes disagree.
     """
+    checks.check_floats(x=x, weight=weight)
+    if residual.dtype != x.dtype:
+        raise TypeError(f"residual must be {x.dtype} as x is, got {residual.dtype}")
     if residual.shape != x.shape:
         raise ValueError(f"residual must be {list(x.shape)} as x is, got {list(residual.shape)}")
     if weight.shape != x.shape[-1:]:
@@ -73,8 +79,10 @@ def swiglu(gate_up: Tensor) -> Tensor:
         `[T, F]` in the same dtype, computed in float32.
 
     Raises:
+        TypeError: if the dtype is not floating.
         ValueError: if the last dimension is odd.
     """
+    checks.check_floats(gate_up=gate_up)
     if gate_up.shape[-1] % 2:
         raise ValueError(f"gate_up must be [..., 2F], got an odd width in {list(gate_up.shape)}")
     kernel = _kernel("row_ops", gate_up)
@@ -94,6 +102,7 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor
         The rotated `(q, k)` in their dtypes, computed in float32.
 
     Raises:
+        TypeError: if a dtype is not floating.
         ValueError: if shapes disagree or Dh is odd.
     """
     checks.check_rope(q, k, cos, sin)
@@ -229,7 +238,7 @@ def paged_attention(  # noqa: PLR0913
         block_table: `[R, max_blocks]` int32: the blocks of each request, in order.
         cu_seqlens_q: R + 1 offsets into q: (0, ..., T).
         context_lens: R counts of cached tokens, the new ones included.
-        scale: multiplies the scores.
+        scale: multiplies the scores; above 0.
         key_scales: `[num_blocks, block_size, Hk]` float16 that int8 keys are multiplied by.
         value_scales: the same for values.
 
@@ -238,10 +247,12 @@ def paged_attention(  # noqa: PLR0913
 
     Raises:
         TypeError: if a dtype is not as above.
-        ValueError: if shapes, lengths or devices disagree, or a cache is not contiguous.
+        ValueError: if shapes, lengths or devices disagree, a cache is not contiguous, or (on a CPU,
+            where looking costs nothing) block_table names a block that is not there.
     """
     caches, scales = (key_cache, value_cache), (key_scales, value_scales)
     checks.check_paged(q, caches, block_table, cu_seqlens_q, context_lens, scales)
+    checks.check_score_scale(scale)
     T, R = q.shape[0], len(context_lens)
     if not T:
         return torch.empty_like(q)
@@ -285,7 +296,7 @@ def paged_attention_prefill(  # noqa: PLR0913
         block_table: `[R, max_blocks]` int32: the blocks of each request, in order.
         cu_seqlens_q: `[R + 1]` int32 offsets into q, rising from 0 to T.
         context_lens: `[R]` int32 counts of cached tokens, the new ones included.
-        scale: multiplies the scores.
+        scale: multiplies the scores; above 0.
         key_scales: `[num_blocks, block_size, Hk]` float16 that int8 keys are multiplied by.
         value_scales: the same for values.
 
@@ -298,6 +309,7 @@ def paged_attention_prefill(  # noqa: PLR0913
     """
     caches, scales = (key_cache, value_cache), (key_scales, value_scales)
     checks.check_device_lengths(q, caches, block_table, cu_seqlens_q, context_lens, scales)
+    checks.check_score_scale(scale)
     if not q.shape[0]:
         return torch.empty_like(q)
     arguments = (*caches, block_table, cu_seqlens_q, context_lens, scale, *scales)
@@ -333,7 +345,7 @@ def paged_attention_decode(
         value_cache: the same.
         block_table: `[R, max_blocks]` int32: the blocks of each request, in order.
         context_lens: `[R]` int32 counts of cached tokens, at least 1, the new one included.
-        scale: multiplies the scores.
+        scale: multiplies the scores; above 0.
         key_scales: `[num_blocks, block_size, Hk]` float16 that int8 keys are multiplied by.
         value_scales: the same for values.
 
@@ -346,6 +358,7 @@ def paged_attention_decode(
     """
     caches, scales = (key_cache, value_cache), (key_scales, value_scales)
     checks.check_device_lengths(q, caches, block_table, None, context_lens, scales)
+    checks.check_score_scale(scale)
     arguments = (*caches, block_table, context_lens, scale, *scales)
     path = _attention_path(q, key_cache, True)
     if path == "cpu":
@@ -360,6 +373,8 @@ def paged_attention_decode(
 def _attention_path(q: Tensor, key_cache: Tensor, one_token_each: bool) -> str:
     """Choose the path of attention over a paged cache."""
     if key_cache.dtype not in (q.dtype, torch.int8):
+        return "reference"
+    if q.is_cuda and q.shape[2] < dispatch.LEAST_HEAD_DIM:
         return "reference"
     numba, triton = q.is_cpu and has_numba(), q.is_cuda and has_triton()
     return dispatch.choose_attention(q.device.type, q.dtype, one_token_each, numba, triton)

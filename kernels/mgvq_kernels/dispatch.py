@@ -37,6 +37,9 @@ GPU at hand. One H100, triton 3.6, 2026-11, us, GEMV / GEMM / decode + matmul at
 4608x3584 9.5 / 20.9 / 43, 28 / 22.5 / 43, 434 / 30 / 43; 37888x3584 37 / 98 / 299, 116 / 99 / 294,
 1,811 / 121 / 287."""
 
+LEAST_HEAD_DIM = 16
+"""Width of the narrowest heads the Triton attention takes: tensor cores multiply no fewer."""
+
 CHOSEN_OPS = ("vq_linear", "vq_dequantize", "vq_embedding")
 """Ops that have more than the reference path."""
 

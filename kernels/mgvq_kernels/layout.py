@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from mgvq_kernels import block_order, cpu_order, cpu_trellis_order, trellis_order
+from mgvq_kernels.packed_checks import Expected, check_tensors
 
 VECTOR_DIMS = (8, 4, 2, 1)
 """Vector dimensions a lookup stage may have: 1, 2, 4 and 8 bits a weight."""
@@ -329,37 +330,44 @@ class PackedVQ:
         layout = self.layout
         object.__setattr__(self, "num_codes", layout.out_features * layout.codes_per_row)
         object.__setattr__(self, "strips", cpu_order.strip_count(layout.out_features))
-        if self.backend == "triton":
-            self._check_triton()
+        if self.backend == "reference":
+            return
+        check_tensors(self.tensors, self._expected(), is_aligned=self.backend == "triton")
         if self.backend != "cpu":
             return
         descriptor = self._described()
         object.__setattr__(self, "tensors", {**self.tensors, "descriptor": descriptor})
         object.__setattr__(self, "address", descriptor.data_ptr())
 
-    def _check_triton(self) -> None:
-        """Check the tensors of the Triton order."""
-        layout = self.layout
+    def _expected(self) -> Expected:
+        """Say which tensors the order of the backend has."""
+        layout, is_cpu = self.layout, self.backend == "cpu"
+        stages = [stage for band in layout.bands for stage in band.stages]
+        entries = sum(stage.codebook_size * stage.vector_dim for stage in stages)
+        expected = {
+            "codebooks": (entries, torch.int8),
+            "codebook_scales": (len(stages), torch.float32),
+            "scales": (layout.out_features, torch.float16),
+        }
+        if layout.has_permutation:
+            expected["permutation"] = (layout.in_features, torch.int32)
         if layout.codec == "trellis":
-            trellis_order.check(self.tensors, layout.out_features, trellis_bands(layout))
-        else:
-            block_order.check(self.tensors, layout.out_features, stage_list(layout))
+            trellis = cpu_trellis_order if is_cpu else trellis_order
+            return expected | trellis.expected_tensors(layout.out_features, trellis_bands(layout))
+        lookups = cpu_order if is_cpu else block_order
+        return expected | lookups.expected_tensors(layout.out_features, stage_list(layout))
 
     def _described(self) -> Tensor:
-        """Check the tensors of the cpu order and write down where they lie."""
-        layout = self.layout
-        if layout.codec == "trellis":
-            cpu_trellis_order.check(self.tensors, layout.out_features, trellis_bands(layout))
+        """Write down where the tensors of the cpu order lie."""
+        if self.layout.codec == "trellis":
             return cpu_trellis_order.describe(self.tensors)
-        stages = stage_list(layout)
-        cpu_order.check(self.tensors, layout.out_features, stages, layout.has_permutation)
         return cpu_order.describe(
             self.tensors["codes"],
             self.tensors["tables"],
             self.tensors["row_scales"],
             self.tensors.get("permutation"),
             self.tensors["tiles"],
-            layout.in_features,
+            self.layout.in_features,
         )
 
     def __reduce__(self) -> tuple[Any, ...]:

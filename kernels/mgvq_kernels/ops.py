@@ -130,19 +130,24 @@ def vq_linear(
 
     Returns:
         `[..., O]` in x's dtype; sums are accumulated in float32 (float64 x is rounded to float32
-        except by the reference backend). Gradients flow to `x` and `bias`.
+        except by the reference backend). Gradients flow to `x`, `bias`
+            and `residual`.
 
     Raises:
         TypeError: if `weight` is not packed or a dtype is not floating.
         ValueError: if shapes or devices disagree, with both values.
     """
     checks.check_linear(x, weight, bias, residual, gated)
-    path = _path("vq_linear", x.numel() // x.shape[-1], weight, x.element_size() == 2)
-    gradient = x.requires_grad and torch.is_grad_enabled()
+    rows = x.numel() // x.shape[-1]
+    path = _path("vq_linear", rows, weight, x.element_size() == 2)
+    gradient = torch.is_grad_enabled() and any(
+        tensor is not None and tensor.requires_grad for tensor in (x, bias, residual)
+    )
     if not gradient and path in ("triton_gemv", "triton_gemm"):
         codec = weight.layout.codec
         if int8_activations and path == "triton_gemv" and codec == "lookup":
-            path = "triton_gemv_int8"
+            # Tuned limits may name more rows than a launch of it has counters for.
+            path = "triton_gemv_int8" if rows <= dispatch.TRITON_GEMV_ROWS else path
         kernel = _triton(path.removeprefix("triton_"), codec)
         return kernel.linear(x, weight, bias, residual)
     if gated or residual is not None:

@@ -14,12 +14,12 @@ A word is an integer whose highest bit is the stream's first. Plain torch; compi
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-from mgvq_kernels.block_order import check_aligned
+from mgvq_kernels.packed_checks import Expected
 from mgvq_kernels.trellis import GROUP_WEIGHTS, HISTORY_BYTES, SEGMENT_ROWS, previous_rows
 
 TILE_ROWS = SEGMENT_ROWS
@@ -69,20 +69,20 @@ def trellis_tensors(codes: Sequence[Tensor], bands: Bands) -> dict[str, Tensor]:
     }
 
 
-def check(tensors: Mapping[str, Tensor], rows: int, bands: Bands) -> None:
-    """Ask for tensors of the size the layout has, where 16 bytes can be loaded at a time.
+def expected_tensors(rows: int, bands: Bands) -> Expected:
+    """Say what the kernels read beside what every order has.
 
-    Raises:
-        ValueError: if a tensor has another size or its memory is not aligned.
+    Args:
+        rows: O.
+        bands: of the matrix.
     """
-    sizes = {
-        "codes": sum(band_bytes(rows, width * rate // 8) for _, width, rate, _ in bands),
-        "halos": sum(band_halos(rows, width) for _, width, _, _ in bands),
-        "bands": len(bands) * BAND_FIELDS,
-        "counters": padded_rows(rows) // TILE_ROWS,
-        "scales": rows,
+    codes = sum(band_bytes(rows, width * rate // 8) for _, width, rate, _ in bands)
+    return {
+        "codes": (codes, torch.uint8),
+        "halos": (sum(band_halos(rows, width) for _, width, _, _ in bands), torch.int32),
+        "bands": (len(bands) * BAND_FIELDS, torch.int32),
+        "counters": (padded_rows(rows) // TILE_ROWS, torch.int32),
     }
-    check_aligned(tensors, sizes)
 
 
 def to_tiles(codes: Tensor, rate: int) -> Tensor:

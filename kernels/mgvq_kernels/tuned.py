@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import importlib.metadata
+import importlib
 import json
 import logging
 import re
@@ -165,7 +165,7 @@ def key_of(device: torch.device) -> Key:
         gpu=found.name,
         capability=f"{found.major}.{found.minor}",
         multiprocessors=found.multi_processor_count,
-        triton=importlib.metadata.version("triton"),
+        triton=importlib.import_module("triton").__version__,  # whatever its package is called
         source=source_hash(),
     )
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 
 from mgvq_kernels import cpu, ops
+from mgvq_kernels.cpu_threads import over_threads
 from tests.kernels.test_dense_ops import dense_attention
 
 CONTEXTS = (33, 1, 16, 9, 40)
@@ -49,6 +52,37 @@ def test_poison_stays_in_its_request(
     y = ops.paged_attention(q, keys, values, table, OFFSETS, CONTEXTS, 0.2)
     assert y[0].isnan().all()
     assert torch.equal(y[1:], clean[1:])
+
+
+@pytest.mark.parametrize("block", [-1, 25])
+@pytest.mark.parametrize("request_", [1, 3])
+def test_a_block_that_is_not_there_is_named(
+    batch: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], request_: int, block: int
+) -> None:
+    """Of a chunk and of a single token; behind a context anything may stand."""
+    q, keys, values, table = batch
+    used = -(-CONTEXTS[request_] // 8)
+    table[request_, used:] = block
+    ops.paged_attention(q, keys, values, table, OFFSETS, CONTEXTS, 0.2)
+    table[request_, used - 1] = block
+    with pytest.raises(ValueError, match=rf"outside \[0, 25\) for request {request_}: .*{block}"):
+        ops.paged_attention(q, keys, values, table, OFFSETS, CONTEXTS, 0.2)
+
+
+def test_no_thread_outlives_an_error_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What they write to is freed when the call that owns it ends."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    done = []
+
+    def run(first: int, last: int) -> None:
+        if first == 0:
+            raise KeyboardInterrupt
+        time.sleep(0.2)
+        done.append(first)
+
+    with pytest.raises(KeyboardInterrupt):
+        over_threads(run, 0, 12, 1, is_much=True)
+    assert sorted(done) == [4, 8]
 
 
 @pytest.mark.parametrize("scale", [6e-8, 3e-5, 0.0123, 1.0, 65504.0])

@@ -158,6 +158,14 @@ def test_wrong_arguments_are_named() -> None:
         ops.rms_norm(q, torch.ones(7), 1e-6)
     with pytest.raises(ValueError, match="residual must be"):
         ops.add_rms_norm(q, k, torch.ones(8), 1e-6)
+    with pytest.raises(TypeError, match=r"residual must be torch.float32 as x is, got .*bfloat16"):
+        ops.add_rms_norm(q, q.bfloat16(), torch.ones(8), 1e-6)
+    with pytest.raises(TypeError, match=r"x must be one of .* got torch.int64"):
+        ops.rms_norm(q.long(), torch.ones(8), 1e-6)
+    with pytest.raises(TypeError, match=r"gate_up must be one of .* got torch.int32"):
+        ops.swiglu(torch.zeros(2, 8, dtype=torch.int32))
+    with pytest.raises(TypeError, match=r"cos must be one of .* got torch.int64"):
+        ops.rope(q, k, torch.zeros(4, 8).long(), torch.zeros(4, 8))
     with pytest.raises(ValueError, match="odd width"):
         ops.swiglu(torch.zeros(2, 7))
     with pytest.raises(ValueError, match="cos and sin"):
@@ -182,6 +190,11 @@ def test_wrong_arguments_are_named() -> None:
         ops.paged_attention(q, cache, cache, table, (0, 4), (9,), 1.0)
     with pytest.raises(ValueError, match="names 2 requests"):
         ops.paged_attention(q, cache, cache, table, (0, 2, 4), (4, 4), 1.0)
+    with pytest.raises(TypeError, match=r"value_cache is torch.bfloat16, key_cache torch.float32"):
+        ops.paged_attention(q, cache, cache.bfloat16(), table, (0, 4), (4,), 1.0)
+    for scale in (0.0, -1.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match="scale must be a finite number above 0"):
+            ops.paged_attention(q, cache, cache, table, (0, 4), (4,), scale)
 
 
 @pytest.mark.parametrize("quantized", [False, True])

@@ -18,10 +18,10 @@ import torch
 pytest.importorskip("triton", reason="triton has no wheel for this platform")
 
 from benchmarks.gpu_suite import __main__ as gpu_suite
-from benchmarks.gpu_suite import check_steps, report, sanitizer
+from benchmarks.gpu_suite import check_steps, report, sanitizer, worker
 from benchmarks.gpu_suite.cases import OpCase, measure_error, ulps
 from benchmarks.gpu_suite.peers import PEERS, AbsentError, wanted
-from benchmarks.gpu_suite.place import NoClock, Place, find_place
+from benchmarks.gpu_suite.place import GraphClock, NoClock, Place, find_place
 from benchmarks.gpu_suite.steps import Journal, Row, Step, run_steps
 from benchmarks.gpu_suite.vq_cases import LINEARS
 from benchmarks.gpu_suite.weights import MIXED, TRELLIS_TINY, decode, random_weight
@@ -159,6 +159,33 @@ def test_a_step_that_hangs_ends_its_process(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "journal")
     journal.close_open_step("took too long")
     assert journal.settled() == {"hangs"}
+
+
+def test_a_step_may_take_long_if_its_results_do_not(tmp_path: Path) -> None:
+    def yields(rows: int) -> Iterator[Row]:
+        for _ in range(rows):
+            time.sleep(0.4)
+            yield {}
+
+    journal = Journal(tmp_path / "journal")
+    steps = [step("long", functools.partial(yields, 4))]
+    assert run_steps(steps, journal, time.time() + 60, 1, lambda: True)
+    assert journal.settled() == {"long"}
+
+
+def test_the_sanitized_step_is_the_one_of_its_name(tmp_path: Path) -> None:
+    names = ["device", "check rope", "check rope_write_kv"]
+    for arguments, asked in (
+        (["--step", "check rope"], ["check rope"]),
+        (["--only", "check rope"], names),
+    ):
+        options = worker.parse([*arguments, "--journal", str(tmp_path), "--deadline", "0"])
+        assert [name for name in names if worker.is_wanted(name, options)] == asked
+
+
+def test_copies_of_the_smallest_matrices_outrun_a_cache() -> None:
+    """o_proj of a 2B model at 2 bits on a GPU with 72 MiB of L2."""
+    assert GraphClock(72 << 20).copies(1536 * 1536 // 4) * 1536 * 1536 // 4 >= 3 * (72 << 20)
 
 
 def test_a_wrong_result_fails_its_check(monkeypatch: pytest.MonkeyPatch) -> None:

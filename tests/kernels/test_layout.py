@@ -131,3 +131,20 @@ def test_blocks_for_the_gpu_are_checked() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             PackedVQ("triton", packed.layout, packed.device, {**packed.tensors, name: wrong})
+
+
+@pytest.mark.parametrize("codec", ["lookup", "trellis"])
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+def test_every_tensor_a_kernel_reads_is_checked(backend: str, codec: str) -> None:
+    """Missing, too short or of another dtype: the name comes up before any launch."""
+    layout = VQLayout.uniform(70, 64, 2, has_permutation=True, codec=codec)
+    packed = pack(random_weight(layout), backend)
+    for name, tensor in packed.tensors.items():
+        if name == "descriptor":  # made anew from the others
+            continue
+        others = {key: value for key, value in packed.tensors.items() if key != name}
+        for wrong in ({}, {name: tensor[:0]}):
+            with pytest.raises(ValueError, match=f"^{name} must be contiguous and hold"):
+                PackedVQ(backend, layout, packed.device, {**others, **wrong})
+        with pytest.raises(TypeError, match=f"^{name} must be {tensor.dtype}, got torch.float64"):
+            PackedVQ(backend, layout, packed.device, {**others, name: tensor.double()})

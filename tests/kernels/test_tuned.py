@@ -10,7 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,6 +24,8 @@ from mgvq_kernels.tuned import Key, Tuned
 from tests.kernels.random_weights import random_weight
 
 pytest.importorskip("triton", reason="triton has no wheel for this platform")
+
+import triton
 
 from benchmarks import tune
 from benchmarks.gpu_suite.place import Place, Timing
@@ -138,6 +140,31 @@ def test_the_front_door_obeys_the_limits_in_force(monkeypatch: pytest.MonkeyPatc
     assert ops._path("vq_linear", 5, packed) == "triton_gemm"
     tuned.install(CPU, Tuned(RowLimits(8, 16)))
     assert ops._path("vq_linear", 5, packed) == "triton_gemv"
+
+
+def test_int8_takes_no_more_rows_than_it_has_counters_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever was tuned: a launch of it cuts no rows, where the other GEMV does."""
+    monkeypatch.setattr(ops.dispatch, "choose_pack", lambda *_: "triton")
+    packed = pack(random_weight(VQLayout.uniform(64, 128, 2)), "triton")
+    tuned.install(CPU, Tuned(RowLimits(8, 16)))
+    steps: list[str] = []
+
+    def take(step: str, codec: str) -> SimpleNamespace:
+        steps.append(step)
+        return SimpleNamespace(linear=lambda *_: None)
+
+    monkeypatch.setattr(ops, "_triton", take)
+    for rows in (4, 5):
+        ops.vq_linear(torch.zeros(rows, 128).half(), packed, int8_activations=True)
+    assert steps == ["gemv_int8", "gemv"]
+
+
+def test_a_triton_of_any_name_is_told_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Builds of it are called triton, pytorch-triton and more."""
+    properties = SimpleNamespace(name="A GPU", major=8, minor=6, multi_processor_count=28)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    key = tuned.key_of(torch.device("cuda", 0))
+    assert key == Key("A GPU", "8.6", 28, triton.__version__, tuned.source_hash())
 
 
 class Recorder:

@@ -231,6 +231,22 @@ def test_gradients_reach_activations(backend: str, mixed: tuple[VQWeight, np.nda
     assert torch.equal(bias.grad, torch.full((150,), 2.0))
 
 
+@pytest.mark.parametrize("rows", [1, 65])
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_gradients_reach_bias_and_residual_without_activations(
+    backend: str, rows: int, mixed: tuple[VQWeight, np.ndarray]
+) -> None:
+    packed, x = pack(mixed[0], backend), torch.randn(rows, 424)
+    bias = torch.zeros(150, requires_grad=True)
+    ops.vq_linear(x, packed, bias).sum().backward()
+    assert bias.grad is not None
+    assert torch.equal(bias.grad, torch.full((150,), float(rows)))
+    residual = torch.zeros(rows, 150, requires_grad=True)
+    ops.vq_linear(x, packed, residual=residual).sum().backward()
+    assert residual.grad is not None
+    assert torch.equal(residual.grad, torch.ones(rows, 150))
+
+
 def test_odd_strides_and_leading_dimensions(mixed: tuple[VQWeight, np.ndarray]) -> None:
     packed = pack(mixed[0], "cpu")
     wide = torch.randn(2, 3, 848)

@@ -27,7 +27,6 @@ QUICK = {
     "allocation": "uniform",  # bands of several rates need matrices wider than these
     "codebook_iterations": 3,
     "refit_rounds": 1,
-    "descent_sweeps": 1,
     "tuning_steps": 4,
     "tuning_batch_tokens": 64,
 }

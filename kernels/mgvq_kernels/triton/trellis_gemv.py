@@ -196,39 +196,43 @@ def triton_trellis_gemv(
     padded = padded_rows(out_features)
     partials = torch.empty(sum(splits), tokens, padded, dtype=torch.float32, device=x.device)
     first_split = 0
-    for rate, block_count, shares in zip(rates, blocks, splits, strict=True):
-        with torch.cuda.device_of(x):
-            trellis_gemv_kernel[(counters.shape[0], shares)](
-                x,
-                codes.view(torch.int32),
-                halos,
-                codebooks,
-                codebook_scales,
-                scales,
-                bands,
-                bands if permutation is None else permutation,
-                counters,
-                scales if bias is None else bias,
-                x if residual is None else residual,
-                partials,
-                y,
-                tokens,
-                out_features,
-                in_features,
-                padded,
-                bands.shape[0],
-                block_count,
-                first_split,
-                sum(splits),
-                HAS_PERMUTATION=permutation is not None,
-                HAS_BIAS=bias is not None,
-                HAS_RESIDUAL=residual is not None,
-                RATE=rate,
-                TOKENS=triton.next_power_of_2(tokens),
-                num_warps=NUM_WARPS,
-                enable_fp_fusion=True,
-            )
-        first_split += shares
+    try:
+        for rate, block_count, shares in zip(rates, blocks, splits, strict=True):
+            with torch.cuda.device_of(x):
+                trellis_gemv_kernel[(counters.shape[0], shares)](
+                    x,
+                    codes.view(torch.int32),
+                    halos,
+                    codebooks,
+                    codebook_scales,
+                    scales,
+                    bands,
+                    bands if permutation is None else permutation,
+                    counters,
+                    scales if bias is None else bias,
+                    x if residual is None else residual,
+                    partials,
+                    y,
+                    tokens,
+                    out_features,
+                    in_features,
+                    padded,
+                    bands.shape[0],
+                    block_count,
+                    first_split,
+                    sum(splits),
+                    HAS_PERMUTATION=permutation is not None,
+                    HAS_BIAS=bias is not None,
+                    HAS_RESIDUAL=residual is not None,
+                    RATE=rate,
+                    TOKENS=triton.next_power_of_2(tokens),
+                    num_warps=NUM_WARPS,
+                    enable_fp_fusion=True,
+                )
+            first_split += shares
+    except BaseException:  # some rates have counted, and the rest will not
+        counters.zero_()
+        raise
     return y
 
 

@@ -95,6 +95,36 @@ def relative_error(y: torch.Tensor, truth: np.ndarray) -> float:
 
 
 @KERNELS
+def test_a_launch_that_fails_leaves_the_weight_usable(
+    kernel: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As an interrupt between the launches of two rates does."""
+    weight, x = random_weight(MIXED), torch.randn(3, 360).half()
+    tensors = pack(weight, "triton").tensors
+    op, arguments = op_and_arguments(kernel, x, weight, tensors, (1, 1, 1, 1, 1))
+    expected = op(*arguments)
+    name = f"{kernel.__name__.rpartition('.')[2]}_kernel"
+    launches = getattr(kernel, name)
+
+    class Interrupted:
+        """Launches once, then raises."""
+
+        calls = 0
+
+        def __getitem__(self, grid: object) -> Any:
+            self.calls += 1
+            if self.calls > 1:
+                raise KeyboardInterrupt
+            return launches[grid]
+
+    monkeypatch.setattr(kernel, name, Interrupted())
+    with pytest.raises(KeyboardInterrupt):
+        op(*arguments)
+    monkeypatch.undo()
+    assert torch.equal(op(*arguments), expected)
+
+
+@KERNELS
 @pytest.mark.parametrize("splits", [(1, 1, 1, 1, 1), (2, 1, 1, 2, 1)])
 def test_bands_bias_and_residual_in_one(kernel: ModuleType, splits: tuple[int, ...]) -> None:
     weight = random_weight(MIXED)
