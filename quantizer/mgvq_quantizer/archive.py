@@ -54,37 +54,45 @@ class Archive:
         Raises:
             DataError: if it is missing, too large, damaged or outside the archive.
         """
-        parts = PurePosixPath(name)
-        if parts.is_absolute() or ".." in parts.parts or {"\\", "\0"} & set(name):
-            raise DataError(f"{self.path}: the path {name!r} leads out of it")
+        self._check(name, max_bytes)
         try:
-            if self._zip is not None:
-                info = self._zip.getinfo(name)
-                self._check_size(name, info.file_size, max_bytes)
-                return self._zip.read(info)
-            file = self.path / name
-            self._check_size(name, file.stat().st_size, max_bytes)
-            return file.read_bytes()
-        except KeyError as error:
-            raise DataError(f"{self.path} holds no file {name!r}") from error
+            return (self.path / name).read_bytes() if self._zip is None else self._zip.read(name)
         except (OSError, EOFError, zipfile.BadZipFile, zlib.error, RuntimeError) as error:
             raise DataError(f"{self.path}: {name!r} cannot be read: {error}") from error
 
     def read_picture(self, name: str) -> bytes:
         """Return a picture's bytes; it may lie in `images/` without the data file saying so."""
-        inner = f"images/{name}"
-        if not self._holds(name) and self._holds(inner):
-            name = inner
-        return self.read(name, MediaLimits().max_image_bytes)
+        return self.read(self._find(name), MediaLimits().max_image_bytes)
+
+    def check_picture(self, name: str) -> None:
+        """Refuse what `read_picture` would refuse without reading it."""
+        self._check(self._find(name), MediaLimits().max_image_bytes)
+
+    def _find(self, picture: str) -> str:
+        inner = f"images/{picture}"
+        return inner if not self._holds(picture) and self._holds(inner) else picture
+
+    def _check(self, name: str, max_bytes: int) -> None:
+        """Refuse a file that is missing, too large or outside the archive."""
+        parts = PurePosixPath(name)
+        if parts.is_absolute() or ".." in parts.parts or {"\\", "\0"} & set(name):
+            raise DataError(f"{self.path}: the path {name!r} leads out of it")
+        try:
+            if self._zip is not None:
+                size = self._zip.getinfo(name).file_size
+            else:
+                size = (self.path / name).stat().st_size
+        except KeyError as error:
+            raise DataError(f"{self.path} holds no file {name!r}") from error
+        except OSError as error:
+            raise DataError(f"{self.path}: {name!r} cannot be read: {error}") from error
+        if size > max_bytes:
+            raise DataError(f"{self.path}: {name!r} is {size} bytes, the most is {max_bytes}")
 
     def _holds(self, name: str) -> bool:
         if self._zip is not None:
             return name in self._zip.NameToInfo
         return (self.path / name).is_file()
-
-    def _check_size(self, name: str, size: int, limit: int) -> None:
-        if size > limit:
-            raise DataError(f"{self.path}: {name!r} is {size} bytes, the most is {limit}")
 
 
 def read_rows(archive: Archive, name: str) -> Iterator[tuple[str, dict[str, Any]]]:

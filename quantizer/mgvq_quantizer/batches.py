@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +20,8 @@ from mgvq_quantizer.calibration import Sample
 from mgvq_runtime.layers.forward_batch import ForwardBatch
 from mgvq_runtime.models.causal_lm import CausalLM
 from mgvq_runtime.request import ImageInput
+
+Item = TypeVar("Item")
 
 MAX_TOKENS = 8192
 """Tokens of one forward without gradients, at least one sample."""
@@ -39,6 +42,12 @@ class TokenBatch:
     forward: ForwardBatch
     answer_rows: Tensor
     """`[A]` int64: the rows whose next token is part of an answer, sample by sample."""
+
+
+def evenly(items: Sequence[Item], most: int) -> list[Item]:
+    """Return at most so many of some items, drawn evenly, in their order."""
+    count = min(len(items), most)
+    return [items[int(i * (len(items) / count))] for i in range(count)]
 
 
 def make_batch(samples: Sequence[Sample], device: torch.device | str) -> TokenBatch:

@@ -9,6 +9,7 @@ Not here: forwards (`statistics`), the exam (`questions`).
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -49,13 +50,26 @@ class CalibrationError(DataError):
 
 @dataclass(frozen=True, eq=False)
 class Conversation:
-    """One row of a data file: messages, and the bytes of the pictures they mention."""
+    """One row of a data file: messages, and where the pictures they mention are."""
 
     where: str
     """The place to name in messages: file and line."""
     messages: list[Message]
     """`{"role", "content"}`; content is text, or parts `{"type": "text"|"image"}`."""
-    pictures: tuple[bytes, ...]
+    archive: Archive
+    picture_names: tuple[str, ...]
+
+    @functools.cached_property
+    def pictures(self) -> tuple[bytes, ...]:
+        """The bytes of its pictures, read when they are first asked for: few rows may be drawn.
+
+        Raises:
+            CalibrationError: naming file and line of a picture that cannot be read.
+        """
+        try:
+            return tuple(map(self.archive.read_picture, self.picture_names))
+        except DataError as error:
+            raise CalibrationError(f"{self.where}: {error}") from error
 
 
 @dataclass(frozen=True, eq=False)
@@ -261,7 +275,9 @@ def _from_llava(archive: Archive, where: str, row: dict[str, Any]) -> Conversati
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise CalibrationError(f'{where}: "image" must be a file name or a list of them: {named!r}')
     if names and not _count_pictures(messages):
-        first = next((m for m in messages if m["role"] == "user"), messages[0])
+        first = next((m for m in messages if m["role"] == "user"), None)
+        if first is None:
+            raise CalibrationError(f"{where}: nobody asks about its picture (no turn from human)")
         first["content"] = [{"type": "image"}] * len(names) + list(first["content"])
     if _count_pictures(messages) != len(names):
         raise CalibrationError(
@@ -270,11 +286,12 @@ def _from_llava(archive: Archive, where: str, row: dict[str, Any]) -> Conversati
         )
     if not any(message["role"] == "assistant" for message in messages):
         raise CalibrationError(f"{where}: nobody answers (no turn from gpt)")
-    try:
-        pictures = tuple(archive.read_picture(name) for name in names)
-    except DataError as error:
-        raise CalibrationError(f"{where}: {error}") from error
-    return Conversation(where, messages, pictures)
+    for name in names:
+        try:
+            archive.check_picture(name)
+        except DataError as error:
+            raise CalibrationError(f"{where}: {error}") from error
+    return Conversation(where, messages, archive, tuple(names))
 
 
 def _generic(files: Sequence[Path]) -> list[Conversation]:
@@ -295,16 +312,12 @@ def _generic(files: Sequence[Path]) -> list[Conversation]:
                 },
                 {"role": "assistant", "content": ""},
             ],
-            pictures=(_archived(file),),
+            archive=Archive(file.parent),
+            picture_names=(file.name,),
         )
         for file in pictures
         for i, question in enumerate(_GENERIC_QUESTIONS)
     ]
-
-
-def _archived(file: Path) -> bytes:
-    """Read one picture of a folder."""
-    return Archive(file.parent).read_picture(file.name)
 
 
 def _parts(text: str) -> list[dict[str, str]]:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from mgvq_quantizer.flags import positive
 from mgvq_quantizer.forecast import forecast
 from mgvq_quantizer.pipeline import quantize
 from mgvq_quantizer.recipe import PRESETS, QuantRecipe, make_recipe, setting_type
@@ -91,7 +92,7 @@ def build_parser() -> argparse.ArgumentParser:
         "bundled pictures)",
     )
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
-    parser.add_argument("--num-threads", type=int, metavar="N", help="CPU threads of torch")
+    parser.add_argument("--num-threads", type=positive, metavar="N", help="CPU threads of torch")
     parser.add_argument(
         "--stream",
         action="store_true",

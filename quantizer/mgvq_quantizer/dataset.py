@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from mgvq_quantizer import calibration, plain_text
-from mgvq_quantizer.batches import deal, unique_pictures
+from mgvq_quantizer.batches import deal, evenly, unique_pictures
 from mgvq_quantizer.calibration import CalibrationError, Conversation, Sample
 from mgvq_quantizer.plain_text import Passage
 from mgvq_quantizer.recipe import QuantRecipe
@@ -28,11 +29,23 @@ class Data:
     swapped: list[Sample]
     """The training conversations with other pictures, for tuning."""
     fingerprint: str
+    """Of what was said and shown, before a template or a processor saw it."""
 
     @property
     def all(self) -> list[Sample]:
         """Every conversation, as it came."""
         return [*self.train, *self.heldout]
+
+    @property
+    def digest(self) -> str:
+        """Tells apart what the model reads: tokens, their places and pictures in patches."""
+        digest = hashlib.blake2b(digest_size=16)
+        for sample in self.all:
+            for numbers in (sample.token_ids, sample.positions, sample.is_answer):
+                digest.update(repr(numbers.shape).encode() + numbers.tobytes())
+        for image in unique_pictures(self.all):
+            digest.update(repr((image.grid_thw, image.layout)).encode() + image.patches.tobytes())
+        return digest.hexdigest()
 
     def tuning_batches(self, recipe: QuantRecipe) -> list[list[Sample]]:
         """Return the batches of end-to-end tuning, one a step."""
@@ -87,8 +100,7 @@ def read_data(
     if path is not None and plain_text.holds_text(path):
         name = path.name
         items += plain_text.read_passages(path, processor.tokenizer)
-    step = max(1.0, len(items) / recipe.max_samples)
-    chosen = [items[int(i * step)] for i in range(min(len(items), recipe.max_samples))]
+    chosen = evenly(items, recipe.max_samples)
     spoken = [item for item in chosen if isinstance(item, Conversation)]
     written = [item for item in chosen if isinstance(item, Passage)]
     samples = calibration.prepare(spoken, processor, processor.tokenizer) if spoken else []
@@ -114,9 +126,8 @@ def split_data(name: str, samples: Sequence[Sample], recipe: QuantRecipe, digest
         recipe: what share is held out, how often pictures are swapped.
         digest: of the conversations and texts.
     """
-    held = max(1, round(len(samples) * recipe.heldout_share))
-    every = len(samples) / held
-    picked = {int(i * every) for i in range(held)}
+    held = min(len(samples) - 1, max(1, round(len(samples) * recipe.heldout_share)))
+    picked = set(evenly(range(len(samples)), held))
     train = [s for i, s in enumerate(samples) if i not in picked]
     swaps = recipe.picture_swaps if recipe.tuning_steps else 0
     return Data(

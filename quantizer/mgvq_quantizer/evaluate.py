@@ -175,8 +175,10 @@ class Examiner:
             model: in dense arithmetic, on the examiner's device.
 
         Raises:
-            DataError: if a row or picture cannot be used.
+            DataError: if a row or picture cannot be used, or model and reference do not read alike.
         """
+        check_vocabularies(model, self.reference)
+        _check_pictures(model, self.reference)
         sums = _Sums()
         bar = tqdm(total=len(self._questions), unit="question", disable=self._silent, leave=None)
         with bar:
@@ -189,6 +191,32 @@ class Examiner:
                 _mark(exam, (model, self.reference), states, sums)
                 bar.update(len(chunk))
         return _finish(sums)
+
+
+def check_vocabularies(model: CausalLM, reference: CausalLM) -> None:
+    """Refuse models with other numbers of tokens.
+
+    Raises:
+        DataError: with both numbers.
+    """
+    sizes = [m.config.text_config.vocab_size for m in (model, reference)]
+    if sizes[0] != sizes[1]:
+        raise DataError(
+            f"the checkpoint knows {sizes[0]} tokens, the reference {sizes[1]}: give the folder "
+            "the checkpoint was made from"
+        )
+
+
+def _check_pictures(model: CausalLM, reference: CausalLM) -> None:
+    """Refuse models of which one takes no pictures, or has another placeholder for them."""
+    ours, theirs = (
+        m.config.image_token_id if m.visual is not None else None for m in (model, reference)
+    )
+    if ours != theirs:
+        raise DataError(
+            f"the checkpoint's placeholder for a picture is token {ours}, the reference's {theirs} "
+            "(None: it takes no pictures): give the folder the checkpoint was made from"
+        )
 
 
 def to_dense(model: CausalLM) -> CausalLM:

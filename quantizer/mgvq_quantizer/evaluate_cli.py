@@ -17,6 +17,8 @@ import torch
 from mgvq_quantizer.baselines import cli
 from mgvq_quantizer.evaluate import Evaluation, evaluate
 from mgvq_quantizer.evaluate_text import DEFAULT_TOKENS, TextEvaluation, evaluate_text
+from mgvq_quantizer.flags import natural, positive
+from mgvq_runtime.checkpoint.files import unwritable
 from mgvq_runtime.config import resolve_device
 from mgvq_runtime.env import debug_tracebacks
 from mgvq_runtime.errors import MgvqError
@@ -31,7 +33,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     if words[:1] == ["compare"]:
         return cli.main(words[1:])
-    parsed = build_parser().parse_args(words)
+    parser = build_parser()
+    parsed = parser.parse_args(words)
+    if parsed.text is None and parsed.text_tokens is not None:
+        parser.error("--text-tokens belongs to --text")
+    if parsed.text is not None and (parsed.limit, parsed.seed) != (None, None):
+        parser.error("--limit and --seed draw questions: with --text give --text-tokens")
     try:
         if parsed.num_threads is not None:
             torch.set_num_threads(parsed.num_threads)
@@ -44,11 +51,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     line = json.dumps(asdict(result))
-    if isinstance(parsed.json, Path):
-        parsed.json.write_text(line + "\n")
     if parsed.json is not True:
         print(_table(result) if isinstance(result, Evaluation) else _text_table(result))
     print(line)
+    if isinstance(parsed.json, Path):
+        try:
+            parsed.json.write_text(line + "\n")
+        except OSError as error:
+            print(f"mgvq-eval: error: {unwritable(parsed.json, error)}", file=sys.stderr)
+            return 2
     return 0
 
 
@@ -56,8 +67,8 @@ def _examine(parsed: argparse.Namespace) -> Evaluation | TextEvaluation:
     device = resolve_device(parsed.device, torch.cuda.device_count())
     folders = parsed.checkpoint, parsed.reference
     if parsed.text is not None:
-        return evaluate_text(*folders, parsed.text, parsed.text_tokens, device)
-    return evaluate(*folders, parsed.questions, parsed.limit, parsed.seed, device)
+        return evaluate_text(*folders, parsed.text, parsed.text_tokens or DEFAULT_TOKENS, device)
+    return evaluate(*folders, parsed.questions, parsed.limit, parsed.seed or 0, device)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -88,16 +99,17 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add(
         "--text-tokens",
-        type=int,
-        default=DEFAULT_TOKENS,
+        type=positive,
         metavar="N",
         help="most tokens of the text, in windows drawn evenly from it (default: "
         f"{DEFAULT_TOKENS})",
     )
-    add("--limit", type=int, metavar="N", help="most questions, drawn at random (default: all)")
-    add("--seed", type=int, default=0, metavar="N", help="seed of the draw (default: 0)")
+    add(
+        "--limit", type=positive, metavar="N", help="most questions, drawn at random (default: all)"
+    )
+    add("--seed", type=natural, metavar="N", help="seed of the draw (default: 0)")
     add("--device", default="auto", help="auto, cpu or cuda (default: auto)")
-    add("--num-threads", type=int, metavar="N", help="CPU threads of torch")
+    add("--num-threads", type=positive, metavar="N", help="CPU threads of torch")
     add(
         "--json",
         nargs="?",
@@ -127,11 +139,11 @@ def _table(result: Evaluation) -> str:
 
 
 def _text_table(result: TextEvaluation) -> str:
+    error = "" if result.kl_se is None else f" +- {result.kl_se:.4f}"
     lines = [
         f"{'':<12}{'checkpoint':>12}{'reference':>12}",
         f"{'perplexity':<12}{result.perplexity:>12.3f}{result.reference_perplexity:>12.3f}",
-        f"KL {result.kl:.4f} +- {result.kl_se:.4f} nats a token, "
-        f"same first choice {result.top1_agreement:.1%}",
+        f"KL {result.kl:.4f}{error} nats a token, same first choice {result.top1_agreement:.1%}",
         f"{result.bits_per_weight:.3f} bits a decoder weight in full, "
         f"{result.file_bytes / 1e6:.1f} MB of weights",
         f"{result.n} windows, {result.n_tokens} predicted tokens, {result.seconds:.0f} s",

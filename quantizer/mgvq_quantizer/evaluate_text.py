@@ -21,9 +21,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mgvq_quantizer.archive import DataError
-from mgvq_quantizer.batches import TokenBatch, embed, make_batch
+from mgvq_quantizer.batches import TokenBatch, embed, evenly, make_batch
 from mgvq_quantizer.calibration import Sample, load_conversations, prepare
-from mgvq_quantizer.evaluate import sizes_of, to_dense
+from mgvq_quantizer.evaluate import check_vocabularies, sizes_of, to_dense
 from mgvq_quantizer.plain_text import read_passages, text_sample
 from mgvq_quantizer.teacher import divergence
 from mgvq_runtime.checkpoint.reader import open_checkpoint
@@ -43,7 +43,7 @@ class TextMarks:
 
     kl: float
     """KL(reference || checkpoint) in nats, mean over predicted tokens."""
-    kl_se: float
+    kl_se: float | None
     """Its standard error over windows."""
     perplexity: float
     """`exp` of the checkpoint's mean negative log-likelihood of the text."""
@@ -159,7 +159,7 @@ class TextExaminer:
         Raises:
             DataError: if model and reference have other numbers of tokens.
         """
-        _check_vocabularies(model, self._reference)
+        check_vocabularies(model, self._reference)
         windows = []
         bar = tqdm(self._windows, unit="window", disable=self._silent, leave=None)
         for i, batch in enumerate(bar):
@@ -177,9 +177,7 @@ def draw(windows: Sequence[Sample], max_tokens: int) -> list[Sample]:
     All count like the longest.
     """
     longest = max(len(window.token_ids) for window in windows)
-    count = min(len(windows), max(1, max_tokens // longest))
-    step = len(windows) / count
-    return [windows[int(i * step)] for i in range(count)]
+    return evenly(windows, max(1, max_tokens // longest))
 
 
 def _read(text: Path, processor: ChatProcessor) -> list[Sample]:
@@ -188,21 +186,12 @@ def _read(text: Path, processor: ChatProcessor) -> list[Sample]:
         return [text_sample(passage) for passage in read_passages(text, processor.tokenizer)]
     _, conversations = load_conversations(text, text.parent)
     for conversation in conversations:
-        if conversation.pictures:
+        if conversation.picture_names:
             raise DataError(
                 f"{conversation.where}: text is judged without pictures, but this conversation "
                 "shows some: ask about pictures with --questions"
             )
     return prepare(conversations, processor, processor.tokenizer)
-
-
-def _check_vocabularies(model: CausalLM, reference: CausalLM) -> None:
-    sizes = [m.config.text_config.vocab_size for m in (model, reference)]
-    if sizes[0] != sizes[1]:
-        raise DataError(
-            f"the checkpoint knows {sizes[0]} tokens, the reference {sizes[1]}: give the folder "
-            "the checkpoint was made from"
-        )
 
 
 def _states(model: CausalLM, batch: TokenBatch) -> Tensor:
@@ -236,7 +225,7 @@ def _finish(windows: Sequence[_Window]) -> TextMarks:
     n, kl = len(windows), sum(window.kl for window in windows) / tokens
     # Of a ratio of sums, for windows differ in length.
     squares = sum((window.kl - kl * window.tokens) ** 2 for window in windows)
-    spread = math.sqrt(squares * n / (n - 1)) / tokens if n > 1 else math.nan
+    spread = math.sqrt(squares * n / (n - 1)) / tokens if n > 1 else None
     return TextMarks(
         kl=kl,
         kl_se=spread,

@@ -19,21 +19,19 @@ import torch
 
 from mgvq_kernels.layout import rate_stages
 from mgvq_quantizer import solver_work as work
-from mgvq_quantizer.allocation import MatrixPlan, plan
+from mgvq_quantizer.allocation import MatrixPlan
 from mgvq_quantizer.assumed_data import expected_data
 from mgvq_quantizer.batches import unique_pictures
 from mgvq_quantizer.dataset import Data, open_dense
+from mgvq_quantizer.expected_layout import expected_plans
 from mgvq_quantizer.machine_speed import Speed, measure_speed
 from mgvq_quantizer.pipeline import companions
-from mgvq_quantizer.precision import choose_bands
 from mgvq_quantizer.preflight import check_by_block, stored_bytes
 from mgvq_quantizer.recipe import QuantRecipe
 from mgvq_quantizer.report import peak_memory_bytes
-from mgvq_quantizer.sensitivity import Sensitivity, run_widths
 from mgvq_quantizer.solver_work import STORE, Work
 from mgvq_quantizer.stage_memory import StageMemory
 from mgvq_quantizer.stage_work import Reading, Stages
-from mgvq_quantizer.table_parts import assumed_use, split_tables
 from mgvq_runtime.checkpoint.bits import count_bits, group_of
 from mgvq_runtime.checkpoint.files import read_json
 from mgvq_runtime.checkpoint.manifest import CONFIG_NAME, MANIFEST_NAME
@@ -42,11 +40,6 @@ from mgvq_runtime.errors import CheckpointError
 from mgvq_runtime.models.causal_lm import CausalLM
 from mgvq_runtime.models.loading import model_config
 from mgvq_runtime.models.registry import find_family
-
-_UNEVENNESS = 20.0
-"""Losses of a matrix's runs of channels differ up to so many times on the demonstration model."""
-_LOSS_A_BIT = 0.25
-"""What one more bit leaves of a loss, at high rates."""
 
 
 @dataclass(frozen=True)
@@ -183,30 +176,6 @@ def forecast(
         work_folder_bytes=_work_folder_bytes(stages),
         by_block=by_block,
     )
-
-
-def expected_plans(graph: CausalLM, recipe: QuantRecipe) -> dict[str, MatrixPlan]:
-    """Lay out every matrix as a run would, on losses that are supposed; cut tables into parts.
-
-    Raises:
-        ConfigError: if the budget cannot be met.
-    """
-    tables = split_tables(graph, assumed_use(graph), recipe) if recipe.has_row_parts else {}
-    plans = plan(graph, recipe, tables)
-    if recipe.allocation == "uniform":
-        return plans
-    supposed = [_supposed(p, recipe) for name, p in plans.items() if group_of(name) == "decoder"]
-    return plan(graph, recipe, {**tables, **choose_bands(supposed, plans, recipe)})
-
-
-def _supposed(matrix: MatrixPlan, recipe: QuantRecipe) -> Sensitivity:
-    """Losses that fall by equal shares from the first run of channels to the last."""
-    widths = run_widths(matrix.layout.in_features)
-    last = max(1, len(widths) - 1)
-    shares = [width * _UNEVENNESS ** (-i / last) for i, width in enumerate(widths)]
-    losses = tuple(tuple(s * _LOSS_A_BIT**rate for rate in recipe.rates) for s in shares)
-    nothing = (0.0,) * len(widths)
-    return Sensitivity(matrix.name, recipe.rates, widths, losses, 0.0, nothing)
 
 
 def _open(model: Path) -> Checkpoint:

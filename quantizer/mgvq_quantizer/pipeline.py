@@ -25,6 +25,7 @@ from mgvq_quantizer.batches import (
     Features,
     decoder_runs,
     encode_pictures,
+    evenly,
     length_batches,
     picture_batches,
     unique_pictures,
@@ -129,7 +130,7 @@ def quantize(
         ResumeError: if `output.partial` belongs to a run with other settings, or another process
             is at work in it.
     """
-    started = time.monotonic()
+    started, output = time.monotonic(), output.absolute()  # "." has no name to add ".partial" to
     source = _open_source(model, output)
     check_by_block(recipe, by_block)
     residence = Residence(source, device, by_block)
@@ -137,7 +138,7 @@ def quantize(
     unfinished = output.with_name(output.name + ".partial")
     check(graph, recipe, output, unfinished)
     data = read_data(model, graph, recipe, calibration_data)
-    facts = _deciding_facts(recipe, model, data)
+    facts = _deciding_facts(recipe, model, data, device)
     # leave=None: below another bar, that of a comparison, it goes when it is done.
     bars = tqdm(unit="matrix", disable=not show_progress, leave=None)
     with contextlib.ExitStack() as held, bars as bar, torch.no_grad():
@@ -155,12 +156,14 @@ def quantize(
     return report
 
 
-def _deciding_facts(recipe: QuantRecipe, model: Path, data: Data) -> dict[str, Any]:
+def _deciding_facts(recipe: QuantRecipe, model: Path, data: Data, device: str) -> dict[str, Any]:
     """Return everything that decides the tensors."""
     return {
         **recipe.to_json(),
         "source": fingerprint_folder(model),
         "calibration": data.fingerprint,
+        "calibration_tokens": data.digest,  # a changed template or preprocessor shows here
+        "device": torch.device(device).type,  # others add up in another order
         "tool_version": __version__,
     }
 
@@ -216,8 +219,7 @@ def _round(residence: Residence, recipe: QuantRecipe, work: Work, data: Data, ba
     )
     train = length_batches(data.train, device)
     stream = Stream(graph, plans, recipe, work.rounding, done, weights)
-    step = max(1.0, len(pictures) / recipe.max_pictures)
-    shown = [pictures[int(i * step)] for i in range(min(len(pictures), recipe.max_pictures))]
+    shown = evenly(pictures, recipe.max_pictures)
     stream.share_books(list(picture_batches(shown)), train, features, device)
     originals = None
     if recipe.mismatch:

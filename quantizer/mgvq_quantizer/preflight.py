@@ -1,4 +1,5 @@
-"""What is refused before hours are spent: weights that cannot be stored, a disk without room.
+"""What is refused before hours are spent: a budget that cannot be met, weights that cannot be
+stored, a disk without room.
 
 Called by `pipeline`, on the dense model, and by `forecast`. Nothing is written and nothing
 computed. Not here: whether weights are finite (`mgvq_runtime.models.loading` sees to it),
@@ -14,6 +15,7 @@ from pathlib import Path
 import torch
 
 from mgvq_quantizer.allocation import MatrixPlan, plan
+from mgvq_quantizer.expected_layout import expected_plans
 from mgvq_quantizer.recipe import QuantRecipe
 from mgvq_quantizer.residence import every_parameter
 from mgvq_runtime.checkpoint.bits import TOTAL, count_bits
@@ -24,9 +26,21 @@ _LARGEST = torch.finfo(torch.float16).max
 
 
 def check(graph: CausalLM, recipe: QuantRecipe, output: Path, work: Path) -> None:
-    """Refuse what cannot end well: see `check_weights` and `check_room`."""
+    """Refuse what cannot end well: see `check_budget`, `check_weights` and `check_room`."""
+    check_budget(graph, recipe)
     check_weights(graph, recipe)
     check_room(graph, recipe, output, work)
+
+
+def check_budget(graph: CausalLM, recipe: QuantRecipe) -> None:
+    """Refuse bits that do not pay for the lowest rates with their tables, scales and order.
+
+    Raises:
+        ConfigError: with what the lowest rates take.
+    """
+    with torch.device("meta"):
+        outline = type(graph)(graph.config)
+    expected_plans(outline, recipe)
 
 
 def check_by_block(recipe: QuantRecipe, by_block: bool) -> None:

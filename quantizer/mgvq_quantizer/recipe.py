@@ -7,6 +7,7 @@ else. Two runs with equal recipes, sources and calibration write the same bytes.
 from __future__ import annotations
 
 import dataclasses
+import math
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ RATES = (1, 2, 3, 4, 8)
 ALLOCATIONS = ("model", "layer", "uniform")
 
 _LEAST = {
+    "seed": 0,
+    "max_codebook_overhead": 0,
     "max_samples": 2,
     "max_pictures": 1,
     "max_image_tokens": 1,
@@ -48,6 +51,15 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
 """Settings of the presets that differ from the defaults."""
 
 
+_NEEDS: Mapping[str, tuple[str, tuple[Any, ...]]] = {
+    "window": ("codec", ("trellis",)),
+    "survey_bits": ("allocation", ("model", "layer")),
+    "class_threshold": ("channel_classes", (True,)),
+    "shift_threshold": ("gradient_shift", (True,)),
+    "shift_radius": ("gradient_shift", (True,)),
+}
+"""Settings that do nothing but with certain values of another one."""
+
 TUNING_ONLY = ("tuning_steps", "picture_swaps")
 """Settings that leave the rounded matrices as they are."""
 ROUNDING_ONLY = (
@@ -65,7 +77,6 @@ ROUNDING_ONLY = (
     "class_threshold",
     "vision_bits",
     "embedding_bits",
-    "keep",
     "max_pictures",
     "refit_rounds",
     "descent_sweeps",
@@ -184,6 +195,7 @@ class QuantRecipe:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "embedding_bits", float(self.embedding_bits))
+        self._check_ranges()
         if self.allocation not in ALLOCATIONS:
             raise ConfigError(
                 f"allocation must be one of {', '.join(ALLOCATIONS)}, got {self.allocation!r}"
@@ -198,15 +210,22 @@ class QuantRecipe:
                 "bands of several rates need permute, and so do channel_classes: choose allocation "
                 "uniform without them, or permute"
             )
-        for name in ("global_share", "mismatch", "draw_out"):
-            value = getattr(self, name)
-            if value is not None and not 0.0 <= value <= 1.0:
-                raise ConfigError(f"{name} must lie in 0..1, got {value}")
+        self._check_idle()
         if self.draw_out and self.descent_sweeps:
             raise ConfigError(
                 "descent_sweeps draw in again what draw_out draws out: one of them must be 0, got "
                 f"{self.descent_sweeps} and {self.draw_out}"
             )
+
+    def _check_ranges(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ConfigError(f"{field.name} must be a finite number, got {value}")
+        for name in ("global_share", "mismatch", "draw_out"):
+            value = getattr(self, name)
+            if value is not None and not 0.0 <= value <= 1.0:
+                raise ConfigError(f"{name} must lie in 0..1, got {value}")
         for name in ("damping", "heldout_share", "output_shrink", "codebook_lr", "scale_lr"):
             value = getattr(self, name)
             if not 0.0 < value < 1.0:
@@ -215,6 +234,17 @@ class QuantRecipe:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ConfigError(f"{name} must be at least {least}, got {value}")
+
+    def _check_idle(self) -> None:
+        for field in dataclasses.fields(self):
+            if field.name not in _NEEDS or getattr(self, field.name) == field.default:
+                continue
+            other, values = _NEEDS[field.name]
+            if getattr(self, other) not in values:
+                raise ConfigError(
+                    f"{field.name} does nothing unless {other} is {' or '.join(map(str, values))}: "
+                    f"leave it out, or change {other}, which is {getattr(self, other)}"
+                )
 
     def _check_rates(self) -> None:
         if self.codec not in CODECS:

@@ -17,7 +17,7 @@ from mgvq_quantizer.report import MatrixReport, Report
 
 _STYLE = """
 :root{color-scheme:light dark;--bg:#fff;--fg:#1f2937;--soft:#4b5563;--line:#d1d5db;--heat:#c2410c;
---r1:#93c5fd;--r2:#3b82f6;--r3:#8b5cf6;--r4:#f59e0b;--r8:#9ca3af}
+--r1:#93c5fd;--r2:#3b82f6;--r3:#8b5cf6;--r4:#f59e0b;--r5:#ef4444;--r8:#9ca3af}
 @media(prefers-color-scheme:dark){:root{--bg:#0b0f19;--fg:#e5e7eb;--soft:#a3adbd;--line:#374151;
 --heat:#fb923c}}
 body{background:var(--bg);color:var(--fg);font:15px/1.5 system-ui,sans-serif;max-width:1080px;
@@ -30,7 +30,7 @@ table{border-collapse:collapse;font-size:13px;font-variant-numeric:tabular-nums}
 th,td{border-bottom:1px solid var(--line);padding:4px 10px;text-align:right;white-space:nowrap}
 th:first-child,td:first-child{text-align:left}svg text{fill:var(--fg);
 font:12px system-ui,sans-serif}
-.r1{fill:var(--r1)}.r2{fill:var(--r2)}.r3{fill:var(--r3)}.r4{fill:var(--r4)}.r8{fill:var(--r8)}
+.r1{fill:var(--r1)}.r2{fill:var(--r2)}.r3{fill:var(--r3)}.r4{fill:var(--r4)}.r5{fill:var(--r5)}.r8{fill:var(--r8)}
 .heat{fill:var(--heat)}.cell{fill:none;stroke:var(--line)}
 """
 _LEFT, _ROW, _CELL = 250, 18, 96

@@ -15,7 +15,7 @@ from torch import nn
 
 from mgvq_quantizer import solver_work as work
 from mgvq_quantizer.allocation import MatrixPlan, sharing_groups
-from mgvq_quantizer.batches import deal, unique_pictures
+from mgvq_quantizer.batches import deal, evenly, unique_pictures
 from mgvq_quantizer.calibration import Sample
 from mgvq_quantizer.dataset import Data
 from mgvq_quantizer.gate_work import Asked, choose
@@ -96,9 +96,7 @@ class Stages:
         wanted = recipe.guided or recipe.channel_classes
         self.weighed = self.surveyed or (bool(named) and wanted)
         self.pictures = unique_pictures(data.train)
-        step = max(1.0, len(self.pictures) / recipe.max_pictures)
-        count = min(len(self.pictures), recipe.max_pictures)
-        self.shown = Looking.of([self.pictures[int(i * step)] for i in range(count)])
+        self.shown = Looking.of(evenly(self.pictures, recipe.max_pictures))
         self.train, self.heldout = Reading.of(data.train), Reading.of(data.heldout)
 
     def ask_teacher(self) -> Work:

@@ -49,7 +49,6 @@ from mgvq_quantizer.walk import walk_blocks
 from mgvq_quantizer.witness import Testimony, Witness
 from mgvq_quantizer.work_folder import WorkFolder
 from mgvq_runtime.checkpoint.row_parts import HEAD, TABLE
-from mgvq_runtime.errors import CheckpointError
 from mgvq_runtime.models.causal_lm import CausalLM
 from mgvq_runtime.request import ImageInput
 
@@ -69,20 +68,14 @@ class Stream:
         """Take a dense model.
 
         Args:
-            model: filled, dense; its weights are replaced one by one.
+            model: filled, dense and finite; its weights are replaced one by one.
             plans: what to do with each matrix; `plans` of the stream are these, with the tails
                 that matrices chose once they are done.
             recipe: how.
             work: where finished matrices are kept, and found again.
             progress: told of each finished matrix.
             token_weights: how much each token counts for a matrix; those left out count all alike.
-
-        Raises:
-            CheckpointError: if a weight is not finite, naming it.
         """
-        for name, parameter in model.named_parameters():
-            if not parameter.is_meta and not bool(torch.isfinite(parameter).all()):
-                raise CheckpointError(f"{name} holds values that are not finite")
         self.model, self.plans, self.recipe = model, dict(plans), recipe
         self.work, self.progress = work, progress
         self.token_weights = token_weights or {}

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mgvq_quantizer import cli, preflight
+from mgvq_quantizer import cli, pipeline, preflight
 from mgvq_quantizer.archive import Archive, DataError, read_rows
 from mgvq_quantizer.batches import encode_pictures, length_batches, unique_pictures
 from mgvq_quantizer.calibration import CalibrationError, load_conversations
@@ -26,7 +26,7 @@ from mgvq_quantizer.report import Report
 from mgvq_quantizer.residence import Residence
 from mgvq_quantizer.teacher import ask_teacher
 from mgvq_runtime.checkpoint.reader import open_checkpoint
-from mgvq_runtime.errors import CheckpointError
+from mgvq_runtime.errors import CheckpointError, ConfigError
 from mgvq_runtime.models.causal_lm import CausalLM
 from mgvq_runtime.models.loading import load_model
 from tests.quantizer.conftest import QUICK, SMALL, llava_row, picture, write_calibration
@@ -73,6 +73,30 @@ def test_what_float16_cannot_hold_is_refused_at_the_start(
     graph = load(changed(small, tmp_path / "c", matrix, 1e6))
     with pytest.raises(CheckpointError, match=rf"{matrix}: the root mean square of a row is 88388"):
         check_weights(graph, RECIPE)
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        ({"bits": 1.0, "allocation": "model"}, r"bits is 1\.0.*give more bits"),
+        ({"embedding_bits": 1.001}, "embedding_bits"),
+    ],
+)
+def test_bits_that_pay_for_nothing_are_refused_before_anything_is_asked(
+    settings: dict[str, Any],
+    problem: str,
+    dense: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*_: object) -> None:
+        raise AssertionError("the dense model was asked first")
+
+    monkeypatch.setattr(pipeline, "ask_teacher", fail)
+    recipe = QuantRecipe(**{**QUICK, "max_codebook_overhead": 0.0, **settings})
+    with pytest.raises(ConfigError, match=problem):
+        quantize(dense, tmp_path / "out", recipe, show_progress=False)
+    assert not list(tmp_path.iterdir())
 
 
 def ask(graph: CausalLM, data: Data) -> None:
@@ -143,7 +167,7 @@ def test_a_damaged_archive_names_the_picture(small: Path, tmp_path: Path) -> Non
     data[45:60] = b"\xff" * 15  # in the deflated bytes of the picture
     path.write_bytes(data)
     with pytest.raises(DataError, match=r"line 1.*images/a\.png' cannot be read"):
-        load_conversations(path, small)
+        _ = load_conversations(path, small)[1][0].pictures
 
 
 def test_bare_pictures_that_cannot_be_used_are_named(
@@ -162,7 +186,7 @@ def test_bare_pictures_that_cannot_be_used_are_named(
 
     monkeypatch.setattr(Path, "read_bytes", fail)
     with pytest.raises(DataError, match=r"'a\.png' cannot be read.*Permission denied"):
-        load_conversations(tmp_path, small)
+        _ = load_conversations(tmp_path, small)[1][0].pictures
 
 
 def test_line_breaks_inside_strings_are_text(tmp_path: Path) -> None:

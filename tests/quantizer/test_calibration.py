@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from mgvq_quantizer import calibration
-from mgvq_quantizer.archive import DataError
+from mgvq_quantizer.archive import Archive, DataError
 from mgvq_quantizer.batches import make_batch, split_batches
 from mgvq_quantizer.calibration import (
     CalibrationError,
@@ -17,6 +17,8 @@ from mgvq_quantizer.calibration import (
     load_conversations,
     show_other_pictures,
 )
+from mgvq_quantizer.dataset import read_data
+from mgvq_quantizer.recipe import QuantRecipe
 from mgvq_runtime.checkpoint.reader import open_checkpoint
 from mgvq_runtime.models.loading import load_model, model_config
 from mgvq_runtime.multimodal.chat import ChatProcessor
@@ -134,6 +136,10 @@ BROKEN: list[tuple[dict[str, Any], str]] = [
     (llava_row("missing.png"), "missing.png"),
     (llava_row("../../secret.png"), "leads out of it"),
     ({**llava_row("a.png"), "image": ["a.png", "a.png"]}, "1 places say <image>, but 2"),
+    (
+        {"image": "a.png", "conversations": [{"from": "gpt", "value": "Hello"}]},
+        "nobody asks about its picture",
+    ),
     (llava_row("bad.png"), "line 2"),
 ]
 
@@ -151,6 +157,34 @@ def test_a_row_that_cannot_be_used_is_named_with_its_line(
     with pytest.raises(DataError, match="line 2") as caught:
         prepare(path, dense, tools)
     assert message in str(caught.value)
+
+
+def test_pictures_of_rows_that_are_not_drawn_are_not_read(
+    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = [f"{i}.png" for i in range(20)]
+    path = write_calibration(
+        tmp_path / "data.zip", [*map(llava_row, names)], {name: picture(0) for name in names}
+    )
+    read: list[str] = []
+    read_picture = Archive.read_picture
+
+    def note(self: Archive, name: str) -> bytes:
+        read.append(name)
+        return read_picture(self, name)
+
+    monkeypatch.setattr(Archive, "read_picture", note)
+    data = read_data(dense, load_model(dense), QuantRecipe(max_samples=4), path)
+    assert read == [names[i] for i in (0, 5, 10, 15)], "drawn evenly, each read once"
+    assert len(data.all) == 4
+
+
+@pytest.mark.parametrize("share", [0.01, 0.5, 0.99])
+def test_something_is_held_out_and_something_is_left(share: float, dense: Path) -> None:
+    recipe = QuantRecipe(max_samples=4, heldout_share=share)
+    data = read_data(dense, load_model(dense), recipe, None)
+    assert len(data.heldout) == {0.01: 1, 0.5: 2, 0.99: 3}[share]
+    assert len(data.all) == 4
 
 
 def test_no_data_is_an_error_that_says_what_to_give(dense: Path, tmp_path: Path) -> None:

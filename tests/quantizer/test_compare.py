@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from mgvq_quantizer import evaluate_cli
+from mgvq_quantizer import recipe as recipe_module
 from mgvq_quantizer.baselines import bench, plot, tables
 from mgvq_quantizer.baselines.bench import Bench, Options
 from mgvq_quantizer.baselines.cli import main, read_checkpoint, read_rates
@@ -148,6 +149,40 @@ def test_our_own_runs_under_the_baselines_conditions(
     alone = evaluate(tmp_path / "alone", dense, limit=4, show_progress=False)
     assert untuned.marks.kl == pytest.approx(alone.kl, rel=1e-4)
     assert untuned.bits_per_weight == pytest.approx(alone.bits_per_weight)
+
+
+def test_what_another_run_left_behind_is_not_taken_for_this_one(
+    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that was stopped at its first questions; then defaults that changed."""
+    methods, output = find_methods(["mgvq-uniform"]), tmp_path / "out"
+
+    def run(limit: int = 2) -> Row:
+        (row,) = compare(dense, output, methods, [2.0], [0], options=Options(limit=limit))
+        return row
+
+    with monkeypatch.context() as stopping:
+
+        def stop(*_: object) -> Row:
+            raise KeyboardInterrupt
+
+        stopping.setattr(Bench, "_examine", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run()
+    left = output / "mgvq" / "mgvq-uniform-2-0-0"
+    assert left.is_dir()
+    with pytest.raises(ResumeError, match="limit = 2, this run has 3"):
+        run(3)
+    with monkeypatch.context() as counting:
+        counting.setattr(bench, "quantize", lambda *_, **__: pytest.fail("it was finished"))
+        first = run()
+    assert not left.exists()
+    monkeypatch.setitem(recipe_module._DRAW_OUT, "lookup", 0.0)
+    second = run()
+    assert (second.key, second.recipe) != (first.key, first.recipe)
+    assert second.marks != first.marks
+    monkeypatch.setattr(bench, "quantize", lambda *_, **__: pytest.fail("it is finished"))
+    assert run().recipe == second.recipe
 
 
 def test_every_ablation_is_a_recipe_that_differs() -> None:
@@ -322,6 +357,10 @@ def test_rows_of_one_label_are_averaged_and_checkpoints_replaced(tmp_path: Path)
     folder.add(ours)
     assert not folder.has(Row("ours", 2.0, 0, source="new"))
     folder.add(dataclasses.replace(ours, source="new"))
+    odd = Row("A", 2.03125, 0, bits_per_weight=2.03125, marks=MARKS)
+    other = Comparison(tmp_path / "other", {"model": "m"})
+    other.add(odd)
+    assert Comparison(tmp_path / "other", {"model": "m"}).has(odd), "a target keeps its digits"
     again = Comparison(tmp_path, {"model": "m"})
     assert again.rows == folder.rows
     assert [row.source for row in again.rows if row.label == "ours"] == ["new"]
@@ -334,6 +373,9 @@ def test_rows_of_one_label_are_averaged_and_checkpoints_replaced(tmp_path: Path)
     assert "over questions is up to 10% of it" in lines[-1]
     with pytest.raises(ResumeError, match="model = 'm', this run has 'n'"):
         Comparison(tmp_path, {"model": "n"})
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match="file/out cannot be written"):
+        Comparison(tmp_path / "file" / "out", {"model": "m"})
     (tmp_path / "compare.json").write_text("{")
     with pytest.raises(ResumeError, match="cannot be read"):
         Comparison(tmp_path, {"model": "m"})

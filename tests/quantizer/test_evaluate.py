@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,8 @@ from mgvq_runtime.models.qwen2_vl import Qwen2VL
 from mgvq_runtime.multimodal.chat import ChatProcessor
 from mgvq_runtime.multimodal.processors.qwen2_vl import Qwen2VLImageProcessor
 from mgvq_runtime.tokenizer import Tokenizer
+from tests.runtime.conftest import write_hub_folder, write_tokenizer
+from tests.runtime.models.decoders import write_decoder_folder
 
 KEYS = (
     "kl",
@@ -59,6 +62,44 @@ def plain_states(model: Qwen2VL, question: Asked, extra: list[int]) -> torch.Ten
     tail = torch.arange(len(prompt.token_ids), len(ids)) + prompt.position_delta
     positions = torch.cat([torch.from_numpy(prompt.positions), tail.expand(3, -1)], dim=1)
     return model(embeds, ForwardBatch.of_sequence(positions))
+
+
+def test_a_reference_that_reads_otherwise_is_refused(
+    dense: Path, model: Qwen2VL, tmp_path: Path
+) -> None:
+    text_only = tmp_path / "text"
+    text_only.mkdir()
+    write_tokenizer(text_only)
+    write_decoder_folder(text_only, "llama", vocab_size=model.config.text_config.vocab_size)
+    with pytest.raises(DataError, match="placeholder for a picture is token None"):
+        evaluate(text_only, dense, limit=2, show_progress=False)
+    other = shutil.copytree(dense, tmp_path / "other")
+    write_hub_folder(other, seed=0, vocab_size=1000)
+    with pytest.raises(DataError, match="knows 1000 tokens"):
+        evaluate(other, dense, limit=2, show_progress=False)
+
+
+def test_a_result_is_printed_though_its_file_cannot_be_written(
+    dense: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--checkpoint", str(dense), "--reference", str(dense), "--limit", "1"]
+    assert evaluate_cli.main([*words, "--json", "/nowhere/x.json"]) == 2
+    printed, said = capsys.readouterr()
+    assert json.loads(printed.splitlines()[-1])["kl"] == 0.0
+    assert "/nowhere/x.json cannot be written" in said
+
+
+def test_flags_that_would_do_nothing_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--checkpoint", "c", "--reference", "r"]
+    for more, problem in (
+        (["--text-tokens", "9"], "--text-tokens belongs to --text"),
+        (["--text", "t.txt", "--limit", "1"], "--limit and --seed draw questions"),
+        (["--text", "t.txt", "--seed", "0"], "--limit and --seed draw questions"),
+        (["--limit", "-1"], "expected a whole number of at least 1, got -1"),
+    ):
+        with pytest.raises(SystemExit):
+            evaluate_cli.main([*words, *more])
+        assert problem in capsys.readouterr().err
 
 
 @torch.no_grad()

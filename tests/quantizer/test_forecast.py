@@ -11,9 +11,18 @@ from typing import Any
 
 import pytest
 
-from mgvq_quantizer import cli, codebook, forecast, machine_speed, pipeline, planning
+from mgvq_quantizer import (
+    cli,
+    codebook,
+    expected_layout,
+    forecast,
+    machine_speed,
+    pipeline,
+    planning,
+)
 from mgvq_quantizer.assumed_data import expected_data
 from mgvq_quantizer.calibration import CalibrationError
+from mgvq_quantizer.expected_layout import expected_plans
 from mgvq_quantizer.machine_speed import Speed
 from mgvq_quantizer.preflight import stored_bytes
 from mgvq_quantizer.recipe import QuantRecipe
@@ -116,7 +125,9 @@ def test_a_survey_does_the_products_that_are_counted(
     recipe = dataclasses.replace(RECIPE, allocation="model", bits=2.5, keep=kept, tuning_steps=0)
     counted = Counted(monkeypatch)
     counted.count(planning, "survey", "survey")
-    monkeypatch.setattr(forecast, "choose_bands", lambda *_: {})  # too narrow for several rates
+    monkeypatch.setattr(
+        expected_layout, "choose_bands", lambda *_: {}
+    )  # too narrow for several rates
     monkeypatch.setattr(planning, "choose_bands", lambda *_: {})
     pipeline.quantize(dense, tmp_path / "out", recipe, show_progress=False)
     planned = planned_macs(dense, recipe)
@@ -204,7 +215,8 @@ def test_every_kind_of_work_has_a_speed(
     monkeypatch.setattr(machine_speed, "_LEAST_RUNS", 1)
     monkeypatch.setattr(machine_speed, "_ROWS", 64)
     rates = {"bits": 2, "vision_bits": 2, "embedding_bits": 2}
-    recipe = QuantRecipe(**{**QUICK, **rates, "codec": codec, "window": 8})
+    window = {"window": 8} if codec == "trellis" else {}
+    recipe = QuantRecipe(**{**QUICK, **rates, "codec": codec, **window})
     planned = forecast.forecast(dense, recipe)
     assert planned.seconds > 0
     speeds = planned.machine["seconds_a_unit"]
@@ -340,7 +352,7 @@ def test_memory_grows_with_what_is_held(tmp_path: Path) -> None:
     source = forecast._open(write_config(tmp_path / "7b"))
     graph = forecast._graph(source)
     recipe = QuantRecipe(bits=2, allocation="uniform", max_samples=64)
-    plans = forecast.expected_plans(graph, recipe)
+    plans = expected_plans(graph, recipe)
     peaks = {}
     for steps in (0, 10):
         changed = dataclasses.replace(recipe, tuning_steps=steps)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from mgvq_quantizer import cli, evaluate_cli
 from mgvq_quantizer.allocation import kind_of, plan, sharing_groups
 from mgvq_quantizer.cli import build_parser, recipe_from_arguments
 from mgvq_quantizer.recipe import (
@@ -152,6 +153,17 @@ def test_lookups_are_drawn_out_half_way_unless_they_are_told_or_descend() -> Non
         (["--draw-out", "0.5", "--descent-sweeps", "1"], "one of them must be 0, got 1 and 0.5"),
         (["--output-shrink", "0"], "output_shrink must lie between 0 and 1, got 0.0"),
         (["--shift-threshold", "-1"], "shift_threshold must be at least 0, got -1.0"),
+        (["--shift-threshold", "nan"], "shift_threshold must be a finite number, got nan"),
+        (["--max-codebook-overhead", "inf"], "max_codebook_overhead must be a finite number"),
+        (["--max-codebook-overhead", "-1"], "max_codebook_overhead must be at least 0"),
+        (["--seed", "-1"], "seed must be at least 0, got -1"),
+        (["--window", "8"], "window does nothing unless codec is trellis: leave it out"),
+        (
+            ["--survey-bits", "4", "--allocation", "uniform", "--bits", "2"],
+            "survey_bits does nothing unless allocation is model or layer",
+        ),
+        (["--class-threshold", "3"], "class_threshold does nothing unless channel_classes is True"),
+        (["--shift-radius", "0.25"], "shift_radius does nothing unless gradient_shift is True"),
         (["--shift-radius", "-1"], "shift_radius must be at least 0, got -1.0"),
     ],
 )
@@ -182,6 +194,20 @@ def test_bands_get_rates_around_the_target(
 
 def test_settings_of_later_stages_are_settings() -> None:
     assert {*TUNING_ONLY, *ROUNDING_ONLY} <= {f.name for f in dataclasses.fields(QuantRecipe)}
+    assert "keep" not in ROUNDING_ONLY, "a survey measures what is not kept"
+
+
+@pytest.mark.parametrize("flag", ["--num-threads", "--max-samples"])
+def test_counts_are_at_least_one(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    commands = (
+        (evaluate_cli.main, ["compare", "--model", "m", "--output", "o"]),
+        (cli.main, PATHS),
+        (evaluate_cli.main, ["--checkpoint", "c", "--reference", "r"]),
+    )
+    for main, words in commands[: 1 if flag == "--max-samples" else 3]:
+        with pytest.raises(SystemExit):
+            main([*words, flag, "0"])
+        assert f"{flag}: expected a whole number of at least 1, got 0" in capsys.readouterr().err
 
 
 def test_values_out_of_range_name_their_field() -> None:

@@ -6,7 +6,9 @@ import re
 from dataclasses import replace
 from html.parser import HTMLParser
 
+from mgvq_kernels.layout import TRELLIS_RATES
 from mgvq_quantizer.gate import Verdict
+from mgvq_quantizer.recipe import RATES
 from mgvq_quantizer.report import GroupReport, MatrixReport, Report
 from mgvq_quantizer.report_page import report_page
 
@@ -41,6 +43,14 @@ class Page(HTMLParser):
         self.text += data
         if self.lasttag == "td" and data.strip():
             self.rows[-1][-1] += data
+
+
+def test_every_rate_has_a_colour() -> None:
+    for rate in {*RATES, *TRELLIS_RATES}:
+        text = report_page(report({"matrix": replace(MIXED, bands=((rate, 128),))}))
+        assert f'class="r{rate}"' in text
+        assert f".r{rate}{{fill:" in text
+        assert f"--r{rate}:#" in text
 
 
 def test_every_matrix_its_bits_and_bands_are_shown() -> None:

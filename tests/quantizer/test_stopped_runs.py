@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import random
 import shutil
@@ -96,6 +97,36 @@ def test_a_disk_that_fills_at_any_file_loses_nothing(
     assert cli.main(arguments) == 0
     assert contents(output) == contents(whole[0])
     assert not (tmp_path / "out.partial").exists()
+
+
+@pytest.mark.parametrize("changed", ["template", "pixels", "device"])
+def test_what_the_model_would_read_otherwise_is_refused(
+    changed: str, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A chat template, a preprocessor and a device decide the tensors as the recipe does."""
+    source = shutil.copytree(small, tmp_path / "source")
+    with monkeypatch.context() as stopping:
+        watch_files(stopping, lambda name: name.startswith("model.layers"), stop)
+        with pytest.raises(KeyboardInterrupt):
+            quantize(source, tmp_path / "out", RECIPE, show_progress=False)
+    name = "chat_template.json" if changed == "template" else "preprocessor_config.json"
+    values = json.loads((source / name).read_text())
+    if changed == "template":
+        values["chat_template"] = "hello " + values["chat_template"]
+    elif changed == "pixels":
+        values["image_mean"] = [0.1, 0.1, 0.1]
+    (source / name).write_text(json.dumps(values))
+    if changed == "device":
+        facts = json.loads((tmp_path / "out.partial" / "run.json").read_text())
+        facts["device"] = "cuda"
+        (tmp_path / "out.partial" / "run.json").write_text(json.dumps(facts))
+    fact = "device" if changed == "device" else "calibration_tokens"
+    with pytest.raises(ResumeError, match=f"holds a run with {fact} = "):
+        quantize(source, tmp_path / "out", RECIPE, show_progress=False)
+
+
+def stop() -> None:
+    raise KeyboardInterrupt
 
 
 def test_a_limit_of_the_system_on_files_is_met_like_a_full_disk(

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import hashlib
+import json
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,7 +26,7 @@ from mgvq_quantizer.baselines.rows import Row
 from mgvq_quantizer.baselines.through_model import bits_per_weight, fishers_of, quantize_decoder
 from mgvq_quantizer.baselines.tuned import tune_decoder
 from mgvq_quantizer.batches import encode_pictures, length_batches, unique_pictures
-from mgvq_quantizer.dataset import read_data
+from mgvq_quantizer.dataset import open_dense, read_data
 from mgvq_quantizer.evaluate import Examiner, bits_by_group, to_dense
 from mgvq_quantizer.evaluate_text import TextExaminer
 from mgvq_quantizer.pipeline import ROUNDED, quantize
@@ -79,9 +81,7 @@ class Bench:
             DataError: if calibration data, questions or text cannot be used, or there are neither
                 questions nor text.
         """
-        self._source = open_checkpoint(model)
-        if self._source.quantization is not None:
-            raise CheckpointError(f"{model} is quantized already: give the original checkpoint")
+        self._source = open_dense(model)
         self._scratch, self._calibration = scratch, options.calibration
         self._device, self._progress = options.device, progress
         self._show_progress = shown = options.show_progress
@@ -170,6 +170,26 @@ class Bench:
             yield clock.stop(self._examine(model, dataclasses.replace(row, bits_per_weight=bits)))
             clock = _Clock()
 
+    def with_recipe(self, method: Method | Variant, row: Row) -> Row:
+        """Return a row of MGVQ with the digest of its settings; others and undefined ones as is."""
+        if not isinstance(method, Variant):
+            return row
+        try:
+            settings = self._recipe_of(method, row).to_json()
+        except ConfigError:
+            return row
+        words = json.dumps(settings, sort_keys=True).encode()
+        return dataclasses.replace(row, recipe=hashlib.blake2b(words, digest_size=6).hexdigest())
+
+    def _recipe_of(self, variant: Variant, row: Row) -> QuantRecipe:
+        return dataclasses.replace(
+            self._recipe,
+            bits=row.target,
+            seed=row.seed,
+            tuning_steps=row.tuning_steps,
+            **variant.settings,
+        )
+
     def _run_variant(self, variant: Variant, row: Row) -> Row:
         """Quantize with our own pipeline, decoder only, and examine the checkpoint it writes.
 
@@ -181,14 +201,9 @@ class Bench:
         clock = _Clock()
         folder = self._scratch / f"{variant.name}-{row.target:g}-{row.seed}-{row.tuning_steps}"
         try:
-            recipe = dataclasses.replace(
-                self._recipe,
-                bits=row.target,
-                seed=row.seed,
-                tuning_steps=row.tuning_steps,
-                **variant.settings,
-            )
-            if not folder.exists():  # or it was written before an interruption
+            recipe = self._recipe_of(variant, row)
+            if not _was_made_with(folder, recipe):  # before an interruption
+                shutil.rmtree(folder, ignore_errors=True)
                 quantize(
                     self._source.path,
                     folder,
@@ -252,6 +267,17 @@ def _find_questions(model: Path, options: Options) -> Path | None:
         if options.questions is not None or options.text is None:
             raise
         return None
+
+
+def _was_made_with(folder: Path, recipe: QuantRecipe) -> bool:
+    """Say whether a folder is a whole checkpoint of these settings."""
+    if not folder.exists():
+        return False
+    try:
+        quantization = open_checkpoint(folder).quantization
+    except CheckpointError:  # its deletion was interrupted
+        return False
+    return quantization is not None and dict(quantization.recipe) == recipe.to_json()
 
 
 class _Clock:

@@ -13,10 +13,11 @@ from tqdm import tqdm
 from mgvq_quantizer.baselines.bench import Options
 from mgvq_quantizer.baselines.comparison import CHECKPOINT, compare
 from mgvq_quantizer.baselines.methods import METHODS, find_methods
-from mgvq_quantizer.baselines.ours import CHANGES
+from mgvq_quantizer.baselines.ours import CHANGES, VARIANTS
 from mgvq_quantizer.baselines.plot import plot, require_matplotlib
 from mgvq_quantizer.baselines.rows import FILE_NAME
 from mgvq_quantizer.baselines.tables import markdown
+from mgvq_quantizer.flags import natural, positive
 from mgvq_runtime.config import resolve_device
 from mgvq_runtime.env import debug_tracebacks
 from mgvq_runtime.errors import ConfigError, MgvqError
@@ -97,6 +98,18 @@ def read_rates(text: str) -> list[float]:
     return rates
 
 
+def _parts() -> str:
+    """List the parts of MGVQ, with the codec that alone has them where it is one."""
+    words = []
+    for part in CHANGES:
+        with_lookups, with_trellis = (
+            f"{whole}-{part}" in VARIANTS for whole in ("mgvq", "mgvq-trellis")
+        )
+        only = "" if with_lookups and with_trellis else "lookups" if with_lookups else "a trellis"
+        words.append(f"{part} (with {only} alone)" if only else part)
+    return ", ".join(words)
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser."""
     parser = argparse.ArgumentParser(
@@ -115,7 +128,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="NAMES",
         help="with commas between; mgvq-PART is MGVQ with one part changed, mgvq-trellis and "
         "mgvq-trellis-PART the same with a trellis, 'mgvq-*' all of them; "
-        f"parts: {', '.join(CHANGES)} (default: %(default)s)",
+        f"parts: {_parts()} (default: %(default)s)",
     )
     add(
         "--bits",
@@ -123,7 +136,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="RATES",
         help="bits a weight in full, with commas between (default: %(default)s)",
     )
-    add("--seeds", type=int, nargs="+", default=[0], metavar="N", help="seeds (default: 0)")
+    add("--seeds", type=natural, nargs="+", default=[0], metavar="N", help="seeds (default: 0)")
     add(
         "--checkpoint",
         action="append",
@@ -135,22 +148,24 @@ def build_parser() -> argparse.ArgumentParser:
     add("--calibration", type=Path, metavar="FILE", help="as for mgvq-quantize")
     add(
         "--max-samples",
-        type=int,
+        type=positive,
         default=Options.max_samples,
         metavar="N",
         help="most calibration conversations (default: %(default)s)",
     )
     add("--questions", type=Path, metavar="FILE", help="as for mgvq-eval (default: the model's)")
     add("--text", type=Path, metavar="FILE", help="as for mgvq-eval, to be read too")
-    add("--limit", type=int, metavar="N", help="most questions, drawn at random (default: all)")
+    add(
+        "--limit", type=positive, metavar="N", help="most questions, drawn at random (default: all)"
+    )
     add(
         "--tuning-steps",
-        type=int,
+        type=natural,
         nargs="+",
         default=[0],
         metavar="N",
         help="steps of end-to-end tuning for every quantizer, a row for each number (default: 0)",
     )
     add("--device", default="auto", help="auto, cpu or cuda (default: auto)")
-    add("--num-threads", type=int, metavar="N", help="CPU threads of torch")
+    add("--num-threads", type=positive, metavar="N", help="CPU threads of torch")
     return parser

@@ -14,7 +14,7 @@ from pathlib import Path
 from mgvq_quantizer.baselines.bench import Bench, Options
 from mgvq_quantizer.baselines.methods import Method
 from mgvq_quantizer.baselines.ours import Variant
-from mgvq_quantizer.baselines.rows import Comparison, Row
+from mgvq_quantizer.baselines.rows import Comparison, Row, make_folder
 from mgvq_quantizer.evaluate import bits_by_group
 from mgvq_runtime.checkpoint.files import fingerprint_folder
 from mgvq_runtime.checkpoint.reader import Checkpoint, open_checkpoint
@@ -52,12 +52,13 @@ def compare(
         All rows of the folder, those of earlier runs first.
 
     Raises:
-        CheckpointError: if a folder cannot be used.
+        CheckpointError: if a folder cannot be used or written.
         ConfigError: if two checkpoints have the same label, target and seed.
         DataError: if calibration data or questions cannot be used.
         ResumeError: if the folder belongs to a comparison of something else.
     """
     options = options or Options()
+    make_folder(output)
     bench = Bench(model, output / SCRATCH, options, progress)
     comparison = Comparison(output, bench.facts)
     opened = [(label, open_checkpoint(path)) for label, path in checkpoints]
@@ -68,7 +69,8 @@ def compare(
             progress(f"{checkpoint.path}: asking questions")
             comparison.add(bench.run_checkpoint(checkpoint, row))
     for method, rows in _jobs(methods, bits, seeds, sorted(set(options.tuning_steps))):
-        missing = [row for row in rows if not comparison.has(row)]
+        wanted = [bench.with_recipe(method, row) for row in rows]
+        missing = [row for row in wanted if not comparison.has(row)]
         for row in bench.run(method, missing) if missing else ():
             comparison.add(row)
     return comparison.rows

@@ -16,6 +16,7 @@ from typing import Any
 from mgvq_quantizer.evaluate import Marks
 from mgvq_quantizer.evaluate_text import TextMarks
 from mgvq_quantizer.work_folder import ResumeError
+from mgvq_runtime.checkpoint.files import unwritable
 
 FILE_NAME = "compare.json"
 
@@ -41,6 +42,8 @@ class Row:
     """Steps of end-to-end tuning that were allowed; rows with equal ones are compared."""
     is_ours: bool = False
     """Whether this is MGVQ, in whole or in part, rather than a baseline."""
+    recipe: str | None = None
+    """Digest of all settings of a run of MGVQ; not of rows that were written without it."""
     marks: Marks | None = None
     """For the questions, where there are any."""
     text: TextMarks | None = None
@@ -72,26 +75,38 @@ class Comparison:
             facts: what all rows have in common. JSON values.
 
         Raises:
-            ResumeError: if the folder holds rows of a comparison with other facts.
+            CheckpointError: if the folder cannot be written.
+            ResumeError: if it holds a comparison with other facts.
         """
         self._file, self.facts = folder / FILE_NAME, dict(facts)
         self.rows: list[Row] = []
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         if self._file.exists():
             self._read()
+        else:  # before any work: what an interrupted first row leaves behind belongs to these facts
+            self._write()
 
     def has(self, row: Row) -> bool:
-        """Return whether a row is finished; one of another checkpoint does not count."""
-        return any((old.key, old.source) == (row.key, row.source) for old in self.rows)
+        """Return whether a row is finished; one of another checkpoint or recipe does not count."""
+        return any(
+            (old.key, old.source) == (row.key, row.source) and old.recipe in (None, row.recipe)
+            for old in self.rows
+        )
 
     def add(self, row: Row) -> None:
         """Keep a finished row, on disk too; it takes the place of one with the same key."""
         self.rows = [*(old for old in self.rows if old.key != row.key), row]
-        lines = (json.dumps(_shortened(dataclasses.asdict(row))) for row in self.rows)
+        self._write()
+
+    def _write(self) -> None:
+        lines = (json.dumps(_to_json(row)) for row in self.rows)
         rows = ",\n".join(lines)
         temporary = self._file.with_suffix(".tmp")
-        temporary.write_text(f'{{"facts": {json.dumps(self.facts)}, "rows": [\n{rows}\n]}}\n')
-        os.replace(temporary, self._file)
+        try:
+            temporary.write_text(f'{{"facts": {json.dumps(self.facts)}, "rows": [\n{rows}\n]}}\n')
+            os.replace(temporary, self._file)
+        except OSError as error:
+            raise unwritable(self._file, error) from error
 
     def _read(self) -> None:
         try:
@@ -108,6 +123,28 @@ class Comparison:
                 )
 
 
+def make_folder(folder: Path) -> None:
+    """Make the folder of a comparison, or find it.
+
+    Raises:
+        CheckpointError: if it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise unwritable(folder, error) from error
+
+
+def _to_json(row: Row) -> dict[str, Any]:
+    """Return a row as JSON values: what was measured in five digits, and nothing that is None."""
+    values = dataclasses.asdict(row)
+    return {
+        name: value if name == "target" else _shortened(value)  # the target tells rows apart
+        for name, value in values.items()
+        if value is not None
+    }
+
+
 def _shortened(value: Any) -> Any:
     """Return a JSON value with numbers of five digits: more than any of them is sure of."""
     if isinstance(value, dict):
@@ -116,7 +153,7 @@ def _shortened(value: Any) -> Any:
 
 
 def _row(values: dict[str, Any]) -> Row:
-    marks, text = values.pop("marks"), values.pop("text")
+    marks, text = values.pop("marks", None), values.pop("text", None)
     return Row(
         **values,
         marks=None if marks is None else Marks(**marks),
