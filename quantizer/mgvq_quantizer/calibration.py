@@ -220,6 +220,17 @@ def end_of_turn(tokenizer: Tokenizer) -> int:
     return ends[-1]
 
 
+def parts_of(text: str) -> list[dict[str, str]]:
+    """Cut a text at `<image>` into parts."""
+    parts: list[dict[str, str]] = []
+    for number, piece in enumerate(text.split("<image>")):
+        if number:
+            parts.append({"type": "image"})
+        if piece:
+            parts.append({"type": "text", "text": piece})
+    return parts
+
+
 def _sample(
     conversation: Conversation, processor: ChatProcessor, tokenizer: Tokenizer, end: int
 ) -> Sample:
@@ -269,7 +280,7 @@ def _from_llava(archive: Archive, where: str, row: dict[str, Any]) -> Conversati
             raise CalibrationError(
                 f'{where}: a turn must have "from" ({", ".join(_ROLES)}) and "value" (text)'
             )
-        messages.append({"role": role, "content": _parts(text) if role == "user" else text})
+        messages.append({"role": role, "content": parts_of(text) if role == "user" else text})
     named = row.get("image", row.get("images")) or []
     names = [named] if isinstance(named, str) else named
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
@@ -318,17 +329,6 @@ def _generic(files: Sequence[Path]) -> list[Conversation]:
         for file in pictures
         for i, question in enumerate(_GENERIC_QUESTIONS)
     ]
-
-
-def _parts(text: str) -> list[dict[str, str]]:
-    """Cut a text at `<image>` into parts."""
-    parts: list[dict[str, str]] = []
-    for number, piece in enumerate(text.split("<image>")):
-        if number:
-            parts.append({"type": "image"})
-        if piece:
-            parts.append({"type": "text", "text": piece})
-    return parts
 
 
 def _digest(data: bytes) -> bytes:

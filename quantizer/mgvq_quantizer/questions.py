@@ -13,7 +13,7 @@ from random import Random
 from typing import Any
 
 from mgvq_quantizer.archive import Archive, DataError, read_rows
-from mgvq_quantizer.calibration import Message
+from mgvq_quantizer.calibration import Message, parts_of
 
 FILE_NAME = "questions.zip"
 
@@ -33,14 +33,8 @@ class Question:
     @property
     def messages(self) -> list[Message]:
         """The conversation that asks it."""
-        parts: list[dict[str, str]] = []
         text = self.text if "<image>" in self.text else "<image>" * len(self.images) + self.text
-        for number, piece in enumerate(text.split("<image>")):
-            if number:
-                parts.append({"type": "image"})
-            if piece:
-                parts.append({"type": "text", "text": piece})
-        return [{"role": "user", "content": parts}]
+        return [{"role": "user", "content": parts_of(text)}]
 
 
 def find_questions(given: Path | None, folders: Sequence[Path]) -> Path:
