@@ -9,7 +9,7 @@ core where torch's byte copies do 0.9, 2026-11); compiles nothing.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -151,42 +151,22 @@ def expected_tensors(rows: int, stages: Sequence[tuple[int, int, int]]) -> Expec
     }
 
 
-def describe(
-    codes: Tensor,
-    tables: Tensor,
-    row_scales: Tensor,
-    permutation: Tensor | None,
-    tiles: Tensor,
-    in_features: int,
-) -> Tensor:
+def describe(tensors: Mapping[str, Tensor], in_features: int) -> Tensor:
     """Write down where everything of one matrix lies, so that a call passes one number.
 
     The tensors must outlive the descriptor and stay where they are: `layout.PackedVQ` holds them.
 
     Args:
-        codes: flat uint8.
-        tables: flat float32.
-        row_scales: `[O]` float32.
-        permutation: `[I]` int32 or None.
-        tiles: `[num_tiles, TILE_FIELDS]` int64.
+        tensors: checked.
         in_features: I.
 
     Returns:
         `[8]` int64: five addresses (the fourth 0 without permutation), then num_tiles, O, I.
     """
-    return torch.tensor(
-        [
-            codes.data_ptr(),
-            tables.data_ptr(),
-            row_scales.data_ptr(),
-            0 if permutation is None else permutation.data_ptr(),
-            tiles.data_ptr(),
-            tiles.shape[0],
-            row_scales.shape[0],
-            in_features,
-        ],
-        dtype=torch.int64,
-    )
+    names = ("codes", "tables", "row_scales", "permutation", "tiles")
+    addresses = [tensors[name].data_ptr() if name in tensors else 0 for name in names]
+    counts = [tensors["tiles"].shape[0], tensors["row_scales"].shape[0], in_features]
+    return torch.tensor(addresses + counts, dtype=torch.int64)
 
 
 def _tile_runs(strips: int, groups: int) -> list[tuple[int, int, int]]:

@@ -110,18 +110,19 @@ def expected_tensors(rows: int, bands: Bands) -> Expected:
     }
 
 
-def describe(tensors: Mapping[str, Tensor]) -> Tensor:
+def describe(tensors: Mapping[str, Tensor], in_features: int) -> Tensor:
     """Write down where everything of one matrix lies, so that a call passes one number.
 
     The tensors must outlive the descriptor and stay where they are: `layout.PackedVQ` holds them.
 
     Args:
         tensors: checked.
+        in_features: I.
 
     Returns:
         `[9]` int64: six addresses, then the number of bands, O and I.
     """
     names = ("codes", "codebooks", "codebook_scales", "row_scales", "order", "bands")
     addresses = [tensors[name].data_ptr() for name in names]
-    counts = [tensors["bands"].shape[0], tensors["row_scales"].shape[0], tensors["order"].shape[0]]
+    counts = [tensors["bands"].shape[0], tensors["row_scales"].shape[0], in_features]
     return torch.tensor(addresses + counts, dtype=torch.int64)

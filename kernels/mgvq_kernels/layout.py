@@ -335,7 +335,8 @@ class PackedVQ:
         check_tensors(self.tensors, self._expected(), is_aligned=self.backend == "triton")
         if self.backend != "cpu":
             return
-        descriptor = self._described()
+        order = cpu_trellis_order if layout.codec == "trellis" else cpu_order
+        descriptor = order.describe(self.tensors, layout.in_features)
         object.__setattr__(self, "tensors", {**self.tensors, "descriptor": descriptor})
         object.__setattr__(self, "address", descriptor.data_ptr())
 
@@ -356,19 +357,6 @@ class PackedVQ:
             return expected | trellis.expected_tensors(layout.out_features, trellis_bands(layout))
         lookups = cpu_order if is_cpu else block_order
         return expected | lookups.expected_tensors(layout.out_features, stage_list(layout))
-
-    def _described(self) -> Tensor:
-        """Write down where the tensors of the cpu order lie."""
-        if self.layout.codec == "trellis":
-            return cpu_trellis_order.describe(self.tensors)
-        return cpu_order.describe(
-            self.tensors["codes"],
-            self.tensors["tables"],
-            self.tensors["row_scales"],
-            self.tensors.get("permutation"),
-            self.tensors["tiles"],
-            self.layout.in_features,
-        )
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copy and pickle by making the descriptor anew: addresses do not travel."""

@@ -29,6 +29,7 @@ from mgvq_kernels.triton.trellis_tile import (
     load_words,
     look_up_rows,
     place_band,
+    zeroed_after_error,
 )
 from mgvq_kernels.triton.vq_gemm import TILE_TOKENS, arrange
 
@@ -140,42 +141,38 @@ def triton_trellis_gemm(
     padded = padded_rows(out_features)
     partials = torch.empty(sum(splits), tokens, padded, dtype=torch.float32, device=x.device)
     tile_tokens, first_split = next(most for most in TILE_TOKENS if tokens <= most), 0
-    try:
+    with torch.cuda.device_of(x), zeroed_after_error(counters):
         for rate, block_count, shares in zip(rates, blocks, splits, strict=True):
-            with torch.cuda.device_of(x):
-                trellis_gemm_kernel[(counters.shape[0], shares)](
-                    x,
-                    codes.view(torch.int32),
-                    halos,
-                    codebooks,
-                    codebook_scales,
-                    scales,
-                    bands,
-                    counters,
-                    scales if bias is None else bias,
-                    x if residual is None else residual,
-                    partials,
-                    y,
-                    tokens,
-                    out_features,
-                    in_features,
-                    padded,
-                    bands.shape[0],
-                    block_count,
-                    first_split,
-                    sum(splits),
-                    HAS_BIAS=bias is not None,
-                    HAS_RESIDUAL=residual is not None,
-                    RATE=rate,
-                    TOKENS=tile_tokens,
-                    GROUPS=step_groups(tile_tokens),
-                    num_warps=NUM_WARPS,
-                    enable_fp_fusion=True,
-                )
+            trellis_gemm_kernel[(counters.shape[0], shares)](
+                x,
+                codes.view(torch.int32),
+                halos,
+                codebooks,
+                codebook_scales,
+                scales,
+                bands,
+                counters,
+                scales if bias is None else bias,
+                x if residual is None else residual,
+                partials,
+                y,
+                tokens,
+                out_features,
+                in_features,
+                padded,
+                bands.shape[0],
+                block_count,
+                first_split,
+                sum(splits),
+                HAS_BIAS=bias is not None,
+                HAS_RESIDUAL=residual is not None,
+                RATE=rate,
+                TOKENS=tile_tokens,
+                GROUPS=step_groups(tile_tokens),
+                num_warps=NUM_WARPS,
+                enable_fp_fusion=True,
+            )
             first_split += shares
-    except BaseException:  # some rates have counted, and the rest will not
-        counters.zero_()
-        raise
     return y
 
 

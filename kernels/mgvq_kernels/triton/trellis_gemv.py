@@ -34,6 +34,7 @@ from mgvq_kernels.triton.trellis_tile import (
     load_words,
     look_up,
     place_band,
+    zeroed_after_error,
 )
 
 BAND_FIELDS = tl.constexpr(_BAND_FIELDS)
@@ -196,43 +197,39 @@ def triton_trellis_gemv(
     padded = padded_rows(out_features)
     partials = torch.empty(sum(splits), tokens, padded, dtype=torch.float32, device=x.device)
     first_split = 0
-    try:
+    with torch.cuda.device_of(x), zeroed_after_error(counters):
         for rate, block_count, shares in zip(rates, blocks, splits, strict=True):
-            with torch.cuda.device_of(x):
-                trellis_gemv_kernel[(counters.shape[0], shares)](
-                    x,
-                    codes.view(torch.int32),
-                    halos,
-                    codebooks,
-                    codebook_scales,
-                    scales,
-                    bands,
-                    bands if permutation is None else permutation,
-                    counters,
-                    scales if bias is None else bias,
-                    x if residual is None else residual,
-                    partials,
-                    y,
-                    tokens,
-                    out_features,
-                    in_features,
-                    padded,
-                    bands.shape[0],
-                    block_count,
-                    first_split,
-                    sum(splits),
-                    HAS_PERMUTATION=permutation is not None,
-                    HAS_BIAS=bias is not None,
-                    HAS_RESIDUAL=residual is not None,
-                    RATE=rate,
-                    TOKENS=triton.next_power_of_2(tokens),
-                    num_warps=NUM_WARPS,
-                    enable_fp_fusion=True,
-                )
+            trellis_gemv_kernel[(counters.shape[0], shares)](
+                x,
+                codes.view(torch.int32),
+                halos,
+                codebooks,
+                codebook_scales,
+                scales,
+                bands,
+                bands if permutation is None else permutation,
+                counters,
+                scales if bias is None else bias,
+                x if residual is None else residual,
+                partials,
+                y,
+                tokens,
+                out_features,
+                in_features,
+                padded,
+                bands.shape[0],
+                block_count,
+                first_split,
+                sum(splits),
+                HAS_PERMUTATION=permutation is not None,
+                HAS_BIAS=bias is not None,
+                HAS_RESIDUAL=residual is not None,
+                RATE=rate,
+                TOKENS=triton.next_power_of_2(tokens),
+                num_warps=NUM_WARPS,
+                enable_fp_fusion=True,
+            )
             first_split += shares
-    except BaseException:  # some rates have counted, and the rest will not
-        counters.zero_()
-        raise
     return y
 
 

@@ -1,4 +1,5 @@
-"""The device functions that decode a tile of a trellis (called by the trellis kernels).
+"""The device functions that decode a tile of a trellis, and a guard for launches (called by the
+trellis kernels).
 
 A unit's `RATE` words say its 32 windows at places that are known when the kernel is compiled: a
 window costs a shift (of two words where it spans them) and a mask. The 32 windows of a unit are
@@ -10,8 +11,12 @@ which must be converted; triton 3.9, sm_90, 2026-11; counted, not timed).
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from mgvq_kernels.trellis_order import TILE_ROWS as _TILE_ROWS
 from mgvq_kernels.trellis_order import UNIT_ROWS as _UNIT_ROWS
@@ -23,6 +28,19 @@ UNIT_WEIGHTS = tl.constexpr(_UNIT_ROWS * 8)
 
 TABLE_SIZE = tl.constexpr(4096)
 """Entries of the table in shared memory: a shorter window's codebook is repeated in it."""
+
+
+@contextlib.contextmanager
+def zeroed_after_error(counters: Tensor) -> Iterator[None]:
+    """Zero a weight's counters where its launches, one a rate, break off: some have counted.
+
+    A rate may have to be compiled first, and Ctrl-C may come in the seconds that this takes.
+    """
+    try:
+        yield
+    except BaseException:
+        counters.zero_()
+        raise
 
 
 @triton.jit
