@@ -7,10 +7,9 @@ else to standard error, so that one-shot answers can be piped.
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +22,7 @@ from mgvq_runtime.config import (
 )
 from mgvq_runtime.env import debug_tracebacks
 from mgvq_runtime.errors import MgvqError
+from mgvq_runtime.interrupts import collect_ctrl_c
 from mgvq_runtime.request import FinishReason, SamplingParams
 
 if TYPE_CHECKING:
@@ -144,7 +144,7 @@ def _answer(
 ) -> tuple[str, FinishReason]:
     """Print an answer as it comes; return it and why it ended, ABORT after Ctrl-C."""
     text, reason = "", FinishReason.ABORT
-    with _ctrl_c() as pressed, closing(llm.stream(messages, params)) as outputs:
+    with collect_ctrl_c() as pressed, closing(llm.stream(messages, params)) as outputs:
         for output in outputs:
             print(output.text, end="", flush=True)
             text += output.text
@@ -159,17 +159,6 @@ def _answer(
     elif reason is FinishReason.LENGTH:
         print("[cut at --max-tokens or the end of the context]", file=sys.stderr)
     return text, reason
-
-
-@contextmanager
-def _ctrl_c() -> Iterator[list[int]]:
-    """Collect Ctrl-C instead of raising: a step must come to its end before an abort."""
-    pressed: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, frame: pressed.append(number))
-    try:
-        yield pressed
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def _lines() -> Iterator[str]:

@@ -19,6 +19,7 @@ from mgvq_runtime.config import EngineConfig
 from mgvq_runtime.engine.engine import Engine
 from mgvq_runtime.engine.memory import MemorySummary
 from mgvq_runtime.errors import MgvqError, RequestError
+from mgvq_runtime.interrupts import hold_ctrl_c
 from mgvq_runtime.multimodal.image import MediaLimits
 from mgvq_runtime.pictures import Message, take_pictures
 from mgvq_runtime.request import (
@@ -123,14 +124,14 @@ class LLM:
     def chat(
         self,
         messages: Sequence[Sequence[Message]],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        sampling_params: SamplingParams | Sequence[SamplingParams | None] | None = None,
         use_tqdm: bool = True,
     ) -> list[ChatReply]: ...
 
     def chat(
         self,
         messages: Sequence[Message] | Sequence[Sequence[Message]],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        sampling_params: SamplingParams | Sequence[SamplingParams | None] | None = None,
         use_tqdm: bool = True,
     ) -> ChatReply | list[ChatReply]:
         """Answer one conversation, or a list of them together.
@@ -139,8 +140,10 @@ class LLM:
             messages: A conversation, or a list of conversations. An image part is
                 `{"type": "image_url", "image_url": {"url": data URL, file:// URL or path}}` or
                 `{"type": "image", "image": PIL image or path}`, a video `{"type": "video", "video":
-                [PIL images or paths, one a frame]}`.
-            sampling_params: How tokens are chosen: one for all, or one a conversation.
+                [PIL images or paths, one a frame]}`. `"detail": "low"` beside a url makes
+                its picture small, as over HTTP.
+            sampling_params: How tokens are chosen: one for all, or one a conversation; None takes
+                the defaults.
             use_tqdm: Whether a list shows a progress bar; it does so on a terminal only.
 
         Returns:
@@ -148,9 +151,13 @@ class LLM:
             conversation that cannot be served has finish_reason ERROR and says why in `error`.
 
         Raises:
-            RequestError: if a single conversation cannot be served.
-            ImageError: if a picture of it cannot be read.
+            RequestError: if a single conversation cannot be served, or messages or sampling
+                parameters are not of that form.
+            ImageError: if a picture of a single conversation cannot be read.
+            KeyboardInterrupt: after Ctrl-C, when the step it fell into is done; nothing goes on
+                running, and the next call is served.
         """
+        _check_is_list(messages)
         is_single = bool(messages) and isinstance(messages[0], Mapping)
         asked: Sequence[Any] = [messages] if is_single else messages
         return self._answer(asked, self._prepare, sampling_params, use_tqdm, is_single)
@@ -167,28 +174,31 @@ class LLM:
     def generate(
         self,
         prompts: list[str],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        sampling_params: SamplingParams | Sequence[SamplingParams | None] | None = None,
         use_tqdm: bool = True,
     ) -> list[ChatReply]: ...
 
     def generate(
         self,
         prompts: str | list[str],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        sampling_params: SamplingParams | Sequence[SamplingParams | None] | None = None,
         use_tqdm: bool = True,
     ) -> ChatReply | list[ChatReply]:
         """Continue plain text, without a chat template and without pictures.
 
         Args:
             prompts: A text, or a list of texts.
-            sampling_params: How tokens are chosen: one for all, or one a text.
+            sampling_params: How tokens are chosen: one for all, or one a text; None takes the
+                defaults.
             use_tqdm: Whether a list shows a progress bar; it does so on a terminal only.
 
         Returns:
             One reply, or a list of them, as `chat`.
 
         Raises:
-            RequestError: if a single text cannot be served.
+            RequestError: if a single text cannot be served, or sampling parameters are of another
+                form.
+            KeyboardInterrupt: as `chat`.
         """
         is_single = isinstance(prompts, str)
         asked: Sequence[Any] = [prompts] if is_single else prompts
@@ -202,9 +212,13 @@ class LLM:
         Raises:
             RequestError: if the conversation cannot be served.
             ImageError: if a picture of it cannot be read.
+            KeyboardInterrupt: as `chat`.
         """
-        request_id = self._add(self._prepare(messages), sampling_params or SamplingParams())
+        (params,) = _one_each(sampling_params, 1)
+        prompt = self._prepare(messages)
+        request_id = self._new_id()
         try:
+            self._add(request_id, prompt, params)
             reason = None
             while reason is None:
                 self._step()
@@ -219,7 +233,7 @@ class LLM:
         self,
         asked: Sequence[Any],
         prepare: Callable[[Any], Prompt],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        sampling_params: SamplingParams | Sequence[SamplingParams | None] | None,
         use_tqdm: bool,
         is_single: bool,
     ) -> Any:
@@ -233,14 +247,18 @@ class LLM:
         try:
             while len(replies) < len(asked):
                 while len(running) < 2 * self.engine.config.max_num_seqs:
-                    index, (one, how) = next(queue, (-1, (None, None)))
-                    if how is None:
+                    turn = next(queue, None)
+                    if turn is None:
                         break
+                    index, (one, how) = turn
+                    request_id = self._new_id()
+                    running[request_id] = index  # before _add, so that a Ctrl-C in it forgets both
                     try:
-                        running[self._add(prepare(one), how)] = index
+                        self._add(request_id, prepare(one), how)
                     except MgvqError as error:
                         if is_single:
                             raise
+                        del running[request_id]
                         replies[index] = _failed(str(error))
                 self._step()
                 for request_id in list(running):
@@ -251,11 +269,11 @@ class LLM:
                 progress.update(len(replies) - progress.n)
         finally:
             progress.close()
-            for request_id in running:
-                self._forget(request_id)
+            self._forget(*running)
         return replies[0] if is_single else [replies[index] for index in range(len(asked))]
 
     def _prepare(self, messages: Sequence[Message]) -> Prompt:
+        _check_is_list(messages)
         cleaned, visuals = take_pictures(messages, self._limits)
         return self.engine.chat_processor.prepare(cleaned, visuals)
 
@@ -263,35 +281,60 @@ class LLM:
         tokenizer = self.engine.tokenizer
         return Prompt.from_token_ids([*tokenizer.opening_ids, *tokenizer.encode(text)])
 
-    def _add(self, prompt: Prompt, params: SamplingParams) -> str:
-        request_id = f"llm-{next(self._ids)}"
-        self.engine.add(Request(request_id, prompt, params))
-        self._mail[request_id] = []
-        return request_id
+    def _new_id(self) -> str:
+        return f"llm-{next(self._ids)}"
+
+    # A Ctrl-C waits until these three are done: what engine and mail hold must stay the same.
+
+    def _add(self, request_id: str, prompt: Prompt, params: SamplingParams) -> None:
+        with hold_ctrl_c():
+            self.engine.add(Request(request_id, prompt, params))
+            self._mail[request_id] = []
 
     def _step(self) -> None:
         """Run one step; what each request gains waits in its mail, whoever asked for the step."""
-        for output in self.engine.step():
-            self._mail[output.request_id].append(output)
+        with hold_ctrl_c():
+            for output in self.engine.step():
+                self._mail[output.request_id].append(output)
 
-    def _forget(self, request_id: str) -> None:
-        """Abort a request if it goes on, and throw its mail away."""
-        del self._mail[request_id]
-        if self._engine is not None:
-            self._engine.abort(request_id)
+    def _forget(self, *request_ids: str) -> None:
+        """Abort requests if they go on, and throw their mail away; some may not have been added."""
+        with hold_ctrl_c():
+            for request_id in request_ids:
+                self._mail.pop(request_id, None)
+                if self._engine is not None:
+                    self._engine.abort(request_id)
 
 
-def _one_each(
-    params: SamplingParams | Sequence[SamplingParams] | None, num_requests: int
-) -> Sequence[SamplingParams]:
+def _check_is_list(messages: Any) -> None:
+    """Refuse what would be read letter by letter, or key by key."""
+    if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence):
+        raise RequestError(
+            'a conversation must be a list of {"role": ..., "content": ...}, got '
+            f"{type(messages).__name__}; LLM.generate continues plain text",
+            param="messages",
+        )
+
+
+def _one_each(params: Any, num_requests: int) -> list[SamplingParams]:
+    """Return the parameters of each request; None stands for the defaults."""
     if params is None or isinstance(params, SamplingParams):
-        return [params or SamplingParams()] * num_requests
-    if len(params) != num_requests:
+        params = [params] * num_requests
+    if not isinstance(params, Sequence):
+        params = [params]  # the loop below names its type
+    elif len(params) != num_requests:
         raise RequestError(
             f"got {len(params)} sampling parameters for {num_requests} requests",
             param="sampling_params",
         )
-    return params
+    for one in params:
+        if one is not None and not isinstance(one, SamplingParams):
+            raise RequestError(
+                f"sampling_params must be SamplingParams, or a list of them, got "
+                f"{type(one).__name__}",
+                param="sampling_params",
+            )
+    return [one or SamplingParams() for one in params]
 
 
 def _joined(outputs: Sequence[RequestOutput]) -> ChatReply:

@@ -7,22 +7,28 @@ Data URLs, files and PIL images are read here, the network never. Limits and dec
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 from urllib.request import url2pathname
 
-from PIL import Image, ImageOps
+from PIL import Image
 
 from mgvq_runtime.errors import ImageError, RequestError
 from mgvq_runtime.multimodal.image import (
+    LOW_DETAIL_SIDE,
+    EncodedImage,
     MediaLimits,
     Picture,
     Visual,
     open_data_url,
     open_image,
-    to_rgb,
+    take_pil,
 )
+
+DETAILS = (None, "auto", "low", "high")
+"""How closely to look at a picture; "low" is scaled down, the others are as they come."""
 
 Message = Mapping[str, Any]
 """{"role": ..., "content": text, or a list of text and image parts}, as in OpenAI's chat API."""
@@ -39,7 +45,8 @@ def take_pictures(
         messages: Messages whose content is text or a list of parts. A picture is a part
             `{"type": "image_url", "image_url": {"url": data URL, file:// URL or path}}` or
             `{"type": "image", "image": PIL image or path}`; a video is `{"type": "video", "video":
-            [frames]}`, each frame a PIL image, a path or a URL as above.
+            [frames]}`, each frame a PIL image, a path or a URL as above. `"detail": "low"` beside a
+            url scales the picture into a square of 512 pixels.
         limits: How large a picture may be, and a frame.
 
     Returns:
@@ -64,13 +71,7 @@ def take_pictures(
 def _take_part(part: Any, limits: MediaLimits, visuals: list[Visual]) -> Any:
     kind = part.get("type") if isinstance(part, Mapping) else None
     if kind == "image_url":
-        source = part.get("image_url")
-        url = source.get("url") if isinstance(source, Mapping) else source
-        if isinstance(source, Mapping) and source.get("detail") not in (None, "auto"):
-            raise RequestError("image_url.detail is not supported, leave it out", param="messages")
-        if not isinstance(url, str):
-            raise RequestError('an image_url part needs {"url": ...}', param="messages")
-        visuals.append(open_picture(url, limits))
+        visuals.append(_open_image_url(part.get("image_url"), limits))
     elif kind == "image":
         visuals.append(open_picture(part.get("image"), limits))
     elif kind == "video":
@@ -88,6 +89,25 @@ def _take_part(part: Any, limits: MediaLimits, visuals: list[Visual]) -> Any:
     return {"type": "image"}
 
 
+def _open_image_url(source: Any, limits: MediaLimits) -> Picture:
+    """Open `{"url": ..., "detail": ...}`, or the url alone."""
+    url, detail = source, None
+    if isinstance(source, Mapping):
+        url, detail = source.get("url"), source.get("detail")
+    if not isinstance(url, str):
+        raise RequestError('an image_url part needs {"url": ...}', param="messages")
+    if detail not in DETAILS:
+        raise RequestError(
+            f"image_url.detail must be auto, low or high, got {str(detail)[:40]!r}",
+            param="messages",
+        )
+    picture = open_picture(url, limits)
+    if detail == "low":
+        assert isinstance(picture, EncodedImage), "a url is never a PIL image"
+        return replace(picture, max_side=LOW_DETAIL_SIDE)
+    return picture
+
+
 def open_picture(source: Any, limits: MediaLimits) -> Picture:
     """Return a PIL image as RGB, anything else undecoded.
 
@@ -100,7 +120,7 @@ def open_picture(source: Any, limits: MediaLimits) -> Picture:
         ImageError: if it cannot be read or is no picture.
     """
     if isinstance(source, Image.Image):
-        return to_rgb(ImageOps.exif_transpose(source))
+        return take_pil(source, limits)
     if isinstance(source, Path):
         return _open_file(source, limits)
     if not isinstance(source, str):
@@ -117,14 +137,18 @@ def open_picture(source: Any, limits: MediaLimits) -> Picture:
             param="messages",
         )
     if scheme == "file":
-        return _open_file(Path(url2pathname(urlparse(source).path)), limits)
+        return _open_file(source, limits)
     return _open_file(Path(source), limits)
 
 
-def _open_file(path: Path, limits: MediaLimits) -> Picture:
+def _open_file(source: Path | str, limits: MediaLimits) -> Picture:
+    """Read a path, or a file URL."""
     try:
+        path = Path(url2pathname(urlparse(source).path)) if isinstance(source, str) else source
         with path.open("rb") as file:
             data = file.read(limits.max_image_bytes + 1)
     except OSError as error:
         raise ImageError(f"cannot read the picture {path}: {error.strerror}") from None
+    except ValueError as error:  # a NUL in a path, a URL whose host is none
+        raise ImageError(f"cannot read the picture {str(source)!r}: {error}") from None
     return open_image(data, limits)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import math
+import numbers
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
@@ -24,6 +26,9 @@ MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 16
 MAX_SEED = 2**63 - 1
 MAX_LOGIT_BIAS = 100.0
+SAMPLING_EPS = 1e-5
+"""Temperatures below this are greedy, as in vLLM; float32 rounds the smallest of them to 0."""
+MAX_SHOWN_CHARS = 60
 
 
 @dataclass(frozen=True)
@@ -103,6 +108,8 @@ class Prompt:
 class SamplingParams:
     """How the next token is chosen and when to stop.
 
+    Numbers of numpy are taken and kept as Python's own; None is an empty list or mapping.
+
     Raises:
         RequestError: if a field is out of range; `.param` names the field.
     """
@@ -110,7 +117,7 @@ class SamplingParams:
     max_tokens: int = 128
     """Most tokens to generate; clamped to what is left of the context."""
     temperature: float = 1.0
-    """0 is greedy: the most probable token, always."""
+    """0, or anything below 1e-5, is greedy: the most probable token, always."""
     top_p: float = 1.0
     """Keep the smallest set of tokens whose probability reaches this."""
     top_k: int = 0
@@ -143,23 +150,23 @@ class SamplingParams:
     """The form the whole text must have; the answer ends where the form is complete."""
 
     def __post_init__(self) -> None:
-        _check_int("max_tokens", self.max_tokens, 1, None)
-        _check_float("temperature", self.temperature, 0.0, 100.0)
-        _check_float("top_p", self.top_p, 0.0, 1.0)
+        _keep_int(self, "max_tokens", 1, None)
+        _keep_float(self, "temperature", 0.0, 100.0)
+        _keep_float(self, "top_p", 0.0, 1.0)
         if self.top_p == 0.0:
             raise RequestError("top_p must be greater than 0 and at most 1, got 0", param="top_p")
-        _check_int("top_k", self.top_k, -1, None)
-        _check_float("min_p", self.min_p, 0.0, 1.0)
-        _check_float("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
-        _check_float("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
-        _check_float("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        _keep_int(self, "top_k", -1, None)
+        _keep_float(self, "min_p", 0.0, 1.0)
+        _keep_float(self, "repetition_penalty", 0.01, 100.0)
+        _keep_float(self, "frequency_penalty", -2.0, 2.0)
+        _keep_float(self, "presence_penalty", -2.0, 2.0)
         object.__setattr__(self, "logit_bias", _checked_bias(self.logit_bias))
-        _check_int("min_tokens", self.min_tokens, 0, self.max_tokens)
+        _keep_int(self, "min_tokens", 0, self.max_tokens)
         if self.seed is not None:
-            _check_int("seed", self.seed, -MAX_SEED - 1, MAX_SEED)
+            _keep_int(self, "seed", -MAX_SEED - 1, MAX_SEED)
         if self.logprobs is not None:
-            _check_int("logprobs", self.logprobs, 0, MAX_LOGPROBS)
-        self._check_stop()
+            _keep_int(self, "logprobs", 0, MAX_LOGPROBS)
+        self._keep_stop()
         form = self.structured_outputs
         if form is not None and not isinstance(form, StructuredOutputsParams):
             raise RequestError(
@@ -167,27 +174,26 @@ class SamplingParams:
                 param="structured_outputs",
             )
 
-    def _check_stop(self) -> None:
-        if isinstance(self.stop, str):
-            object.__setattr__(self, "stop", (self.stop,))
-        object.__setattr__(self, "stop", tuple(self.stop))
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
-        if len(self.stop) > MAX_STOP_STRINGS:
+    def _keep_stop(self) -> None:
+        stop = (self.stop,) if isinstance(self.stop, str) else _listed("stop", self.stop)
+        if len(stop) > MAX_STOP_STRINGS:
             raise RequestError(
-                f"stop takes at most {MAX_STOP_STRINGS} strings, got {len(self.stop)}", param="stop"
+                f"stop takes at most {MAX_STOP_STRINGS} strings, got {len(stop)}", param="stop"
             )
-        for text in self.stop:
+        for text in stop:
             if not isinstance(text, str) or not text:
                 raise RequestError(
-                    f"stop must hold strings that are not empty, got {text!r}", param="stop"
+                    f"stop must hold strings that are not empty, got {_shown(text)}", param="stop"
                 )
-        for token_id in self.stop_token_ids:
-            _check_int("stop_token_ids", token_id, 0, None)
+        name = "stop_token_ids"
+        ids = tuple(_checked_int(name, one, 0, None) for one in _listed(name, self.stop_token_ids))
+        object.__setattr__(self, "stop", stop)
+        object.__setattr__(self, name, ids)
 
     @property
     def is_greedy(self) -> bool:
         """Whether the most probable token is taken without drawing."""
-        return self.temperature == 0.0
+        return self.temperature < SAMPLING_EPS
 
     @property
     def has_penalty(self) -> bool:
@@ -226,9 +232,9 @@ class Request:
             raise RequestError(
                 f"cache_salt must be a string, got {self.cache_salt!r}", param="cache_salt"
             )
-        _check_int("priority", self.priority, -MAX_SEED - 1, MAX_SEED)
+        _keep_int(self, "priority", -MAX_SEED - 1, MAX_SEED)
         if self.timeout_s is not None:
-            _check_float("timeout_s", self.timeout_s, 0.0, float(MAX_SEED))
+            _keep_float(self, "timeout_s", 0.0, float(MAX_SEED))
 
 
 @dataclass(frozen=True)
@@ -268,31 +274,75 @@ class RequestOutput:
     """Tokens that were guessed ahead for this request so far."""
     num_accepted_tokens: int = 0
     """Those of them that were right."""
+    error_code: str | None = None
+    """A stable word for the error where the request is at fault, such as "form_too_complex"."""
 
 
-def _check_int(name: str, value: Any, low: int, high: int | None) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise RequestError(f"{name} must be an integer, got {value!r}", param=name)
-    if value < low or (high is not None and value > high):
+def _keep_int(owner: object, name: str, low: int, high: int | None) -> None:
+    object.__setattr__(owner, name, _checked_int(name, getattr(owner, name), low, high))
+
+
+def _keep_float(owner: object, name: str, low: float, high: float) -> None:
+    object.__setattr__(owner, name, _checked_float(name, getattr(owner, name), low, high))
+
+
+def _checked_int(name: str, value: Any, low: int, high: int | None) -> int:
+    """Return a whole number of any type as an int; True is none, and 5.0 neither."""
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None:
+        raise RequestError(f"{name} must be an integer, got {_shown(value)}", param=name)
+    if number < low or (high is not None and number > high):
         allowed = f"at least {low}" if high is None else f"from {low} to {high}"
-        raise RequestError(f"{name} must be {allowed}, got {value}", param=name)
+        raise RequestError(f"{name} must be {allowed}, got {_shown(number)}", param=name)
+    return number
+
+
+def _checked_float(name: str, value: Any, low: float, high: float) -> float:
+    """Return a real number of any type as a float; True is none."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise RequestError(f"{name} must be a number, got {_shown(value)}", param=name)
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not low <= number <= high:  # nor is NaN
+        raise RequestError(
+            f"{name} must be from {low:g} to {high:g}, got {_shown(value)}", param=name
+        )
+    return number
 
 
 def _checked_bias(bias: Any) -> dict[int, float]:
     """Return a copy of a bias: later changes to the caller's do not reach a running request."""
+    name = "logit_bias"
+    if bias is None:
+        return {}
     if not isinstance(bias, Mapping):
         raise RequestError(
-            f"logit_bias must map token ids to numbers, got {type(bias).__name__}",
-            param="logit_bias",
+            f"{name} must map token ids to numbers, got {type(bias).__name__}", param=name
         )
-    for token_id, value in bias.items():
-        _check_int("logit_bias", token_id, 0, None)
-        _check_float("logit_bias", value, -MAX_LOGIT_BIAS, MAX_LOGIT_BIAS)
-    return dict(bias)
+    return {
+        _checked_int(name, token_id, 0, None): _checked_float(
+            name, value, -MAX_LOGIT_BIAS, MAX_LOGIT_BIAS
+        )
+        for token_id, value in bias.items()
+    }
 
 
-def _check_float(name: str, value: Any, low: float, high: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise RequestError(f"{name} must be a number, got {value!r}", param=name)
-    if not math.isfinite(value) or not low <= value <= high:
-        raise RequestError(f"{name} must be from {low:g} to {high:g}, got {value}", param=name)
+def _listed(name: str, value: Any) -> tuple[Any, ...]:
+    try:
+        return () if value is None else tuple(value)
+    except TypeError:
+        raise RequestError(f"{name} must be a list, got {_shown(value)}", param=name) from None
+
+
+def _shown(value: Any) -> str:
+    """Return a value as an error shows it: cut where it is long."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python prints no integer of more than 4300 digits
+        text = "an integer of thousands of digits"
+    return text if len(text) <= MAX_SHOWN_CHARS else f"{text[:MAX_SHOWN_CHARS]}..."

@@ -23,7 +23,7 @@ from mgvq_runtime.cache.kv_cache import KVCache
 from mgvq_runtime.cache.lru import LRUCache
 from mgvq_runtime.config import EngineConfig, ResolvedConfig
 from mgvq_runtime.engine.decode_graphs import CudaRecorder, DecodeGraphs
-from mgvq_runtime.engine.grammar import GrammarCompiler
+from mgvq_runtime.engine.grammar import TOO_COMPLEX, GrammarCompiler
 from mgvq_runtime.engine.logits_processor import make_logits_processor
 from mgvq_runtime.engine.memory import (
     MemorySummary,
@@ -274,7 +274,7 @@ class Engine:
                 return self._fail(sequence, NOT_FINITE, text, taken, is_poisoned=True)
             processor = sequence.logits_processor
             if processor is not None and not processor.push(one.token_id):
-                return self._fail(sequence, OUT_OF_GRAMMAR, text, taken)
+                return self._fail(sequence, OUT_OF_GRAMMAR, text, taken, error_code=TOO_COMPLEX)
             sequence.token_ids.append(one.token_id)
             taken.append(one)
             more, reason = sequence.output.push(one.token_id)
@@ -301,11 +301,12 @@ class Engine:
         text: str,
         taken: Items[Sample],
         is_poisoned: bool = False,
+        error_code: str | None = None,
     ) -> RequestOutput:
         """End one request with an error after what it got in this step; the others go on."""
         self._end(sequence, is_poisoned)
         text += sequence.output.flush()
-        return self._output(sequence, text, taken, FinishReason.ERROR, error=error)
+        return self._output(sequence, text, taken, FinishReason.ERROR, error, error_code)
 
     def _output(
         self,
@@ -314,6 +315,7 @@ class Engine:
         drawn: Items[Sample],
         reason: FinishReason | None,
         error: str | None = None,
+        error_code: str | None = None,
     ) -> RequestOutput:
         logprobs = None
         if sequence.request.sampling_params.logprobs is not None:
@@ -330,6 +332,7 @@ class Engine:
             num_draft_tokens=sequence.num_draft_tokens,
             num_accepted_tokens=sequence.num_accepted_tokens,
             error=error,
+            error_code=error_code,
         )
 
     def _token_logprob(self, drawn: Sample) -> TokenLogprob:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
@@ -17,6 +18,7 @@ import llguidance
 import numpy as np
 import numpy.typing as npt
 
+from mgvq_runtime.engine.grammar_trial import STACK_BYTES, is_harmless
 from mgvq_runtime.errors import RequestError
 from mgvq_runtime.structured_outputs import StructuredOutputsParams
 from mgvq_runtime.tokenizer import Tokenizer
@@ -28,11 +30,15 @@ WHITESPACE = "[ ]?"
 """Between the parts of JSON. Without a limit, the demonstration model writes white space to the
 end; with up to 24 characters it did so at every place that allows them."""
 MAX_GRAMMAR_CHARS = 256 * 1024
-COMPILE_STACK_BYTES = 256 << 20
-"""llguidance follows chains of rules and `$ref`s by recursion: on the usual stack of 8 MiB a chain
-of 3,000 to 4,000 ends the process; one of 17,576 rules takes between 32 and 64 MiB, and the longest
-text allowed has room for twice as many (llguidance 1.9.1, x86-64)."""
 MAX_CACHED_GRAMMARS = 32
+SLOW_MASK_S = 0.1
+"""Most forms take less than a millisecond of CPU a token, `(a{600}){600}` more than this: the
+engine's thread makes the masks of all answers, and each waits for the slowest."""
+MAX_SLOW_MASKS = 3
+"""More than these, and an answer ends with an error; a form that is warming up has one or two."""
+TRIAL_TOKENS = MAX_SLOW_MASKS + 2
+TOO_COMPLEX = "form_too_complex"
+"""`RequestError.code` of a form that is right, and more than can be followed."""
 
 
 class Grammar:
@@ -42,6 +48,12 @@ class Grammar:
         """Start where the matcher is; nobody else uses it from now on."""
         self._matcher = matcher
         self._num_words = -(-vocab_size // 32)
+        self._num_slow = 0
+
+    @property
+    def error(self) -> str:
+        """What llguidance complains of since the last token, in one line; empty where nothing."""
+        return self._matcher.get_error().partition("\n")[0]
 
     def allowed(self, unwanted: Collection[int] = ()) -> npt.NDArray[np.int32]:
         """Return the tokens that may come next, one bit each.
@@ -54,14 +66,21 @@ class Grammar:
         Returns:
             `[ceil(V / 32)]` int32: bit k of word i is token `32 * i + k`.
         """
+        start_s = time.thread_time()  # CPU of this thread: what else the machine does is no fault
         words = np.frombuffer(self._matcher.compute_bitmask(), np.uint32)[: self._num_words]
+        self._num_slow += time.thread_time() - start_s > SLOW_MASK_S
         wanted = words.copy()
         for token_id in unwanted:
             wanted[token_id // 32] &= ~np.uint32(1 << token_id % 32)
         return (wanted if wanted.any() else words).view(np.int32)
 
     def push(self, token_id: int) -> bool:
-        """Take the token that was chosen; return False if the grammar cannot be followed on."""
+        """Take the token that was chosen; return False if the grammar cannot be followed on.
+
+        A grammar that is too slow cannot be followed either.
+        """
+        if self._num_slow > MAX_SLOW_MASKS:
+            return False
         if self._matcher.is_stopped():  # after the end, or after an error
             return not self._matcher.is_error()
         return self._matcher.consume_token(token_id)
@@ -86,9 +105,11 @@ class GrammarCompiler:
     def compile(self, params: StructuredOutputsParams) -> Grammar:
         """Return a grammar at its beginning; what was asked before costs only a copy.
 
+        A new form with expressions is compiled by a process that may be killed, and then here.
+
         Raises:
-            RequestError: if the schema, regex or grammar is wrong or too large, or the model has no
-                end token; `.param` names the field.
+            RequestError: if the schema, regex or grammar is wrong, too large or too complex
+                (`.code` is `TOO_COMPLEX`), or the model has no end token; `.param` names the field.
         """
         with self._lock:
             matcher = self._compiled.get(params)
@@ -114,27 +135,71 @@ class GrammarCompiler:
                 f"{params.kind} is too large: {len(text)} characters, at most {MAX_GRAMMAR_CHARS}",
                 param=param,
             )
-        made: list[llguidance.LLMatcher] = []
+        if _has_expressions(params) and not self._is_harmless(text):
+            raise _too_complex(params.kind, "it takes too long or too much memory to compile")
+        made: list[tuple[llguidance.LLMatcher, bool]] = []
         with self._lock:
             if self._ll_tokenizer is None:
                 self._ll_tokenizer = _ll_tokenizer(self.tokenizer, self.vocab_size)
-            usual = threading.stack_size(COMPILE_STACK_BYTES)
-            thread = threading.Thread(target=_make, args=(self._ll_tokenizer, text, made))
+            usual = threading.stack_size(STACK_BYTES)
+            arguments = (self._ll_tokenizer, text, made)
+            thread = threading.Thread(target=_make, args=arguments, daemon=True)
             thread.start()
             threading.stack_size(usual)
         thread.join()
-        if made[0].is_error():
-            raise RequestError(f"{params.kind}: {made[0].get_error()}", param=param)
-        return made[0]
+        matcher, is_wrong = made[0]
+        if is_wrong:
+            raise RequestError(f"{params.kind}: {matcher.get_error()}", param=param)
+        self._check_first_tokens(matcher, params.kind)
+        return matcher
+
+    def _is_harmless(self, text: str) -> bool:
+        tokenizer, size = self.tokenizer, self.vocab_size
+        ids = tokenizer.special_token_ids | tokenizer.eos_token_ids
+        special = {i: tokenizer.token_bytes(i) for i in ids if i < size}
+        return is_harmless(text, size, special, tokenizer.eos_token_ids)
+
+    def _check_first_tokens(self, matcher: llguidance.LLMatcher, kind: str) -> None:
+        """Begin an answer: some forms that compile fail at their first token, or crawl."""
+        grammar = Grammar(matcher.deep_copy(), self.vocab_size)
+        ends = self.tokenizer.eos_token_ids
+        for _ in range(TRIAL_TOKENS):
+            bits = np.unpackbits(grammar.allowed(ends).view(np.uint8), bitorder="little")
+            token_id = int(bits.argmax())
+            if not grammar.push(token_id):
+                raise _too_complex(kind, grammar.error or "a token takes too long")
+            if token_id in ends:
+                return
 
 
-def _make(tokenizer: llguidance.LLTokenizer, text: str, made: list[llguidance.LLMatcher]) -> None:
-    """Append the matcher of a grammar (in a thread with a large stack)."""
+def _too_complex(kind: str, why: str) -> RequestError:
+    return RequestError(
+        f"{kind} is too complex to follow: {why}; simplify it, its repetitions, optional "
+        "properties and `&` with `~` first",
+        param=f"structured_outputs.{kind}",
+        code=TOO_COMPLEX,
+    )
+
+
+def _make(
+    tokenizer: llguidance.LLTokenizer, text: str, made: list[tuple[llguidance.LLMatcher, bool]]
+) -> None:
+    """Append the matcher of a grammar and whether it is wrong (in a thread with a large stack)."""
     limits = llguidance.LLParserLimits(verbose_errors=False)
     matcher = llguidance.LLMatcher(tokenizer, text, log_level=0, limits=limits)
-    if not matcher.is_error():
+    is_wrong = matcher.is_error()
+    if not is_wrong:
         matcher.compute_bitmask()  # the first is the slowest; copies have it
-    made.append(matcher)
+    made.append((matcher, is_wrong))
+
+
+def _has_expressions(params: StructuredOutputsParams) -> bool:
+    """Whether a client has written patterns: nothing else takes llguidance without end.
+
+    `_schema_text` has written the schema: `"pattern` and `"patternProperties` have no escapes.
+    """
+    is_written = params.regex is not None or params.grammar is not None
+    return is_written or params.whitespace_pattern is not None or '"pattern' in str(params.json)
 
 
 def _to_llguidance(params: StructuredOutputsParams) -> str:

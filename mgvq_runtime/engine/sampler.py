@@ -20,7 +20,7 @@ from mgvq_runtime.engine.logits_processor import process_logits
 from mgvq_runtime.engine.sequence import Sequence
 
 BAD_ROW = -1
-"""Stands for the token of a row whose logits are not finite."""
+"""Stands for the token of a row whose logits or probabilities are not finite."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Sample:
     """The token drawn for one sequence."""
 
     token_id: int
-    """BAD_ROW if the logits were not finite."""
+    """BAD_ROW if the logits, or the probabilities made from them, were not finite."""
     logprob: float = 0.0
     top: tuple[tuple[int, float], ...] = ()
     """Most probable tokens with their log-probabilities, best first, where asked for."""
@@ -125,7 +125,10 @@ def filtered_probs(
 
 
 def _draw(logits: torch.Tensor, sequences: Items[Sequence], positions: Items[int]) -> torch.Tensor:
-    """Draw a token for each row by inverting its distribution function; `[R]` int64."""
+    """Draw a token for each row by inverting its distribution function; `[R]` int64.
+
+    A row whose probabilities are not finite gets BAD_ROW: what the search finds is no token.
+    """
     params = [sequence.request.sampling_params for sequence in sequences]
     probs = filtered_probs(
         torch.nan_to_num(logits, nan=0.0),
@@ -140,7 +143,7 @@ def _draw(logits: torch.Tensor, sequences: Items[Sequence], positions: Items[int
     whole = total[:, -1:].contiguous()  # [R, 1]
     tokens = torch.searchsorted(total, targets * whole, right=True)  # [R, 1]
     last = torch.searchsorted(total, whole)  # rounding must not pass the last possible token
-    return torch.minimum(tokens, last)[:, 0]
+    return torch.minimum(tokens, last).masked_fill(~torch.isfinite(whole), BAD_ROW)[:, 0]
 
 
 def _with_logprobs(logits: torch.Tensor, token_id: int, num_top: int) -> Sample:

@@ -14,7 +14,7 @@ from PIL import Image
 
 from mgvq_runtime.cache.lru import LRUCache
 from mgvq_runtime.checkpoint.reader import Checkpoint
-from mgvq_runtime.errors import RequestError, TokenizerError
+from mgvq_runtime.errors import ImageError, RequestError, TokenizerError
 from mgvq_runtime.models.config import ModelConfig
 from mgvq_runtime.models.registry import find_family
 from mgvq_runtime.multimodal.image import EncodedImage, Picture, Visual
@@ -133,7 +133,8 @@ class ChatProcessor:
 
         Raises:
             RequestError: if the model takes no pictures or no videos.
-            ImageError: if a picture is damaged, or of a shape the model does not take.
+            ImageError: if a picture is damaged, or of a shape the model does not take; `.param` is
+                the encoded picture's own, for a video that of its first frame.
         """
         if not visuals:
             return ()
@@ -162,7 +163,10 @@ class ChatProcessor:
         key = (digests, is_alone if isinstance(visual, Picture) else None)
         inputs = self._prepared.get(key)
         if inputs is None:
-            inputs = _cut(processor, visual, is_alone)
+            try:
+                inputs = _cut(processor, visual, is_alone)
+            except ImageError as error:  # a processor sees pixels, and not where they came from
+                raise ImageError(str(error), error.param or encoded[0].param) from None
             # Reading the digest makes it: here, and not in the one thread everybody waits for.
             num_bytes = sum(image.patches.nbytes + len(image.digest) for image in inputs)
             self._prepared.put(key, inputs, num_bytes)

@@ -20,7 +20,7 @@ from functools import cached_property
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from mgvq_runtime.errors import ImageError
+from mgvq_runtime.errors import ConfigError, ImageError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 """Formats that are decoded; Pillow knows many more, and each is a door."""
@@ -42,15 +42,31 @@ _DECODER_ERRORS = (
 
 _BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 
+LOW_DETAIL_SIDE = 512
+"""Pixels a side of the square that detail "low" scales a picture into, as OpenAI documents it."""
+
 
 @dataclass(frozen=True)
 class MediaLimits:
-    """How much a picture may cost before it is refused."""
+    """How much a picture may cost before it is refused.
+
+    Raises:
+        ConfigError: if more pixels are allowed than Pillow opens.
+    """
 
     max_image_bytes: int = 20 * 1024 * 1024
     """Bytes of one encoded picture."""
     max_image_pixels: int = 50_000_000
     """Width times height, read from the header before anything is decoded."""
+
+    def __post_init__(self) -> None:
+        # Pillow's limit is one for the whole process: not ours to raise, nor to race other threads.
+        if Image.MAX_IMAGE_PIXELS is None or self.max_image_pixels <= 2 * Image.MAX_IMAGE_PIXELS:
+            return
+        raise ConfigError(
+            f"max_image_pixels must be at most {2 * Image.MAX_IMAGE_PIXELS}, the most that Pillow "
+            f"opens, got {self.max_image_pixels}"
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,6 +160,25 @@ def decode_image(data: bytes, limits: MediaLimits | None = None) -> Image.Image:
         ImageError: if it is not a picture, is damaged or cut short, or is over a limit.
     """
     return open_image(data, limits).decode()
+
+
+def take_pil(image: Image.Image, limits: MediaLimits | None = None) -> Image.Image:
+    """Return a PIL image as upright RGB, read from its file where that was not done yet.
+
+    Raises:
+        ImageError: if it has no pixels, has more than allowed, or cannot be read.
+    """
+    _check_size(image.size, limits or MediaLimits())
+    try:
+        image.load()
+        return to_rgb(_upright(image))
+    except MemoryError:
+        raise ImageError("the picture does not fit into memory") from None
+    except (*_BOMBS, *_DECODER_ERRORS, AssertionError, AttributeError):  # the last: a closed file
+        raise ImageError(
+            f"the PIL image of mode {image.mode} cannot be read: its file is damaged, cut short or "
+            "closed already"
+        ) from None
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

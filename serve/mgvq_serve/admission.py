@@ -27,7 +27,7 @@ class Admission:
         Args:
             max_running: Answers the engine works on at the same time.
             max_queue: Answers that may wait besides.
-            max_open_bytes: Bytes of request bodies held at the same time.
+            max_open_bytes: Bytes of request bodies held at the same time, as far as they have come.
         """
         self.max_running = max_running
         self.max_open = max_running + max_queue
@@ -53,25 +53,19 @@ class Admission:
                 f"n={num_answers} is more than this server runs at once ({self.max_open})",
                 param="n",
             )
-        raise self._busy(
+        raise self.busy(
             f"{self.num_open} answers are open and at most {self.max_open} may be "
             "(--max-num-seqs plus --max-queue)"
         )
 
     @contextmanager
-    def hold_body(self, num_bytes: int) -> Iterator[None]:
-        """Count a body for as long as the block runs; the first one always fits.
-
-        Raises:
-            ApiError: 429 when the bodies that are open are too large together.
-        """
-        if self.open_bytes and self.open_bytes + num_bytes > self.max_open_bytes:
-            raise self._busy(f"open requests hold {self.open_bytes / 1e6:.0f} MB")
-        self.open_bytes += num_bytes
+    def hold_body(self) -> Iterator[BodyHold]:
+        """Count a body, as it arrives, until the block ends."""
+        hold = BodyHold(self)
         try:
-            yield
+            yield hold
         finally:
-            self.open_bytes -= num_bytes
+            hold.release()
 
     @contextmanager
     def admit(self, num_answers: int) -> Iterator[None]:
@@ -90,7 +84,8 @@ class Admission:
             duration_s = time.monotonic() - start_s
             self._mean_duration_s += DURATION_WEIGHT * (duration_s - self._mean_duration_s)
 
-    def _busy(self, why: str) -> ApiError:
+    def busy(self, why: str) -> ApiError:
+        """Return the 429 of a server that is full."""
         return ApiError(
             429,
             f"The server is busy: {why}. Try again shortly.",
@@ -103,3 +98,30 @@ class Admission:
         """Return whole seconds after which a place is likely free, from 1 to 60."""
         rounds = max(1.0, self.num_open / self.max_running)
         return min(MAX_RETRY_AFTER_S, max(1, math.ceil(self._mean_duration_s * rounds)))
+
+
+class BodyHold:
+    """The bytes of one body that have arrived; what a client only announces is not held."""
+
+    def __init__(self, admission: Admission) -> None:
+        """Start with none; `Admission.hold_body` makes it."""
+        self._admission = admission
+        self._num_bytes = 0
+
+    def add(self, num_bytes: int) -> None:
+        """Count more bytes; a body that is alone always fits.
+
+        Raises:
+            ApiError: 429 when the bodies that are open are too large together.
+        """
+        others = self._admission.open_bytes - self._num_bytes
+        total = self._admission.open_bytes + num_bytes
+        if others and total > self._admission.max_open_bytes:
+            raise self._admission.busy(f"open requests hold {others / 1e6:.0f} MB")
+        self._admission.open_bytes = total
+        self._num_bytes += num_bytes
+
+    def release(self) -> None:
+        """Count none of them any more."""
+        self._admission.open_bytes -= self._num_bytes
+        self._num_bytes = 0

@@ -19,7 +19,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from mgvq_runtime import __version__
-from mgvq_serve.body import content_length, read_json_body
+from mgvq_serve.body import read_json_body
 from mgvq_serve.chat import ChatService, ServedModel, model_not_found
 from mgvq_serve.disconnect import ClientDisconnectedError, watch_disconnect
 from mgvq_serve.errors import ApiError, engine_dead, unavailable
@@ -122,11 +122,11 @@ def _add_chat(
             raise engine_dead()
         service.admission.check()
         async with AsyncExitStack() as stack:
-            size = min(content_length(request) or max_body_bytes, max_body_bytes)
-            stack.enter_context(service.admission.hold_body(size))
-            data = await read_json_body(request, max_body_bytes)
-            watcher = await stack.enter_async_context(watch_disconnect(request.receive))
-            call = await watcher.race(service.open(data, stack))
+            with service.admission.hold_body() as hold:
+                data = await read_json_body(request, max_body_bytes, hold)
+                watcher = await stack.enter_async_context(watch_disconnect(request.receive))
+                call = await watcher.race(service.open(data, stack))
+                del data  # and with it what is held: the answer needs it no more
             if call.request.stream:
                 return EventStream(call.chunks(ping_interval_s), watcher, stack.pop_all())
             return JSONResponse(await watcher.race(call.completion()))

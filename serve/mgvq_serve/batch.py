@@ -45,6 +45,7 @@ log = logging.getLogger("mgvq_serve")
 SETTINGS = (
     "served_model_name",
     "limit_images",
+    "limit_frames",
     "max_image_mb",
     "max_image_pixels",
     "allowed_local_media_path",

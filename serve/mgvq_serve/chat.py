@@ -52,6 +52,7 @@ from mgvq_serve.structured import AskedForm, asked_form
 
 MAX_CHARS_PER_TOKEN = 256  # no vocabulary we know has a longer token; a million tokens take 2-5 s
 PARSE_IN_POOL_BYTES = 256 * 1024  # a larger body takes a millisecond or more: off the event loop
+COMPILE_THREADS = 2  # of their own: a form may take seconds, and pictures do not wait for it
 
 
 class PromptBuilder(Protocol):
@@ -91,7 +92,7 @@ class ChatService:
         admission: Admission,
         settings: ServerSettings,
     ) -> None:
-        """Wire the parts together; `close` ends the thread pool."""
+        """Wire the parts together; `close` ends the thread pools."""
         self.model = model
         self.engine = engine
         self.admission = admission
@@ -100,10 +101,12 @@ class ChatService:
         self._images = images
         self._settings = settings
         self._pool = ThreadPoolExecutor(settings.media_threads, thread_name_prefix="mgvq-media")
+        self._compile_pool = ThreadPoolExecutor(COMPILE_THREADS, thread_name_prefix="mgvq-forms")
 
     def close(self) -> None:
-        """End the pool; images that are being decoded are finished, waiting ones dropped."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        """End the pools; what is being decoded or compiled is finished, the rest dropped."""
+        for pool in (self._pool, self._compile_pool):
+            pool.shutdown(wait=False, cancel_futures=True)
 
     async def open(self, body: bytes, stack: AsyncExitStack) -> ChatCall:
         """Check a request and give it to the engine.
@@ -140,14 +143,17 @@ class ChatService:
         call_id = f"chatcmpl-{uuid.uuid4().hex}"
         try:
             if form is not None:
-                await loop.run_in_executor(self._pool, self._compile, form)
-            prompt = await loop.run_in_executor(self._pool, self._prepare, request.messages)
-            mailbox = await self.engine.submit(self._requests(call_id, request, form, prompt))
+                await loop.run_in_executor(self._compile_pool, self._compile, form)
+            requests = await loop.run_in_executor(
+                self._pool, self._requests, call_id, request, form
+            )
+            mailbox = await self.engine.submit(requests)
         except MgvqError as error:
             raise from_runtime_error(error, "messages") from error
         stack.callback(self.engine.release, mailbox)
         request.messages.clear()  # pictures in base64: nobody needs them any more
-        return ChatCall(call_id, self.model.name, request, mailbox)
+        form_param = None if form is None else form.param
+        return ChatCall(call_id, self.model.name, request, mailbox, form_param)
 
     def _check_text_length(self, messages: list[Message]) -> None:
         """Refuse text that cannot fit before spending seconds and gigabytes on its tokens."""
@@ -170,7 +176,7 @@ class ChatService:
             raise ApiError(400, str(error), param=form.param, code=error.code) from error
 
     def _prepare(self, messages: list[Message]) -> Prompt:
-        """Read pictures and build the prompt (in a thread of the pool)."""
+        """Read pictures and build the prompt."""
         plain: list[dict[str, Any]] = []
         visuals: list[Visual] = []
         images: list[EncodedImage] = []
@@ -213,8 +219,19 @@ class ChatService:
         return images[-1]
 
     def _requests(
-        self, call_id: str, request: ChatRequest, form: AskedForm | None, prompt: Prompt
+        self, call_id: str, request: ChatRequest, form: AskedForm | None
     ) -> list[Request]:
+        """Return what the engine is asked, one request a choice (in a thread of the pool)."""
+        try:
+            prompt = self._prepare(request.messages)
+        except MemoryError:
+            raise ApiError(
+                400,
+                "the messages with their images take more memory to prepare than this server has; "
+                "send fewer or smaller images",
+                param="messages",
+                code="images_too_large",
+            ) from None
         room = self.model.max_model_len - len(prompt.token_ids)
         if room < 1:
             raise ContextLengthError(len(prompt.token_ids), self.model.max_model_len)
@@ -222,12 +239,12 @@ class ChatService:
             Request(
                 f"{call_id}-{choice}",
                 prompt,
-                sampling_params(request, form, room, choice),
+                params,
                 request.cache_salt,
                 request.priority or 0,
                 self._settings.request_timeout or None,
             )
-            for choice in range(request.num_choices)
+            for choice, params in enumerate(sampling_params(request, form, room))
         ]
 
 
@@ -252,8 +269,14 @@ class _Choice:
     finish_reason: str | None = None
     last: RequestOutput | None = None
 
-    def extend(self, output: RequestOutput) -> None:
-        """Append what one step added."""
+    def extend(self, output: RequestOutput, form_param: str | None) -> None:
+        """Append what one step added.
+
+        Raises:
+            ApiError: if the answer failed: 400 where its form, in the field `form_param`, did it.
+        """
+        if output.error_code is not None:
+            raise ApiError(400, output.error or "", param=form_param, code=output.error_code)
         if output.finish_reason is FinishReason.TIMEOUT:
             raise timed_out(output.error or "")
         if output.finish_reason in (FinishReason.ERROR, FinishReason.ABORT):
@@ -273,9 +296,25 @@ class _Choice:
 class ChatCall:
     """A request the engine has accepted, and the answer as it comes."""
 
-    def __init__(self, call_id: str, model: str, request: ChatRequest, mailbox: Mailbox) -> None:
-        """Take over a mailbox; the head is the same in every chunk."""
+    def __init__(
+        self,
+        call_id: str,
+        model: str,
+        request: ChatRequest,
+        mailbox: Mailbox,
+        form_param: str | None,
+    ) -> None:
+        """Take over a mailbox; the head is the same in every chunk.
+
+        Args:
+            call_id: The answer's id on the wire.
+            model: The model's name on the wire.
+            request: What was asked.
+            mailbox: Where the outputs arrive.
+            form_param: The field that asked for a form, for errors.
+        """
         self.request = request
+        self._form_param = form_param
         self._head = {
             "id": call_id,
             "object": "chat.completion.chunk",
@@ -290,7 +329,7 @@ class ChatCall:
         """Wait for the whole answer and return the response body.
 
         Raises:
-            ApiError: if the engine fails.
+            ApiError: if the engine fails, or cannot follow the form of the answer.
         """
         while not self._is_finished():
             await self._advance(None)
@@ -308,7 +347,7 @@ class ChatCall:
             ping_interval_s: Yield None after so many seconds of silence; 0 is never.
 
         Raises:
-            ApiError: if the engine fails; chunks may have been yielded by then.
+            ApiError: as `completion`; chunks may have been yielded by then.
         """
         for choice in self._choices.values():
             yield self._chunk(delta_body(choice.index, {"role": "assistant", "content": ""}))
@@ -341,7 +380,7 @@ class ChatCall:
         touched = set()
         for output in outputs:
             choice = self._choices[output.request_id]
-            choice.extend(output)
+            choice.extend(output, self._form_param)
             touched.add(choice.index)
         return [choice for choice in self._choices.values() if choice.index in touched]
 

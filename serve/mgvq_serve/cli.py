@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mgvq_runtime import EngineConfig, add_config_arguments, config_from_arguments
-from mgvq_runtime.errors import MgvqError
+from mgvq_runtime.errors import ConfigError, MgvqError
 from mgvq_serve.settings import (
     ServerSettings,
     add_settings_arguments,
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 DEMO_MODEL_NAME = "mgvq-demo"
 EXIT_INTERRUPTED = 130
+MAX_PORT = 2**16 - 1
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -47,12 +48,19 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the server; return the exit status."""
+    """Run the server.
+
+    Returns:
+        The exit status: 0 after SIGTERM; 1 for what the user can put right or an engine that
+        failed, once everybody has been told; 130 after Ctrl-C.
+    """
     arguments = build_parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(name)s: %(message)s")
     try:
         settings = settings_from_arguments(arguments)
         config = config_from_arguments(arguments)
+        if not 0 <= arguments.port <= MAX_PORT:
+            raise ConfigError(f"--port must be from 0 to {MAX_PORT}, got {arguments.port}")
         engine = _load(config)
     except MgvqError as error:
         print(f"mgvq-serve: {error}", file=sys.stderr)
@@ -98,6 +106,7 @@ def _serve(
         # uvicorn stops on SIGTERM and then raises it once more: by then there is nothing left to do
         signal.signal(signal.SIGTERM, lambda *_: None)
     server = Server(app, host, port, settings.drain_timeout, announce)
+    app.service.engine.on_failure = server.stop_soon
     try:
         server.run()
     except KeyboardInterrupt:

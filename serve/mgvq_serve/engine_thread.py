@@ -2,7 +2,8 @@
 
 Event loop to thread: an inbox of requests to add or abort, read before every step. Thread to event
 loop: one `call_soon_threadsafe` a step with everything the step produced. An engine that raises
-ends the thread: every open mailbox gets an error and nothing is accepted any more. Knows no HTTP.
+ends the thread: every open mailbox gets an error, nothing is accepted any more and `on_failure` is
+called. Knows no HTTP.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import asyncio
 import logging
 import queue
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -126,6 +127,8 @@ class EngineThread:
         self._is_stopping = False
         self.is_dead = False  # the thread has ended, for whatever reason
         self.has_failed = False
+        self.on_failure: Callable[[], None] = lambda: None
+        """Called on the event loop when the engine has failed and everybody has been told."""
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
         """Start the thread; outputs go to mailboxes on `loop`."""
@@ -193,10 +196,12 @@ class EngineThread:
                     self._to_loop(self._deliver, outputs)
         except Exception:
             self.has_failed = True
-            log.exception("the engine failed; the server takes no more requests")
+            log.exception("the engine failed; no more requests are taken")
         finally:
             self.is_dead = True
             self._to_loop(self.fail_open, EngineDeadError("the engine has stopped"))
+            if self.has_failed:
+                self._to_loop(self.on_failure)
 
     def _read_inbox(self) -> bool:
         """Obey the inbox, waiting for it where the engine is idle; return False to stop."""

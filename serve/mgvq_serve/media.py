@@ -14,10 +14,10 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from mgvq_runtime import EncodedImage, MediaLimits, open_data_url, open_image
+from mgvq_runtime.multimodal.image import LOW_DETAIL_SIDE
 from mgvq_serve.errors import ApiError, shorten
 
 TOTAL_PIXELS_FACTOR = 2  # all pictures of a request together, in largest pictures
-LOW_DETAIL_SIDE = 512  # pixels; what OpenAI documents for detail "low"
 
 
 class ImageLoader:

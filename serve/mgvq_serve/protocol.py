@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
@@ -21,6 +22,8 @@ log = logging.getLogger("mgvq_serve")
 
 MAX_CHOICES = 8
 MAX_MESSAGES = 4096
+MAX_BIASES = 4096
+MAX_STOP_TOKEN_IDS = 1024
 MIN_LOGPROB = -9999.0  # JSON has no minus infinity; OpenAI writes this number
 SYSTEM_FINGERPRINT = f"b1-mgvq-{__version__}"
 Usage = dict[str, Any]
@@ -101,10 +104,16 @@ class ChatRequest(StructuredFields):
     repetition_penalty: Annotated[float, Field(gt=0, le=100, allow_inf_nan=False)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)] | None = None
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    logit_bias: (
+        Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=MAX_BIASES)]
+        | None
+    ) = None
     seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
     stop: str | list[str] | None = None
-    stop_token_ids: list[Annotated[int, Field(ge=0, lt=2**31)]] | None = None
+    stop_token_ids: (
+        Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(max_length=MAX_STOP_TOKEN_IDS)]
+        | None
+    ) = None
     include_stop_str_in_output: bool | None = None
     min_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     ignore_eos: bool | None = None
@@ -232,25 +241,21 @@ def count_visuals(messages: list[Message]) -> tuple[int, int]:
 
 
 def sampling_params(
-    request: ChatRequest, form: AskedForm | None, max_new_tokens: int, choice: int
-) -> SamplingParams:
-    """Return the engine's parameters for one answer.
+    request: ChatRequest, form: AskedForm | None, max_new_tokens: int
+) -> list[SamplingParams]:
+    """Return the engine's parameters, for each answer its own where there is a seed.
 
     Args:
         request: The request.
         form: The form it asks for.
         max_new_tokens: Room in the context after the prompt: the default and the most.
-        choice: Index of the answer; with a seed, each answer gets its own.
 
     Raises:
         RequestError: if a value is out of range.
     """
     asked = request.max_completion_tokens or request.max_tokens or max_new_tokens
     stop = [request.stop] if isinstance(request.stop, str) else request.stop
-    seed = request.seed
-    if seed is not None and choice:
-        seed = (seed + choice + 2**63) % 2**64 - 2**63
-    return SamplingParams(
+    first = SamplingParams(
         max_tokens=max(1, min(asked, max_new_tokens)),
         temperature=1.0 if request.temperature is None else request.temperature,
         top_p=1.0 if request.top_p is None else request.top_p,
@@ -260,7 +265,7 @@ def sampling_params(
         frequency_penalty=request.frequency_penalty or 0.0,
         presence_penalty=request.presence_penalty or 0.0,
         logit_bias=_logit_bias(request.logit_bias or {}),
-        seed=seed,
+        seed=request.seed,
         stop=tuple(stop or ()),
         stop_token_ids=tuple(request.stop_token_ids or ()),
         include_stop_str_in_output=bool(request.include_stop_str_in_output),
@@ -269,6 +274,11 @@ def sampling_params(
         logprobs=(request.top_logprobs or 0) if request.logprobs else None,
         structured_outputs=None if form is None else form.params,
     )
+    others = range(1, request.num_choices)
+    if request.seed is None:
+        return [first, *(first for _ in others)]
+    seeds = ((request.seed + choice + 2**63) % 2**64 - 2**63 for choice in others)
+    return [first, *(replace(first, seed=seed) for seed in seeds)]
 
 
 def _logit_bias(bias: dict[str, float]) -> dict[int, float]:
@@ -306,7 +316,8 @@ def delta_body(
 def usage_body(outputs: Sequence[RequestOutput]) -> Usage:
     """Return token counts; the prompt's include the tokens of its pictures.
 
-    Guesses are counted where there were some: openai's clients have fields for them.
+    Guesses are counted where there were some: openai's clients have fields for them. Cached is what
+    no answer had to compute: of several, all but the first find their prompt in the cache.
 
     Args:
         outputs: The last output of each choice.
@@ -317,7 +328,7 @@ def usage_body(outputs: Sequence[RequestOutput]) -> Usage:
         "prompt_tokens": num_prompt_tokens,
         "completion_tokens": num_completion_tokens,
         "total_tokens": num_prompt_tokens + num_completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": max(one.num_cached_tokens for one in outputs)},
+        "prompt_tokens_details": {"cached_tokens": min(one.num_cached_tokens for one in outputs)},
     }
     if num_draft_tokens := sum(output.num_draft_tokens for output in outputs):
         num_accepted_tokens = sum(output.num_accepted_tokens for output in outputs)

@@ -1,7 +1,8 @@
 """Running the app on a port until told to stop (called by `cli`, and by the tests).
 
-On SIGTERM or Ctrl-C: no new connections, open answers get the drain time to finish, the rest end
-with an error the client can read, then the engine thread stops. A second Ctrl-C does not wait.
+On SIGTERM, Ctrl-C or `stop_soon`: no new connections, open answers get the drain time to finish,
+the rest end with an error the client can read, then the engine thread stops. A second Ctrl-C does
+not wait.
 """
 
 from __future__ import annotations
@@ -61,6 +62,10 @@ class Server(uvicorn.Server):
         host, port = self.servers[0].sockets[0].getsockname()[:2]
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
         return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+    def stop_soon(self) -> None:
+        """Begin to stop, as on SIGTERM; in the server's own thread."""
+        self.should_exit = True
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start listening, and say where."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 import time
 from typing import Protocol
 
-from mgvq_runtime import MediaLimits
 from mgvq_serve.admission import Admission
 from mgvq_serve.chat import ChatService, GrammarCompiler, PromptBuilder, ServedModel
 from mgvq_serve.engine_thread import EngineLike, EngineThread
@@ -45,17 +44,13 @@ def build_service(
         model_name: Name of the model on the wire.
         max_num_seqs: Requests the engine runs at the same time.
     """
-    limits = MediaLimits(
-        max_image_bytes=int(settings.max_image_mb * 1e6),
-        max_image_pixels=settings.max_image_pixels,
-    )
     max_open_bytes = MAX_OPEN_BODIES * int(settings.max_body_mb * 1e6)
     return ChatService(
         ServedModel(model_name, engine.max_model_len, int(time.time())),
         EngineThread(engine),
         engine.chat_processor,
         engine.grammars,
-        ImageLoader(limits, settings.allowed_local_media_path),
+        ImageLoader(settings.media_limits(), settings.allowed_local_media_path),
         Admission(max_num_seqs, settings.max_queue, max_open_bytes),
         settings,
     )

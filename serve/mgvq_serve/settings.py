@@ -8,7 +8,11 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from mgvq_runtime import MediaLimits
 from mgvq_runtime.errors import ConfigError
+
+MAX_MB = 1_000_000
+MAX_SECONDS = 30 * 24 * 3600
 
 
 def _flag(default: Any, explanation: str) -> Any:
@@ -79,16 +83,29 @@ class ServerSettings:
             if getattr(self, name) < low:
                 raise ConfigError(f"{name} must be at least {low}, got {getattr(self, name)}")
         for name in ("max_body_mb", "max_image_mb"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name} must be above 0, got {getattr(self, name)}")
+            if not 0 < getattr(self, name) <= MAX_MB:
+                raise ConfigError(
+                    f"{name} must be above 0 and at most {MAX_MB}, got {getattr(self, name)}"
+                )
         for name in ("request_timeout", "sse_ping_interval", "drain_timeout"):
-            if not getattr(self, name) >= 0:
-                raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")
+            if not 0 <= getattr(self, name) <= MAX_SECONDS:
+                never = "" if name == "drain_timeout" else "; 0 is never"
+                raise ConfigError(
+                    f"{name} must be from 0 to {MAX_SECONDS} seconds{never}, "
+                    f"got {getattr(self, name)}"
+                )
         if self.api_key is not None and not self.api_key.strip():
             raise ConfigError("api_key must not be empty; leave it out for an open server")
         path = self.allowed_local_media_path
         if path is not None and not path.is_dir():
             raise ConfigError(f"allowed_local_media_path must be a folder; {path} is none")
+        self.media_limits()  # refuses pictures larger than Pillow opens
+
+    def media_limits(self) -> MediaLimits:
+        """Return how large a picture may be."""
+        return MediaLimits(
+            max_image_bytes=int(self.max_image_mb * 1e6), max_image_pixels=self.max_image_pixels
+        )
 
 
 def add_settings_arguments(parser: argparse.ArgumentParser, names: Iterable[str]) -> None:

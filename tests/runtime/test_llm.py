@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import json
 import re
-from collections.abc import Iterator
+import signal
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from PIL import Image
 from mgvq_runtime import LLM, FinishReason, SamplingParams, demo_picture_paths
 from mgvq_runtime import StructuredOutputsParams as Form
 from mgvq_runtime.errors import CheckpointError, ConfigError, ImageError, RequestError
+from mgvq_runtime.interrupts import collect_ctrl_c, hold_ctrl_c
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True)
 QUESTION = "What is this?"
@@ -126,6 +129,129 @@ def test_a_bad_request_in_a_list_fails_alone_and_alone_it_raises(llm: LLM) -> No
     with pytest.raises(RequestError, match="2 sampling parameters for 1"):
         llm.chat([ask("fine")], [GREEDY, GREEDY])
     assert not llm.engine.has_unfinished()
+
+
+def test_a_pil_image_that_cannot_be_read_fails_alone(llm: LLM) -> None:
+    file = io.BytesIO()
+    PICTURE.save(file, "PNG")
+    damaged = Image.open(io.BytesIO(file.getvalue()[:8000]))
+    asked = [ask(QUESTION, PICTURE), ask(QUESTION, damaged), ask(QUESTION, Image.new("L", (0, 5)))]
+    good, *bad = llm.chat(asked, GREEDY)
+    assert good == llm.chat(asked[0], GREEDY)
+    assert [reply.finish_reason for reply in bad] == [FinishReason.ERROR] * 2
+    with pytest.raises(ImageError):
+        llm.chat(asked[2], GREEDY)
+
+
+def test_none_among_the_sampling_parameters_is_the_defaults(llm: LLM) -> None:
+    first, second = llm.chat([ask("a"), ask("b")], [GREEDY, None])
+    assert first == llm.chat(ask("a"), GREEDY)
+    assert 1 <= second.usage.completion_tokens <= SamplingParams().max_tokens
+
+
+@pytest.mark.parametrize("wrong", [{"temperature": 0.0}, 5, [{"temperature": 0.0}]])
+def test_other_sampling_parameters_are_refused_by_their_type(llm: LLM, wrong: Any) -> None:
+    for call in (llm.generate, llm.chat, lambda asked, how: next(llm.stream(asked, how))):
+        asked: Any = "Hello" if call == llm.generate else ask("Hello")
+        with pytest.raises(RequestError, match="must be SamplingParams.* got (dict|int)") as caught:
+            call(asked, wrong)
+        assert caught.value.param == "sampling_params"
+
+
+@pytest.mark.parametrize("wrong", ["Hello", ask("Hello")[0], None, iter([])])
+def test_what_is_no_conversation_is_refused_and_not_read_by_letters(llm: LLM, wrong: Any) -> None:
+    for call in (llm.chat, lambda messages: next(llm.stream(messages))):
+        with pytest.raises(RequestError, match=r'a list of {"role": .* LLM\.generate'):
+            call(wrong)
+    (reply,) = llm.chat(["Hello"], GREEDY)  # type: ignore[list-item]
+    assert "must be a list of" in (reply.error or "")
+
+
+@pytest.fixture
+def ctrl_c_raises() -> Iterator[None]:
+    """As in a program at a terminal; whoever runs the tests may ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c_raises")
+@pytest.mark.parametrize("place", ["_scheduler.add", "_runner.run", "abort"])
+@pytest.mark.parametrize("how", ["chat", "many", "stream"])
+def test_after_ctrl_c_nothing_runs_on_and_the_next_call_is_served(
+    llm: LLM, place: str, how: str
+) -> None:
+    """Whatever the engine is at."""
+    path = f"_engine.{place}".split(".")
+    owner: Any = llm
+    for name in path[:-1]:
+        owner = getattr(owner, name)
+    original = getattr(owner, path[-1])
+
+    def pressed(*arguments: Any) -> Any:
+        signal.raise_signal(signal.SIGINT)
+        return original(*arguments)
+
+    calls: dict[str, Callable[[], Any]] = {
+        "chat": lambda: llm.chat(ask("a"), GREEDY),
+        "many": lambda: llm.chat([ask(str(i)) for i in range(9)], GREEDY),
+        "stream": lambda: list(llm.stream(ask("a"), GREEDY)),
+    }
+    expected = llm.chat(ask("a"), GREEDY)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, path[-1], pressed)
+        with pytest.raises(KeyboardInterrupt):
+            calls[how]()
+    assert not llm.engine.has_unfinished()
+    assert llm._mail == {}
+    assert llm.chat(ask("a"), GREEDY) == expected
+
+
+def test_a_handler_of_the_users_own_does_not_end_the_answer(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: seen.append(number))
+    try:
+        expected = llm.generate("Hello", GREEDY)
+        run = llm.engine._runner.run
+        monkeypatch.setattr(
+            llm.engine._runner, "run", lambda chunks: (signal.raise_signal(2), run(chunks))[1]
+        )
+        assert llm.generate("Hello", GREEDY) == expected
+        assert seen == [signal.SIGINT] * 6
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c_raises")
+def test_ctrl_c_is_kept_back_by_any_block_and_in_the_main_thread_only() -> None:
+    done: list[str] = []
+
+    @hold_ctrl_c()
+    def work(*, fails: bool = False) -> None:
+        with collect_ctrl_c() as pressed, hold_ctrl_c():
+            signal.raise_signal(signal.SIGINT)
+        assert pressed == [signal.SIGINT]
+        signal.raise_signal(signal.SIGINT)
+        done.append("worked")
+        if fails:
+            raise ValueError("an error does not swallow it")
+
+    for fails in (False, True):
+        with pytest.raises(KeyboardInterrupt):
+            work(fails=fails)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    before = signal.getsignal(signal.SIGINT)
+    thread = threading.Thread(target=lambda: done.append(str(_handler_inside())))
+    thread.start()
+    thread.join()
+    assert done == ["worked", "worked", str(before)]
+
+
+def _handler_inside() -> Any:
+    with hold_ctrl_c(), collect_ctrl_c():
+        return signal.getsignal(signal.SIGINT)
 
 
 def test_a_stream_is_the_reply_in_pieces_and_closing_it_aborts(llm: LLM) -> None:

@@ -47,6 +47,15 @@ from mgvq_runtime.request import Prompt, SamplingParams
         ("structured_outputs", {"regex": "a"}),
         ("stop_token_ids", (-1,)),
         ("stop_token_ids", ("a",)),
+        ("stop", 5),
+        ("stop", [b"END"]),
+        ("stop_token_ids", 5),
+        ("stop_token_ids", [True]),
+        ("max_tokens", np.float32(3)),
+        ("top_k", np.True_),
+        ("top_p", np.True_),
+        ("temperature", np.float32("nan")),
+        ("logit_bias", {5: 10**400}),
     ],
 )
 def test_a_value_out_of_range_is_refused_by_name(field: str, value: Any) -> None:
@@ -59,6 +68,33 @@ def test_edges_of_the_ranges_are_taken() -> None:
     params = SamplingParams(top_p=1.0, top_k=-1, min_p=1.0, seed=-(2**63), logprobs=20)
     assert not params.is_greedy
     assert SamplingParams(temperature=0).is_greedy
+
+
+def test_numbers_of_numpy_become_pythons_own() -> None:
+    params = SamplingParams(
+        max_tokens=np.int64(5),  # type: ignore[arg-type]
+        temperature=np.float32(0.5),  # type: ignore[arg-type]
+        seed=np.uint8(7),  # type: ignore[arg-type]
+        stop_token_ids=np.array([3, 4]),  # type: ignore[arg-type]
+        logit_bias={np.int32(5): np.float16(1.5)},  # type: ignore[dict-item]
+    )
+    expected = SamplingParams(
+        max_tokens=5, temperature=0.5, seed=7, stop_token_ids=(3, 4), logit_bias={5: 1.5}
+    )
+    assert repr(params) == repr(expected)
+
+
+def test_none_asks_for_nothing_as_in_vllm() -> None:
+    names = ("stop", "stop_token_ids", "logit_bias")
+    assert SamplingParams(**dict.fromkeys(names)) == SamplingParams()  # type: ignore[arg-type]
+
+
+def test_an_error_does_not_repeat_what_is_long() -> None:
+    for name, value in (("temperature", 10**400), ("seed", 10**5000), ("stop", ["x" * 999, ""])):
+        with pytest.raises(RequestError) as caught:
+            SamplingParams(**{name: value})  # type: ignore[arg-type]
+        assert caught.value.param == name
+        assert len(str(caught.value)) < 200
 
 
 def test_a_bias_is_the_requests_own() -> None:

@@ -1,8 +1,8 @@
 """An engine without a model: the same add / step / abort, a prompt of words, answers from a script.
 
-The last user message chooses the answer: "count" and "flood" never end, "nan" fails alone, "late"
-runs out of time, anything else is repeated. One word is one token; a picture is as many tokens as
-`TOKENS_PER_IMAGE`.
+The last user message chooses the answer: "count" and "flood" never end, "nan" fails alone, "tangle"
+too, by its form, "late" runs out of time, "gigabytes" finds no memory for its pictures, anything
+else is repeated. One word is one token; a picture is as many tokens as `TOKENS_PER_IMAGE`.
 """
 
 from __future__ import annotations
@@ -46,6 +46,8 @@ class FakeChatProcessor:
                     words += [f"{message['role']}:", *part["text"].split()]
         if placed != len(images):
             raise RequestError(f"{placed} places for {len(images)} pictures", param="messages")
+        if "gigabytes" in words:
+            raise MemoryError
         self.image_sizes = [image.decode().size for image in images]
         start = len(self.words)
         self.words += words
@@ -54,10 +56,15 @@ class FakeChatProcessor:
 
 
 class FakeGrammars:
-    """Takes every form but those that say "wrong"."""
+    """Takes every form but those that say "wrong"; waits for `gate` where they say "slow"."""
+
+    def __init__(self) -> None:
+        self.gate = threading.Event()
 
     def compile(self, params: StructuredOutputsParams) -> None:
-        assert threading.current_thread().name.startswith("mgvq-media")
+        assert threading.current_thread().name.startswith("mgvq-forms")
+        if "slow" in repr(params):
+            self.gate.wait(60)
         if "wrong" in repr(params):
             raise RequestError("no such thing", param=f"structured_outputs.{params.kind}")
 
@@ -123,9 +130,11 @@ class FakeEngine:
     def _advance(self, one: _Running) -> RequestOutput:
         params = one.request.sampling_params
         word = next(one.script, None)
-        reason, error, text = None, None, ""
+        reason, error, code, text = None, None, None, ""
         if word == "nan":
             reason, error = FinishReason.ERROR, "not finite"
+        elif word == "tangle":
+            reason, error, code = FinishReason.ERROR, "too complex to follow", "form_too_complex"
         elif word == "late":
             reason, error = FinishReason.TIMEOUT, "the request did not end within 600 seconds"
         elif word is None or word in params.stop:
@@ -154,4 +163,5 @@ class FakeEngine:
             len(one.made),
             0,
             error,
+            error_code=code,
         )

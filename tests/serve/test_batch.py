@@ -18,7 +18,7 @@ from openai.types.chat import ChatCompletion
 from mgvq_runtime.errors import ConfigError, EngineDeadError
 from mgvq_serve.batch import build_parser, main, run_batch
 from mgvq_serve.batch_lines import BatchOutput
-from mgvq_serve.settings import ServerSettings
+from mgvq_serve.settings import ServerSettings, settings_from_arguments
 from tests.serve.conftest import MODEL, ask, data_url, image_part
 from tests.serve.fake_engine import FakeEngine
 
@@ -275,3 +275,9 @@ def test_files_that_cannot_be_are_refused_before_loading(
     assert main(["-i", str(source), "-o", str(target / "no" / "folder")]) == 1
     with pytest.raises(SystemExit):
         build_parser().parse_args(["-i", "x"])
+
+
+def test_limits_of_pictures_and_of_frames_are_flags() -> None:
+    given = ["-i", "x", "-o", "y", "--limit-images", "3", "--limit-frames", "100"]
+    settings = settings_from_arguments(build_parser().parse_args(given))
+    assert (settings.limit_images, settings.limit_frames) == (3, 100)

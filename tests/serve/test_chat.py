@@ -88,6 +88,13 @@ def test_guessed_tokens_are_counted_where_openai_counts_them() -> None:
     assert usage.completion_tokens_details.rejected_prediction_tokens == 2
 
 
+def test_cached_is_what_no_answer_had_to_compute() -> None:
+    first = RequestOutput("a", "", (), None, FinishReason.STOP, 80, 2, 0)
+    second = replace(first, request_id="b", num_cached_tokens=64)
+    assert usage_body([first, second])["prompt_tokens_details"] == {"cached_tokens": 0}
+    assert usage_body([second, second])["prompt_tokens_details"] == {"cached_tokens": 64}
+
+
 def test_stream_usage_only_when_asked(client) -> None:
     options = {"include_usage": True}
     chunks = list(client.chat.completions.create(**ask("a b"), stream=True, stream_options=options))
@@ -208,6 +215,12 @@ def test_several_answers_have_seeds_of_their_own(server: RunningServer, client) 
     assert (reply.usage.prompt_tokens, reply.usage.completion_tokens) == (3, 6)
     seeds = [request.sampling_params.seed for request in server.engine.requests[-3:]]
     assert seeds == [2**63 - 1, -(2**63), -(2**63) + 1]
+
+
+def test_answers_without_a_seed_share_their_parameters(server: RunningServer, client) -> None:
+    """Long lists are checked once a request, not once an answer."""
+    client.chat.completions.create(**ask("a b"), n=3, logit_bias={str(i): 1 for i in range(4096)})
+    assert len({id(request.sampling_params) for request in server.engine.requests[-3:]}) == 1
 
 
 def test_several_answers_in_one_stream(client) -> None:

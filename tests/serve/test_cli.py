@@ -10,6 +10,7 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
+import httpx
 import pytest
 
 import mgvq_serve
@@ -61,11 +62,18 @@ def test_flags_may_not_be_abbreviated() -> None:
         {"max_queue": -1},
         {"limit_images": -1},
         {"max_body_mb": 0},
+        {"max_body_mb": float("inf")},
         {"max_image_mb": float("nan")},
+        {"max_image_mb": 1e30},
+        {"request_timeout": float("inf")},
+        {"request_timeout": 1e30},
+        {"sse_ping_interval": float("nan")},
+        {"drain_timeout": float("inf")},
         {"sse_ping_interval": -1},
         {"drain_timeout": -1},
         {"media_threads": 0},
         {"api_key": " "},
+        {"max_image_pixels": 178_956_971},
         {"allowed_local_media_path": Path("/nowhere/at/all")},
     ],
 )
@@ -87,6 +95,14 @@ def test_bad_settings_end_before_loading(capsys: pytest.CaptureFixture[str]) -> 
     assert "max_queue" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("port", ["-1", "65536", "99999"])
+def test_a_port_that_cannot_be_ends_before_loading(
+    capsys: pytest.CaptureFixture[str], port: str
+) -> None:
+    assert main(["--port", port, "--checkpoint", "/nowhere"]) == 1
+    assert f"--port must be from 0 to 65535, got {port}" in capsys.readouterr().err
+
+
 def test_model_name() -> None:
     assert model_name(None) == "mgvq-demo"
     assert model_name("some/where/qwen-2bit/") == "qwen-2bit"
@@ -105,10 +121,10 @@ def test_importing_loads_no_web_framework() -> None:
     assert not {"fastapi", "uvicorn", "starlette", "torch"} & set(done.stdout.split())
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
-def test_signals_stop_the_server_cleanly(number: signal.Signals, status: int) -> None:
-    process = subprocess.Popen(
-        [sys.executable, "-c", SERVE_FAKE_ENGINE],
+def start(program: str) -> subprocess.Popen[str]:
+    """Start a server in a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-c", program],
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])},
         stdout=subprocess.PIPE,
@@ -117,7 +133,11 @@ def test_signals_stop_the_server_cleanly(number: signal.Signals, status: int) ->
         # a shell that runs the tests in the background has told its children to ignore Ctrl-C
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-    with process:
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_signals_stop_the_server_cleanly(number: signal.Signals, status: int) -> None:
+    with start(SERVE_FAKE_ENGINE) as process:
         assert process.stdout is not None
         assert process.stderr is not None
         line = process.stdout.readline()
@@ -125,3 +145,20 @@ def test_signals_stop_the_server_cleanly(number: signal.Signals, status: int) ->
         process.send_signal(number)
         assert process.wait(20) == status
         assert "Traceback" not in process.stderr.read()
+
+
+def test_an_engine_that_fails_ends_the_server_once_its_clients_know() -> None:
+    setup = "FakeEngine.step = lambda engine: 1 / 0\nsys.exit("
+    with start(SERVE_FAKE_ENGINE.replace("sys.exit(", setup)) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        found = re.search(r"API: (\S+)", process.stdout.readline())
+        assert found, process.stderr.read()
+        body = {"model": "mgvq-demo", "messages": [{"role": "user", "content": "hello"}]}
+        try:
+            reply = httpx.post(f"{found[1]}/chat/completions", json=body, timeout=20)
+            assert process.wait(20) == 1
+        finally:
+            process.kill()
+        assert reply.status_code == 503
+        assert reply.json()["error"]["code"] == "engine_dead"

@@ -111,12 +111,15 @@ def test_take_gives_up_after_its_time() -> None:
 
 def test_a_dead_engine_tells_everybody() -> None:
     async def test(engine: FakeEngine, thread: EngineThread) -> None:
+        told = asyncio.Event()
+        thread.on_failure = told.set
         engine.gate.clear()
         mailbox = await thread.submit([request(engine, "x")])
         engine.fails_next_step = True
         engine.gate.set()
         with pytest.raises(EngineDeadError):
             await read_text(mailbox)
+        await told.wait()
         assert thread.is_dead
         assert thread.has_failed
         with pytest.raises(EngineDeadError):

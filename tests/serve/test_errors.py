@@ -6,13 +6,15 @@ import base64
 import json
 import struct
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
 import openai
 import pytest
 
-from tests.serve.conftest import MODEL, RunningServer, ask, data_url, image_part
+from tests.serve.conftest import MODEL, RunningServer, ask, data_url, image_part, wait_until
+from tests.serve.test_stream_bytes import events
 
 URL = "messages[0].content[0].image_url.url"
 
@@ -138,6 +140,10 @@ BAD_REQUESTS = {
     "bias of a word": (ask(logit_bias={"word": 1}), 400, None, "logit_bias"),
     "bias too large": (ask(logit_bias={"5": 101}), 400, None, "logit_bias.5"),
     "bias a list": (ask(logit_bias=[5]), 400, None, "logit_bias"),
+    "4097 biases": (
+        ask(logit_bias={str(i): 1 for i in range(4097)}), 400, None, "logit_bias",
+    ),
+    "1025 stop tokens": (ask(stop_token_ids=list(range(1025))), 400, None, "stop_token_ids"),
     "more than there may be": (ask(min_tokens=5, max_tokens=4), 400, None, "min_tokens"),
     # what a form can be
     "wrong schema": (ask(response_format=json_schema({"type": "wrong"})),
@@ -275,6 +281,36 @@ def test_pydantic_words_stay_in_the_message(server: RunningServer) -> None:
 def test_a_request_that_fails_in_the_engine_fails_alone(server: RunningServer) -> None:
     error = check_error(server.post(ask("nan")), 500, "internal_error")
     assert error["type"] == "server_error"
+    still_answers(server)
+
+
+def test_a_form_that_cannot_be_followed_on_is_the_clients_fault(server: RunningServer) -> None:
+    fields = {"guided_regex": "(a{9}){9}"}
+    error = check_error(server.post(ask("a tangle", **fields)), 400, "form_too_complex")
+    assert (error["message"], error["param"]) == ("too complex to follow", "guided_regex")
+    stream = server.post(ask("a tangle", stream=True, **fields))
+    assert stream.status_code == 200
+    assert events(stream.content)[-1] == {"error": error}
+    still_answers(server)
+
+
+def test_forms_that_take_long_hold_up_forms_alone(server: RunningServer) -> None:
+    gate = server.engine.grammars.gate
+    gate.clear()
+    with ThreadPoolExecutor(4) as pool:
+        slow = [pool.submit(server.post, ask("x", guided_regex=f"slow{i}")) for i in range(4)]
+        try:
+            assert wait_until(lambda: server.server._app.service.admission.num_open == 4)
+            still_answers(server)
+        finally:
+            gate.set()
+        assert [one.result().status_code for one in slow] == [200] * 4
+
+
+def test_pictures_that_memory_does_not_hold_are_refused(server: RunningServer) -> None:
+    error = check_error(server.post(ask("gigabytes")), 400, "images_too_large")
+    assert "fewer or smaller images" in error["message"]
+    assert error["param"] == "messages"
     still_answers(server)
 
 

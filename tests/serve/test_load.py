@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 
 import openai
 import pytest
 
+from mgvq_serve import body
 from mgvq_serve.admission import Admission
 from mgvq_serve.errors import ApiError
-from tests.serve.conftest import ask, wait_until
+from tests.serve.conftest import RunningServer, ask, wait_until
 from tests.serve.fake_engine import FakeEngine
 from tests.serve.test_stream_bytes import events
 
@@ -52,17 +55,90 @@ def test_a_full_queue_says_when_to_come_back(serve) -> None:
 
 def test_admission_counts_bytes() -> None:
     admission = Admission(max_running=2, max_queue=2, max_open_bytes=100)
-    with admission.hold_body(500):  # alone, any body fits
-        with pytest.raises(ApiError) as caught, admission.hold_body(1):
-            pass
+    with admission.hold_body() as hold, admission.hold_body() as other:
+        hold.add(300)
+        hold.add(200)  # alone, any body fits
+        with pytest.raises(ApiError) as caught:
+            other.add(1)
         assert (caught.value.status, caught.value.code) == (429, "queue_full")
-    with admission.hold_body(60), admission.hold_body(40):
+        assert admission.open_bytes == 500
+    with admission.hold_body() as hold, admission.hold_body() as other:
+        hold.add(60)
+        other.add(40)
         assert admission.open_bytes == 100
+        other.release()
+        hold.add(40)
     assert admission.open_bytes == 0
     admission.is_draining = True
     with pytest.raises(ApiError) as caught, admission.admit(1):
         pass
     assert (caught.value.status, caught.value.code) == (503, "draining")
+
+
+def announce(server: RunningServer, length: str) -> socket.socket:
+    """Begin a request, of whose body one byte comes."""
+    host, port = server.url.removeprefix("http://").split(":")
+    connection = socket.create_connection((host, int(port)), timeout=10)
+    head = (
+        f"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}\r\n"
+        f"Content-Type: application/json\r\n{length}\r\n\r\n"
+    )
+    body = "1\r\n{\r\n" if "chunked" in length else "{"
+    connection.sendall((head + body).encode())
+    return connection
+
+
+@pytest.mark.parametrize("length", ["Content-Length: 64000000", "Transfer-Encoding: chunked"])
+def test_bytes_that_are_only_announced_are_not_held(serve, length: str) -> None:
+    server = serve(FakeEngine())
+    admission = server.server._app.service.admission
+    with ExitStack() as stack:
+        for _ in range(6):
+            stack.enter_context(announce(server, length))
+        assert wait_until(lambda: admission.open_bytes == 6)
+        assert server.post(ask("fine")).status_code == 200
+    assert wait_until(lambda: admission.open_bytes == 0)
+
+
+def test_bodies_are_held_until_the_engine_has_their_requests(serve) -> None:
+    server = serve(FakeEngine(step_s=0.01), max_body_mb=0.01)
+    service = server.server._app.service
+    fields = {"user": "x" * 9_000, "stream": True}  # five of them are more than four of the largest
+    with ExitStack() as stack:
+        for _ in range(6):
+            reply = stack.enter_context(
+                server.http.stream("POST", "/v1/chat/completions", json=ask("count", **fields))
+            )
+            assert reply.status_code == 200
+        assert (service.engine.num_open, service.admission.open_bytes) == (6, 0)
+
+
+def test_bodies_too_large_together_are_read_to_the_end_and_refused(serve) -> None:
+    server = serve(FakeEngine(), max_body_mb=1)
+    admission = server.server._app.service.admission
+    admission.max_open_bytes = 500_000
+    with announce(server, "Content-Length: 1000000"):
+        assert wait_until(lambda: admission.open_bytes == 1)
+        response = server.post(ask("x" * 900_000))
+        assert response.status_code == 429
+        assert response.json()["error"]["code"] == "queue_full"
+        assert admission.open_bytes == 1
+        assert server.post(ask("fine")).status_code == 200
+
+
+def test_a_body_that_drips_is_given_up(serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(body, "TOTAL_TIMEOUT_S", 0.3)
+    with announce(serve(FakeEngine()), "Content-Length: 1000") as connection:
+        reader = threading.Thread(target=lambda: replies.append(connection.recv(4096)))
+        replies: list[bytes] = []
+        reader.start()
+        for _ in range(100):
+            if not reader.is_alive():
+                break
+            connection.sendall(b" ")
+            reader.join(0.05)
+        reader.join(10)
+    assert replies[0].startswith(b"HTTP/1.1 408 ")
 
 
 def test_a_dead_engine(serve) -> None:
@@ -118,7 +194,7 @@ def test_answers_that_take_too_long_end_with_an_error(serve) -> None:
         assert whole.result().status_code == 503
     server.thread.join(5)
     assert not server.thread.is_alive()
-    ours = ("mgvq-engine", "mgvq-media")  # the kernels keep threads of their own
+    ours = ("mgvq-engine", "mgvq-media", "mgvq-forms")  # the kernels keep threads of their own
     assert wait_until(  # a pool that is shut down ends its threads in its own time
         lambda: not any(thread.name.startswith(ours) for thread in threading.enumerate())
     )

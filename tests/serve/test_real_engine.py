@@ -206,6 +206,15 @@ def test_what_only_the_engine_knows_to_be_wrong(
     assert not server.engine.has_unfinished()
 
 
+def test_a_form_that_is_too_complex_is_refused_with_the_reason(server: RunningServer) -> None:
+    schema = {"type": "object", "properties": {f"k{i}": {} for i in range(600)}}
+    response = server.post(ask("x", guided_json=schema))
+    error = check_error(response, 400, "form_too_complex")
+    assert error["param"] == "guided_json"
+    assert "simplify it" in error["message"]
+    assert not server.engine.has_unfinished()
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_leaves_frees_its_blocks(
     server: RunningServer, monkeypatch: pytest.MonkeyPatch, stream: bool

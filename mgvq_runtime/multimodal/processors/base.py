@@ -26,6 +26,9 @@ CONFIG_NAMES = ("preprocessor_config.json", "processor_config.json")
 VIDEO_CONFIG_NAME = "video_preprocessor_config.json"
 STEPS = ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb")
 """Steps that ours always takes and a file could leave out."""
+MAX_RESIZED_SIDE = 2**17
+"""Longest side that Pillow resizes at once: it takes 32 bytes for each of its pixels, 1.6 GB for a
+line of 50 million of them."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,7 @@ class PixelRule:
     def resized(self, picture: Image.Image, height: int, width: int) -> npt.NDArray[np.uint8]:
         """Return the pixels `[height, width, 3]` of a picture stretched to that size."""
         if picture.size != (width, height):
+            picture = reduced(picture, MAX_RESIZED_SIDE)
             picture = picture.resize((width, height), Image.Resampling(self.resample))
         return np.asarray(picture)
 
@@ -201,6 +205,12 @@ class ImageProcessor(ABC):
         Raises:
             ImageError: if it is of a shape the family does not take.
         """
+
+
+def reduced(picture: Image.Image, longest: int) -> Image.Image:
+    """Return a picture whose sides are at most `longest`: blocks of pixels are averaged."""
+    factor = -(-max(picture.size) // longest)
+    return picture if factor == 1 else picture.reduce(factor)
 
 
 def check_steps(fields: Fields, names: Sequence[str]) -> None:

@@ -27,11 +27,15 @@ from mgvq_runtime.multimodal.processors.base import (
     PixelRule,
     check_steps,
     cut_tiles,
+    reduced,
 )
 from mgvq_runtime.request import FrameLayout, ImageInput, TileLayout
 
 HALF = PixelRule((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 MAX_TILES_A_SIDE = 64
+MAX_SQUARE_SIDE = 8192
+"""Pixels a side of the largest square a picture is padded to: 268 MB in Pillow, little more than
+the largest picture that is let in takes itself. A line of a million pixels would take 4 TB."""
 SHRINK_ABOVE = 1.1
 """Features are interpolated where their side is more than this times the largest allowed."""
 
@@ -202,7 +206,11 @@ class LlavaOnevisionImageProcessor(ImageProcessor):
         return self._input(tiles, self.side**2 + height * (width + 1), layout)
 
     def _whole(self, picture: Image.Image) -> ImageInput:
-        """Pad one of several pictures to a square and make it one tile."""
+        """Pad one of several pictures to a square and make it one tile.
+
+        One too long for a square is made smaller before as well; in transformers only afterwards.
+        """
+        picture = reduced(picture, MAX_SQUARE_SIDE)
         longest = max(picture.size)
         colour = tuple(int(mean * 255) for mean in self.pixels.mean)
         square = Image.new("RGB", (longest, longest), colour)

@@ -160,6 +160,14 @@ def test_a_poisoned_picture_ends_its_own_request_alone(make_engine: MakeEngine) 
             assert tokens(found[str(index)]) == tokens(expected[str(index)])
 
 
+def test_the_smallest_temperature_harms_nobody(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    asked = prompts(engine)[:2]
+    tiny = replace(GREEDY, temperature=1e-46)
+    found = run(engine, asked, [tiny, GREEDY])
+    assert texts(found) == texts(run(engine, asked))
+
+
 def test_bad_requests_between_good_ones_harm_none(
     make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:

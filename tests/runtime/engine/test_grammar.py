@@ -17,7 +17,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mgvq_runtime.assets import demo_checkpoint_path
-from mgvq_runtime.engine.grammar import MAX_CACHED_GRAMMARS, Grammar, GrammarCompiler
+from mgvq_runtime.engine import grammar as grammar_module
+from mgvq_runtime.engine import grammar_trial
+from mgvq_runtime.engine.grammar import (
+    MAX_CACHED_GRAMMARS,
+    TOO_COMPLEX,
+    Grammar,
+    GrammarCompiler,
+)
 from mgvq_runtime.errors import RequestError
 from mgvq_runtime.structured_outputs import StructuredOutputsParams as Form
 from mgvq_runtime.tokenizer import Tokenizer
@@ -218,6 +225,96 @@ def test_equal_forms_are_compiled_once_and_do_not_share_their_state() -> None:
         fresh = compiler.compile(Form(json={"const": n}))
         assert b"".join(sorted(WORDS[i] for i in allowed(fresh)))[:1] == str(n)[0].encode()
     assert len(compiler._compiled) == MAX_CACHED_GRAMMARS
+
+
+ENDLESS = "T: /.*a.{20}.*/ & ~/.*c.{18}.*/"
+
+
+@pytest.mark.parametrize(
+    "grammar",
+    [
+        f"start: T\n{ENDLESS}",
+        f'start: "a" <|im_end|> T\n{ENDLESS}',  # the trial knows the names of special tokens
+        f"start: <[{V - 1}]> T\n{ENDLESS}",  # and their numbers
+    ],
+)
+def test_compiling_that_does_not_end_is_ended(
+    monkeypatch: pytest.MonkeyPatch, grammar: str
+) -> None:
+    """Here this would take all memory, and no thread can be stopped."""
+    monkeypatch.setattr(grammar_trial, "CPU_S", 1)
+    with pytest.raises(RequestError, match="too long or too much memory") as caught:
+        COMPILER.compile(Form(grammar=grammar))
+    assert (caught.value.code, caught.value.param) == (TOO_COMPLEX, "structured_outputs.grammar")
+
+
+@pytest.mark.parametrize(
+    ("form", "is_tried"),
+    [
+        (Form(regex="a(b|c)d"), True),
+        (Form(json={"items": {"\u0070attern": "a+"}}), True),
+        (Form(json='{"items": {"\\u0070atternProperties": {"a+": {}}}}'), True),
+        (Form(json_object=True, whitespace_pattern=" {0,7}"), True),
+        (Form(json={"items": {"const": "no expression"}}), False),
+        (Form(choice=["no", "expression"]), False),
+        (Form(json_object=True), False),
+    ],
+)
+def test_forms_with_expressions_are_tried_once(
+    monkeypatch: pytest.MonkeyPatch, form: Form, is_tried: bool
+) -> None:
+    tried: list[str] = []
+    monkeypatch.setattr(
+        grammar_module, "is_harmless", lambda text, *facts: tried.append(text) or True
+    )
+    compiler = GrammarCompiler(TOKENIZER, V)
+    compiler.compile(form)
+    compiler.compile(form)
+    assert len(tried) == is_tried
+
+
+def test_compiling_that_takes_too_much_memory_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grammar_trial, "MEMORY_BYTES", 320 << 20)  # 256 MiB of it are the stack
+    assert grammar_trial.is_harmless('start: "a"', V, {}, [1])
+    chain = "start: r0\n" + "".join(f"r{i}: r{i + 1}\n" for i in range(16_000)) + 'r16000: "x"'
+    assert not grammar_trial.is_harmless(chain, V, {}, [1])
+
+
+def test_a_trial_that_fails_by_itself_is_no_fault_of_the_form(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with pytest.raises(RuntimeError, match="could not be tried"):
+        COMPILER.compile(Form(regex="never seen before"))
+
+
+@pytest.mark.parametrize(
+    ("form", "words"),
+    [
+        (Form(regex="(a{1000}){1000}"), "too many expressions|takes too long"),
+        (Form(grammar=f'start: T\nT: "y" | "x" ({ENDLESS[3:]})'), "too many expressions"),
+        (
+            Form(json={"type": "object", "properties": {f"k{i}": {} for i in range(600)}}),
+            "Current row has 24.. items",
+        ),
+    ],
+)
+def test_a_form_that_fails_at_its_first_tokens_is_refused(form: Form, words: str) -> None:
+    with pytest.raises(RequestError, match=words) as caught:
+        COMPILER.compile(form)
+    assert caught.value.code == TOO_COMPLEX
+    assert "\n" not in str(caught.value)
+
+
+def test_a_grammar_that_is_slow_at_every_token_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be slow far behind its beginning; all other answers wait for each of its tokens."""
+    made = COMPILER.compile(Form(regex="b{9}"))
+    monkeypatch.setattr(grammar_module, "SLOW_MASK_S", -1.0)
+    [b] = TOKENIZER.encode("b")
+    taken = 0
+    while allowed(made) and made.push(b):
+        taken += 1
+    assert taken == grammar_module.MAX_SLOW_MASKS
 
 
 CHAINS = {

@@ -112,6 +112,23 @@ def test_uniform_numbers_lie_in_range_for_any_seed() -> None:
     assert len({uniform(seed, 3) for seed in seeds}) == len(seeds)
 
 
+@pytest.mark.parametrize("temperature", [1e-46, 1e-40, 9e-6, 1e-5])
+def test_the_smallest_temperatures_take_the_best(temperature: float) -> None:
+    logits = torch.tensor([[0.0, 5.0, 1.0]])
+    params = SamplingParams(temperature=temperature, top_p=0.9)
+    assert params.is_greedy == (temperature < 1e-5)
+    assert {sample(logits, [sequence(params, seed)])[0].token_id for seed in range(20)} == {1}
+
+
+def test_probabilities_that_are_not_finite_give_no_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A temperature that is 0 in float32, where nobody takes it for greedy."""
+    monkeypatch.setattr("mgvq_runtime.request.SAMPLING_EPS", 0.0)
+    params = [SamplingParams(temperature=one, logprobs=1) for one in (1e-46, 1.0)]
+    logits = torch.tensor([[0.0, 50.0, 1.0]]).repeat(2, 1)
+    bad, good = sample(logits, [sequence(one) for one in params])
+    assert (bad.token_id, bad.top, good.token_id) == (BAD_ROW, (), 1)
+
+
 def test_impossible_tokens_are_never_drawn() -> None:
     logits = torch.full((64, 20), -math.inf)
     logits[:, 7] = 0.0

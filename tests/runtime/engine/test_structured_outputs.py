@@ -130,6 +130,7 @@ def test_a_grammar_that_gives_up_ends_its_own_request_alone(
     found = finish(engine)
     assert [o.finish_reason for o in found["bad"]] == [FinishReason.ERROR]
     assert "too complex" in (found["bad"][0].error or "")
+    assert found["bad"][0].error_code == "form_too_complex"
     assert found["good"][-1].finish_reason is FinishReason.LENGTH
     assert tokens(found["good"]) == tokens(run(engine, [one])["0"])
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from mgvq_runtime.errors import ImageError, RequestError
 from mgvq_runtime.models.config import Qwen2VLConfig
 from mgvq_runtime.models.loading import model_config
 from mgvq_runtime.multimodal.chat import ChatProcessor
+from mgvq_runtime.multimodal.image import EncodedImage, open_image
 from mgvq_runtime.multimodal.processors.qwen2_vl import Qwen2VLImageProcessor
 from mgvq_runtime.tokenizer import Tokenizer
 from tests.runtime.conftest import hub_config
@@ -192,3 +195,28 @@ def test_malformed_messages(
 def test_a_picture_too_narrow(processor: ChatProcessor) -> None:
     with pytest.raises(ImageError, match="at most 200 times"):
         processor.prepare([{"role": "user", "content": [IMAGE]}], [Image.new("RGB", (900, 2))])
+
+
+@pytest.mark.parametrize(
+    ("visual", "message", "param"),
+    [
+        ([(900, 2)], "at most 200 times", "at[0]"),
+        ([(30, 30), (30, 40)], "must be of one size", "at[0]"),
+        ((900, 2), "at most 200 times", "at[0]"),
+    ],
+)
+def test_a_shape_that_is_not_taken_names_the_picture(
+    processor: ChatProcessor, visual: Any, message: str, param: str
+) -> None:
+    def encoded(size: tuple[int, int], place: int) -> EncodedImage:
+        buffer = io.BytesIO()
+        Image.new("RGB", size).save(buffer, "PNG")
+        return replace(open_image(buffer.getvalue()), param=f"at[{place}]")
+
+    if isinstance(visual, list):
+        part, shown = VIDEO, [encoded(size, place) for place, size in enumerate(visual)]
+    else:
+        part, shown = IMAGE, encoded(visual, 0)
+    with pytest.raises(ImageError, match=message) as caught:
+        processor.prepare([{"role": "user", "content": [part]}], [shown])
+    assert caught.value.param == param

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mgvq_runtime.errors import ImageError
+from mgvq_runtime.errors import ConfigError, ImageError
 from mgvq_runtime.multimodal.image import (
     FORMATS,
     MediaLimits,
@@ -104,6 +104,15 @@ def test_pixel_limit_is_exact() -> None:
     decode_image(data, MediaLimits(max_image_pixels=96))
     with pytest.raises(ImageError, match="12 x 8 = 96 pixels, at most 95"):
         decode_image(data, MediaLimits(max_image_pixels=95))
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_a_limit_above_pillows_own_is_refused_when_it_is_set() -> None:
+    most = 178_956_970
+    image = open_image(png_of_size(13_000, 13_000), MediaLimits(max_image_pixels=most))
+    assert image.size == (13_000, 13_000)
+    with pytest.raises(ConfigError, match=f"at most {most}, the most that Pillow opens, got"):
+        MediaLimits(max_image_pixels=most + 1)
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP"])

@@ -8,12 +8,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from mgvq_runtime.checkpoint.reader import open_checkpoint
 from mgvq_runtime.errors import ConfigError, TokenizerError
 from mgvq_runtime.models.loading import model_config
 from mgvq_runtime.models.registry import FAMILIES
 from mgvq_runtime.multimodal.chat import ChatProcessor
+from mgvq_runtime.multimodal.processors.base import MAX_RESIZED_SIDE
 from mgvq_runtime.multimodal.processors.internvl2 import InternVL2ImageProcessor, select_grid
 from tests.runtime.family_folders import (
     INTERNVL_TEMPLATE,
@@ -60,6 +62,25 @@ def test_grids(limits: tuple[int, int]) -> None:
     for width, height in [*EXTREMES, *ties, *random_sizes(1500, seed=1)]:
         ours = select_grid(height, width, 448, *limits)
         assert ours == get_optimal_tiled_canvas((height, width), (448, 448), *limits)
+
+
+def test_a_line_is_shortened_before_pillow_makes_its_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The table takes 32 bytes a pixel of the longest side: as the picture could, it would grow."""
+    sides: list[int] = []
+    resize = Image.Image.resize
+
+    def spy(self: Image.Image, *arguments: Any) -> Image.Image:
+        sides.append(max(self.size))
+        return resize(self, *arguments)
+
+    line = Image.new("RGB", (1_000_000, 1))
+    line.paste((255, 255, 255), (500_000, 0, 1_000_000, 1))
+    monkeypatch.setattr(Image.Image, "resize", spy)
+    tiles = PUBLISHED(line).patches.reshape(13, -1)
+    assert len(sides) == 2
+    assert MAX_RESIZED_SIDE / 2 < max(sides) <= MAX_RESIZED_SIDE
+    assert np.all(tiles[:5] < 0)
+    assert np.all(tiles[7:12] > 0)
 
 
 def test_pixels() -> None:

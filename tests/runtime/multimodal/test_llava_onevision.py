@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from mgvq_runtime.checkpoint.reader import open_checkpoint
 from mgvq_runtime.errors import ConfigError, TokenizerError
@@ -16,6 +17,7 @@ from mgvq_runtime.models.loading import model_config
 from mgvq_runtime.models.registry import FAMILIES
 from mgvq_runtime.multimodal.chat import ChatProcessor
 from mgvq_runtime.multimodal.processors.llava_onevision import (
+    MAX_SQUARE_SIDE,
     LlavaOnevisionImageProcessor,
     default_pinpoints,
 )
@@ -92,6 +94,37 @@ def test_pixels_of_several_pictures() -> None:
             ours = PUBLISHED(picture, is_alone=False)
             assert (ours.grid_thw, ours.num_tokens, ours.layout) == ((1, 27, 27), 730, None)
             assert np.array_equal(ours.patches, patches_of(tiles)), (width, height)
+
+
+@pytest.mark.parametrize("size", [(1_000_000, 1), (1, 1_000_000)])
+def test_a_line_does_not_take_the_memory_of_its_square(size: tuple[int, int]) -> None:
+    """A kilobyte of PNG; its square would have a million million pixels, 4 TB."""
+    made: list[tuple[int, int]] = []
+    new = Image.new
+
+    def spy(mode: str, size: tuple[int, int], colour: Any) -> Image.Image:
+        made.append(size)
+        return new(mode, size, colour)
+
+    line = new("RGB", size, (255, 255, 255))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Image, "new", spy)
+        ours = PUBLISHED(line, is_alone=False)
+    assert made
+    assert max(max(size) for size in made) <= MAX_SQUARE_SIDE
+    assert (ours.grid_thw, ours.num_tokens) == ((1, 27, 27), 730)
+
+
+def test_a_square_is_shrunk_before_only_where_it_is_too_large() -> None:
+    """Before or after makes little difference to the tile."""
+    picture = random_picture(500, 60, 0)
+    exact = PUBLISHED(picture, is_alone=False).patches
+    with pytest.MonkeyPatch.context() as patch:
+        path = "mgvq_runtime.multimodal.processors.llava_onevision.MAX_SQUARE_SIDE"
+        patch.setattr(path, 500)
+        assert np.array_equal(PUBLISHED(picture, is_alone=False).patches, exact)
+        patch.setattr(path, 499)
+        assert 0 < np.abs(PUBLISHED(picture, is_alone=False).patches - exact).mean() < 0.05
 
 
 @pytest.fixture(scope="module")
