@@ -37,4 +37,8 @@ def hold_ctrl_c() -> Iterator[None]:
             yield
     finally:
         if pressed:
-            signal.raise_signal(signal.SIGINT)
+            handler = signal.getsignal(signal.SIGINT)
+            if callable(handler):  # not raised again: an event loop has heard of it already
+                handler(signal.SIGINT, None)
+            else:
+                signal.raise_signal(signal.SIGINT)

@@ -268,8 +268,10 @@ class LLM:
                         self._forget(request_id)
                 progress.update(len(replies) - progress.n)
         finally:
-            progress.close()
-            self._forget(*running)
+            try:
+                self._forget(*running)
+            finally:
+                progress.close()
         return replies[0] if is_single else [replies[index] for index in range(len(asked))]
 
     def _prepare(self, messages: Sequence[Message]) -> Prompt:

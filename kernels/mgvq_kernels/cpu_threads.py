@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, wait
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 import torch
 
@@ -36,10 +36,26 @@ def over_threads(
     waiting = [pool.submit(run, cuts[i], cuts[i + 1]) for i in range(1, threads)]
     try:
         run(cuts[0], cuts[1])
-    finally:  # what the others write to must outlive them, however this part ends
-        wait(waiting)
+    finally:
+        _wait_for_all(waiting)
     for future in waiting:
         future.result()
+
+
+def _wait_for_all(futures: Sequence[Future[None]]) -> None:
+    """Wait whatever happens: what other threads write to must outlive them.
+
+    Raises:
+        BaseException: what came while waiting, such as Ctrl-C, once all are done.
+    """
+    came: BaseException | None = None
+    while not all(future.done() for future in futures):
+        try:
+            wait(futures)
+        except BaseException as error:  # noqa: BLE001  raised below
+            came = error
+    if came is not None:
+        raise came
 
 
 @functools.lru_cache(maxsize=1)

@@ -247,8 +247,8 @@ def paged_attention(  # noqa: PLR0913
 
     Raises:
         TypeError: if a dtype is not as above.
-        ValueError: if shapes, lengths or devices disagree, a cache is not contiguous, or (on a CPU,
-            where looking costs nothing) block_table names a block that is not there.
+        ValueError: if shapes, lengths or devices disagree, a cache is not contiguous, or (in the
+            compiled path of a CPU alone) block_table names a block that is not there.
     """
     caches, scales = (key_cache, value_cache), (key_scales, value_scales)
     checks.check_paged(q, caches, block_table, cu_seqlens_q, context_lens, scales)

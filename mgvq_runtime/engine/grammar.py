@@ -7,6 +7,7 @@ llguidance; what becomes of the logits is not known here.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import threading
 import time
@@ -31,6 +32,9 @@ WHITESPACE = "[ ]?"
 end; with up to 24 characters it did so at every place that allows them."""
 MAX_GRAMMAR_CHARS = 256 * 1024
 MAX_CACHED_GRAMMARS = 32
+MAX_TRIED_FORMS = 4096
+"""Digests of forms whose trial is remembered: what was thrown out of the cache costs no process
+again, and what is refused no seconds."""
 SLOW_MASK_S = 0.1
 """Most forms take less than a millisecond of CPU a token, `(a{600}){600}` more than this: the
 engine's thread makes the masks of all answers, and each waits for the slowest."""
@@ -101,6 +105,12 @@ class GrammarCompiler:
         self._lock = threading.Lock()
         self._ll_tokenizer: llguidance.LLTokenizer | None = None
         self._compiled: OrderedDict[StructuredOutputsParams, llguidance.LLMatcher] = OrderedDict()
+        self._tried: OrderedDict[bytes, bool] = OrderedDict()
+
+    def holds(self, params: StructuredOutputsParams) -> bool:
+        """Return whether a form is compiled already: `compile` takes no time then."""
+        with self._lock:
+            return params in self._compiled
 
     def compile(self, params: StructuredOutputsParams) -> Grammar:
         """Return a grammar at its beginning; what was asked before costs only a copy.
@@ -154,10 +164,21 @@ class GrammarCompiler:
         return matcher
 
     def _is_harmless(self, text: str) -> bool:
+        """Try a form in a process of its own, unless that was done before."""
+        digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
+        with self._lock:
+            known = self._tried.get(digest)
+        if known is not None:
+            return known
         tokenizer, size = self.tokenizer, self.vocab_size
         ids = tokenizer.special_token_ids | tokenizer.eos_token_ids
         special = {i: tokenizer.token_bytes(i) for i in ids if i < size}
-        return is_harmless(text, size, special, tokenizer.eos_token_ids)
+        found = is_harmless(text, size, special, tokenizer.eos_token_ids)
+        with self._lock:
+            self._tried[digest] = found
+            if len(self._tried) > MAX_TRIED_FORMS:
+                self._tried.popitem(last=False)
+        return found
 
     def _check_first_tokens(self, matcher: llguidance.LLMatcher, kind: str) -> None:
         """Begin an answer: some forms that compile fail at their first token, or crawl."""
@@ -196,10 +217,14 @@ def _make(
 def _has_expressions(params: StructuredOutputsParams) -> bool:
     """Whether a client has written patterns: nothing else takes llguidance without end.
 
-    `_schema_text` has written the schema: `"pattern` and `"patternProperties` have no escapes.
+    `_schema_text` has written the schema: `"pattern`, `"patternProperties` and `"x-guidance`, whose
+    separators are patterns too, have no escapes.
     """
-    is_written = params.regex is not None or params.grammar is not None
-    return is_written or params.whitespace_pattern is not None or '"pattern' in str(params.json)
+    if params.regex is not None or params.grammar is not None:
+        return True
+    schema = str(params.json)
+    is_in_schema = '"pattern' in schema or '"x-guidance' in schema
+    return is_in_schema or params.whitespace_pattern is not None
 
 
 def _to_llguidance(params: StructuredOutputsParams) -> str:

@@ -58,6 +58,7 @@ def is_harmless(
             input=json.dumps(task).encode(),
             capture_output=True,
             timeout=WALL_S,
+            start_new_session=True,  # a Ctrl-C at the terminal is no fault of the form
         )
     except subprocess.TimeoutExpired:
         return False
@@ -88,8 +89,10 @@ def _main() -> int:
     task = json.load(sys.stdin)
     cpu_s, memory_bytes = task["limits"]
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_CPU, (cpu_s, cpu_s))
-    resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
+    for kind, most in ((resource.RLIMIT_CPU, cpu_s), (resource.RLIMIT_AS, memory_bytes)):
+        hard = resource.getrlimit(kind)[1]  # nobody may raise it again
+        most = most if hard == resource.RLIM_INFINITY else min(most, hard)
+        resource.setrlimit(kind, (most, most))
     sys.path[:] = task["path"]  # without `site`, which takes as long as all the rest
     import llguidance
 

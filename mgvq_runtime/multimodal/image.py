@@ -59,8 +59,15 @@ class MediaLimits:
     max_image_pixels: int = 50_000_000
     """Width times height, read from the header before anything is decoded."""
 
-    def __post_init__(self) -> None:
-        # Pillow's limit is one for the whole process: not ours to raise, nor to race other threads.
+    def check_pillow(self) -> None:
+        """Refuse pictures larger than Pillow opens.
+
+        Not asked of the defaults: an application may have lowered Pillow's limit, which is one for
+        the whole process, not ours to raise, nor to race other threads.
+
+        Raises:
+            ConfigError: with both limits.
+        """
         if Image.MAX_IMAGE_PIXELS is None or self.max_image_pixels <= 2 * Image.MAX_IMAGE_PIXELS:
             return
         raise ConfigError(

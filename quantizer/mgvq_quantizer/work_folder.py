@@ -33,6 +33,14 @@ _OURS = {_RUN, _LOCK, "run.tmp"}
 """What a folder may hold in which no work is finished."""
 
 
+_MEANINGS = {
+    "calibration": "other conversations, texts or pictures",
+    "calibration_tokens": "the same data read by another chat template, tokenizer or preprocessor",
+    "source": "other weights or another config.json",
+}
+"""What it means that a digest among the facts differs."""
+
+
 class ResumeError(MgvqError, ValueError):
     """An unfinished run cannot be continued with what was asked now."""
 
@@ -258,9 +266,10 @@ def _compare(path: Path, facts: Mapping[str, Any]) -> None:
         ) from error
     for key in sorted({*old, *facts}):
         if old.get(key) != facts.get(key):
+            meaning = f" ({_MEANINGS[key]})" if key in _MEANINGS else ""
             raise ResumeError(
                 f"{path} holds a run with {key} = {old.get(key)!r}, this one has "
-                f"{facts.get(key)!r}: use the same, or delete that folder to start over"
+                f"{facts.get(key)!r}{meaning}: use the same, or delete that folder to start over"
             )
 
 

@@ -65,6 +65,9 @@ class PromptBuilder(Protocol):
 class GrammarCompiler(Protocol):
     """What is needed of the runtime's grammars."""
 
+    def holds(self, params: StructuredOutputsParams) -> bool:
+        """Return whether a form is compiled already."""
+
     def compile(self, params: StructuredOutputsParams) -> object:
         """Compile a form and keep it for the engine; safe in any thread."""
 
@@ -142,7 +145,7 @@ class ChatService:
         stack.enter_context(self.admission.admit(request.num_choices))
         call_id = f"chatcmpl-{uuid.uuid4().hex}"
         try:
-            if form is not None:
+            if form is not None and not self._grammars.holds(form.params):
                 await loop.run_in_executor(self._compile_pool, self._compile, form)
             requests = await loop.run_in_executor(
                 self._pool, self._requests, call_id, request, form

@@ -99,7 +99,7 @@ class ServerSettings:
         path = self.allowed_local_media_path
         if path is not None and not path.is_dir():
             raise ConfigError(f"allowed_local_media_path must be a folder; {path} is none")
-        self.media_limits()  # refuses pictures larger than Pillow opens
+        self.media_limits().check_pillow()
 
     def media_limits(self) -> MediaLimits:
         """Return how large a picture may be."""

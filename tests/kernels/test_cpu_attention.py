@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from mgvq_kernels import cpu, ops
+from mgvq_kernels import cpu, cpu_threads, ops
 from mgvq_kernels.cpu_threads import over_threads
 from tests.kernels.test_dense_ops import dense_attention
 
@@ -83,6 +83,28 @@ def test_no_thread_outlives_an_error_of_another(monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(KeyboardInterrupt):
         over_threads(run, 0, 12, 1, is_much=True)
     assert sorted(done) == [4, 8]
+
+
+def test_no_thread_outlives_an_interrupt_of_the_wait_for_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    waits, done = [KeyboardInterrupt, KeyboardInterrupt], []
+    real = cpu_threads.wait
+
+    def interrupted(futures: object) -> object:
+        if waits:
+            raise waits.pop()
+        return real(futures)
+
+    def run(first: int, last: int) -> None:
+        time.sleep(0.2 * first)
+        done.append(first)
+
+    monkeypatch.setattr(cpu_threads, "wait", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        over_threads(run, 0, 2, 1, is_much=True)
+    assert (done, waits) == ([0, 1], [])
 
 
 @pytest.mark.parametrize("scale", [6e-8, 3e-5, 0.0123, 1.0, 65504.0])

@@ -161,11 +161,10 @@ def test_what_another_run_left_behind_is_not_taken_for_this_one(
         (row,) = compare(dense, output, methods, [2.0], [0], options=Options(limit=limit))
         return row
 
+    def stop(*_: object) -> Row:
+        raise KeyboardInterrupt
+
     with monkeypatch.context() as stopping:
-
-        def stop(*_: object) -> Row:
-            raise KeyboardInterrupt
-
         stopping.setattr(Bench, "_examine", stop)
         with pytest.raises(KeyboardInterrupt):
             run()
@@ -177,6 +176,12 @@ def test_what_another_run_left_behind_is_not_taken_for_this_one(
         counting.setattr(bench, "quantize", lambda *_, **__: pytest.fail("it was finished"))
         first = run()
     assert not left.exists()
+    (output / "compare.json").unlink()
+    with monkeypatch.context() as stopping:
+        stopping.setattr(Bench, "_examine", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run()
+    assert left.is_dir(), "of the first defaults"
     monkeypatch.setitem(recipe_module._DRAW_OUT, "lookup", 0.0)
     second = run()
     assert (second.key, second.recipe) != (first.key, first.recipe)
@@ -371,6 +376,8 @@ def test_rows_of_one_label_are_averaged_and_checkpoints_replaced(tmp_path: Path)
     assert lines[6] == "| B | not defined | | | | | |"
     assert "85.00%" in lines[-2]
     assert "over questions is up to 10% of it" in lines[-1]
+    alone = dataclasses.replace(MARKS, kl_se=float("nan"))  # of one window, written before
+    assert "nan" not in tables.markdown([Row("A", 2.0, 0, bits_per_weight=2.0, marks=alone)])
     with pytest.raises(ResumeError, match="model = 'm', this run has 'n'"):
         Comparison(tmp_path, {"model": "n"})
     (tmp_path / "file").touch()

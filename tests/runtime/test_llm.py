@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 import re
@@ -17,6 +18,7 @@ from PIL import Image
 
 from mgvq_runtime import LLM, FinishReason, SamplingParams, demo_picture_paths
 from mgvq_runtime import StructuredOutputsParams as Form
+from mgvq_runtime import llm as llm_module
 from mgvq_runtime.errors import CheckpointError, ConfigError, ImageError, RequestError
 from mgvq_runtime.interrupts import collect_ctrl_c, hold_ctrl_c
 
@@ -247,6 +249,42 @@ def test_ctrl_c_is_kept_back_by_any_block_and_in_the_main_thread_only() -> None:
     thread.start()
     thread.join()
     assert done == ["worked", "worked", str(before)]
+
+
+@pytest.mark.usefixtures("ctrl_c_raises")
+def test_a_loop_hears_of_a_ctrl_c_once() -> None:
+    heard: list[str] = []
+
+    async def work() -> None:
+        asyncio.get_running_loop().add_signal_handler(signal.SIGINT, heard.append, "once")
+        with hold_ctrl_c():
+            signal.raise_signal(signal.SIGINT)
+        await asyncio.sleep(0.05)
+
+    asyncio.run(work())
+    assert heard == ["once"]
+
+
+def test_a_second_ctrl_c_leaves_nothing_running_either(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Bar:
+        n = 0
+
+        def __init__(self, **_: Any) -> None:
+            pass
+
+        def update(self, _: int) -> None:
+            raise KeyboardInterrupt
+
+        def close(self) -> None:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(llm_module, "tqdm", Bar)
+    with pytest.raises(KeyboardInterrupt):
+        llm.chat([ask("a"), ask("b")], GREEDY)
+    assert not llm.engine.has_unfinished()
+    assert llm._mail == {}
 
 
 def _handler_inside() -> Any:

@@ -60,6 +60,10 @@ class FakeGrammars:
 
     def __init__(self) -> None:
         self.gate = threading.Event()
+        self.compiled: set[str] = set()
+
+    def holds(self, params: StructuredOutputsParams) -> bool:
+        return repr(params) in self.compiled
 
     def compile(self, params: StructuredOutputsParams) -> None:
         assert threading.current_thread().name.startswith("mgvq-forms")
@@ -67,6 +71,7 @@ class FakeGrammars:
             self.gate.wait(60)
         if "wrong" in repr(params):
             raise RequestError("no such thing", param=f"structured_outputs.{params.kind}")
+        self.compiled.add(repr(params))
 
 
 @dataclass

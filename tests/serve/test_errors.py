@@ -297,11 +297,14 @@ def test_a_form_that_cannot_be_followed_on_is_the_clients_fault(server: RunningS
 def test_forms_that_take_long_hold_up_forms_alone(server: RunningServer) -> None:
     gate = server.engine.grammars.gate
     gate.clear()
+    known = ask("x", guided_regex="known")
+    assert server.post(known).status_code == 200
     with ThreadPoolExecutor(4) as pool:
         slow = [pool.submit(server.post, ask("x", guided_regex=f"slow{i}")) for i in range(4)]
         try:
             assert wait_until(lambda: server.server._app.service.admission.num_open == 4)
             still_answers(server)
+            assert server.post(known).status_code == 200, "it needs no compiling"
         finally:
             gate.set()
         assert [one.result().status_code for one in slow] == [200] * 4

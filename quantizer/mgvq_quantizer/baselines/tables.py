@@ -142,7 +142,9 @@ def _notes(rows: Sequence[Row]) -> list[str]:
         "then the bits of its codes alone.",
     ]
     judged = [row.judged for row in rows if row.judged is not None]
-    error = max((mark.kl_se / mark.kl for mark in judged if mark.kl_se), default=0.0)
+    error = max(
+        (mark.kl_se / mark.kl for mark in judged if mark.kl_se and mark.kl_se > 0), default=0.0
+    )
     if marks := [row.marks for row in rows if row.marks is not None]:
         notes.append(
             f"{marks[0].n} questions, {marks[0].n_tokens} answer tokens; the unquantized model "

@@ -255,6 +255,7 @@ def test_compiling_that_does_not_end_is_ended(
         (Form(json={"items": {"\u0070attern": "a+"}}), True),
         (Form(json='{"items": {"\\u0070atternProperties": {"a+": {}}}}'), True),
         (Form(json_object=True, whitespace_pattern=" {0,7}"), True),
+        (Form(json={"x-guidance": {"item_separator": ", ?"}, "type": "array"}), True),
         (Form(json={"items": {"const": "no expression"}}), False),
         (Form(choice=["no", "expression"]), False),
         (Form(json_object=True), False),
@@ -269,8 +270,32 @@ def test_forms_with_expressions_are_tried_once(
     )
     compiler = GrammarCompiler(TOKENIZER, V)
     compiler.compile(form)
+    assert compiler.holds(form)
+    compiler._compiled.clear()  # as where many others came since
     compiler.compile(form)
     assert len(tried) == is_tried
+
+
+def test_a_form_that_was_refused_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[str] = []
+    monkeypatch.setattr(grammar_module, "is_harmless", lambda text, *_: bool(tried.append(text)))
+    monkeypatch.setattr(grammar_module, "MAX_TRIED_FORMS", 2)
+    compiler = GrammarCompiler(TOKENIZER, V)
+    for word in ("a", "a", "b", "c", "c", "a"):  # the third throws the first out
+        with pytest.raises(RequestError, match="too long or too much memory"):
+            compiler.compile(Form(regex=word))
+    assert len(tried) == 4
+
+
+def test_a_trial_keeps_within_limits_that_the_server_has_itself() -> None:
+    program = (
+        "import resource\n"
+        "from mgvq_runtime.engine.grammar_trial import is_harmless\n"
+        "resource.setrlimit(resource.RLIMIT_CPU, (4, 4))\n"
+        "print(is_harmless('start: \"a\"', 300, {}, [1]))\n"
+    )
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert run.stdout == "True\n", run.stderr
 
 
 def test_compiling_that_takes_too_much_memory_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -107,12 +107,16 @@ def test_pixel_limit_is_exact() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-def test_a_limit_above_pillows_own_is_refused_when_it_is_set() -> None:
+def test_a_limit_above_pillows_own_is_refused_when_it_is_set(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     most = 178_956_970
     image = open_image(png_of_size(13_000, 13_000), MediaLimits(max_image_pixels=most))
     assert image.size == (13_000, 13_000)
     with pytest.raises(ConfigError, match=f"at most {most}, the most that Pillow opens, got"):
-        MediaLimits(max_image_pixels=most + 1)
+        MediaLimits(max_image_pixels=most + 1).check_pillow()
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    decode_image(encoded(picture(12, 8), "PNG"))  # an application that lowered it can go on
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP"])
