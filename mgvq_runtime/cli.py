@@ -23,6 +23,8 @@ from mgvq_runtime.config import (
 from mgvq_runtime.env import debug_tracebacks
 from mgvq_runtime.errors import MgvqError
 from mgvq_runtime.interrupts import collect_ctrl_c
+from mgvq_runtime.multimodal.image import MediaLimits
+from mgvq_runtime.pictures import open_picture
 from mgvq_runtime.request import FinishReason, SamplingParams
 
 if TYPE_CHECKING:
@@ -43,15 +45,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit status: 0, 2 for what the user can put right, 130 after Ctrl-C.
     """
     parsed = build_parser().parse_args(arguments)
+    shows_traceback = False
     try:
+        shows_traceback = debug_tracebacks()
         config = config_from_arguments(parsed)
         params = SamplingParams(**{name: getattr(parsed, name) for name in SAMPLING_FLAGS})
+        for image in parsed.image:  # before the model is loaded
+            open_picture(image, MediaLimits())
         with _load(config) as llm:
             if parsed.question is not None:
                 return _one_shot(llm, params, parsed.image, parsed.question)
             return _conversation(llm, params, parsed.image)
     except MgvqError as error:
-        if debug_tracebacks():
+        if shows_traceback:
             raise
         print(f"mgvq-chat: error: {error}", file=sys.stderr)
         return 2
@@ -113,12 +119,22 @@ def _conversation(llm: LLM, params: SamplingParams, images: Sequence[str]) -> in
         if command == "/reset":
             history, pending = [], []
         elif command == "/image" and argument:
-            pending.append(argument.strip())
+            _show(pending, argument.strip())
         elif command.startswith("/"):
             print(HELP, file=sys.stderr)
         else:
             _turn(llm, params, history, pending, line)
     return 0
+
+
+def _show(pending: list[str], image: str) -> None:
+    """Keep a picture for the next question, if it can be read."""
+    try:
+        open_picture(image, MediaLimits())
+    except MgvqError as error:
+        print(f"error: {error}", file=sys.stderr)
+    else:
+        pending.append(image)
 
 
 def _turn(

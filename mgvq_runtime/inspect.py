@@ -73,6 +73,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         shows_traceback = debug_tracebacks()
         if arguments.plan:
+            if arguments.verify:  # first: a plan says nothing of it, unless by not coming
+                open_checkpoint(arguments.checkpoint).verify()
             plan = plan_for(arguments.checkpoint, config_from_arguments(arguments))
             report, lines = plan.as_json(), plan.lines()
         elif arguments.checkpoint.suffix == ".json" and not arguments.verify:

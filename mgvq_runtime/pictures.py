@@ -142,13 +142,16 @@ def open_picture(source: Any, limits: MediaLimits) -> Picture:
 
 
 def _open_file(source: Path | str, limits: MediaLimits) -> Picture:
-    """Read a path, or a file URL."""
+    """Read a path, in which ~ is the home, or a file URL."""
     try:
-        path = Path(url2pathname(urlparse(source).path)) if isinstance(source, str) else source
+        if isinstance(source, str):
+            path = Path(url2pathname(urlparse(source).path))
+        else:
+            path = source.expanduser()
         with path.open("rb") as file:
             data = file.read(limits.max_image_bytes + 1)
     except OSError as error:
         raise ImageError(f"cannot read the picture {path}: {error.strerror}") from None
-    except ValueError as error:  # a NUL in a path, a URL whose host is none
+    except (ValueError, RuntimeError) as error:  # a NUL, a URL whose host is none, no such home
         raise ImageError(f"cannot read the picture {str(source)!r}: {error}") from None
     return open_image(data, limits)

@@ -7,7 +7,8 @@ its shape and the tensors it is made of. What the names mean is in `hf_names.py`
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import shlex
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from mgvq_runtime.errors import CheckpointError
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
+OTHER_LAYOUT = "consolidated*"
+"""Files in which Mistral's and Meta's folders hold the weights once more, in another layout."""
 FLOAT_WORDS = ("F32", "F16", "BF16")
 
 
@@ -38,7 +41,7 @@ class Parameter:
 
 
 def open_files(folder: Path) -> dict[str, TensorFile]:
-    """Open every safetensors file of a folder.
+    """Open every safetensors file of a folder; those of `OTHER_LAYOUT` are left alone.
 
     Args:
         folder: with `model.safetensors`, or shards and `model.safetensors.index.json`.
@@ -52,9 +55,10 @@ def open_files(folder: Path) -> dict[str, TensorFile]:
     """
     present = {p.name for p in folder.glob("*.safetensors")}
     weight_map = _read_index(folder) if (folder / INDEX_NAME).exists() else None
+    wanted = {SINGLE_NAME} if weight_map is None else set(weight_map.values())
+    present -= {p.name for p in folder.glob(f"{OTHER_LAYOUT}.safetensors")} - wanted
     if weight_map is None and not present:
         raise CheckpointError(_nothing_to_read(folder))
-    wanted = {SINGLE_NAME} if weight_map is None else set(weight_map.values())
     problems = [f"{name} is missing: copy it again" for name in sorted(wanted - present)]
     said_by = SINGLE_NAME if weight_map is None else INDEX_NAME
     problems += [
@@ -173,23 +177,36 @@ def _read_index(folder: Path) -> dict[str, str]:
 
 
 def _nothing_to_read(folder: Path) -> str:
-    pickles = [
-        p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in sorted(folder.glob(pattern))
-    ]
-    if not pickles:
-        return f"{folder} has no {SINGLE_NAME} and no {INDEX_NAME}"
-    return (
-        f"{folder} holds its weights in {pickles[0]}, a pickle; pickles can run code and are not "
-        f"read. Convert it once: {conversion_command(folder)}"
+    pickles = sorted(p.name for p in folder.glob("*model*.bin"))
+    if pickles:
+        return (
+            f"{folder} holds its weights in {pickles[0]}, a pickle; pickles can run code and are "
+            f"not read. Convert it once: {conversion_command(folder, pickles)}"
+        )
+    message = f"{folder} has no {SINGLE_NAME} and no {INDEX_NAME}"
+    others = sorted(
+        p.name for end in ("pth", "safetensors") for p in folder.glob(f"{OTHER_LAYOUT}.{end}")
     )
+    if others:
+        message += (
+            f"; {others[0]} is in a layout that is not read: get the files that the model's page "
+            "on the hub has for transformers"
+        )
+    return message
 
 
-def conversion_command(folder: Path) -> str:
-    """Return the command that writes a folder's pickles as safetensors, running no code of them."""
-    return (
-        'python -c "import glob, torch; from safetensors.torch import save_file; tensors = {}; '
-        "[tensors.update(torch.load(file, weights_only=True, map_location='cpu')) "
-        f"for file in sorted(glob.glob('{folder}/*model*.bin'))]; "
-        "save_file({name: tensor.clone() for name, tensor in tensors.items()}, "
-        f"'{folder}/{SINGLE_NAME}')\""
+def conversion_command(folder: Path, pickles: Sequence[str]) -> str:
+    """Return the command that writes pickles as safetensors, running no code of them.
+
+    Args:
+        folder: where they lie, and where the result goes.
+        pickles: their names.
+    """
+    program = (
+        "import sys, torch; from safetensors.torch import save_file; tensors = {}; "
+        '[tensors.update(torch.load(file, weights_only=True, map_location="cpu")) '
+        "for file in sys.argv[2:]]; "
+        "save_file({name: tensor.clone() for name, tensor in tensors.items()}, sys.argv[1])"
     )
+    files = [str(folder.absolute() / name) for name in (SINGLE_NAME, *pickles)]
+    return shlex.join(["python", "-c", program, *files])

@@ -33,11 +33,14 @@ RUNTIME_FILES = (
     "chat_template.json",
     "generation_config.json",
     "merges.txt",
+    "model.safetensors.index.json",
     "preprocessor_config.json",
     "processor_config.json",
     "special_tokens_map.json",
     "tokenizer.json",
+    "tokenizer.model",
     "tokenizer_config.json",
+    "video_preprocessor_config.json",
     "vocab.json",
 )
 """Files the runtime opens by name: one that the manifest does not list would change the answers."""

@@ -211,7 +211,7 @@ def _open(folder: Path) -> Checkpoint:
             f"{folder} has no {CONFIG_NAME}, so it is no checkpoint; found {found}"
         )
     config = read_json(folder / CONFIG_NAME)
-    if "quantization_config" in config:
+    if config.get("quantization_config") is not None:  # null says that there is none
         QuantizationSpec.from_json(config["quantization_config"])
         raise CheckpointError(f"{folder}: {MANIFEST_NAME} is missing: {DAMAGED}")
     return _open_dense(folder, config)

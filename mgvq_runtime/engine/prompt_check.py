@@ -16,7 +16,8 @@ def check_prompt(request: Request, config: ModelConfig) -> None:
 
     Raises:
         RequestError: if it is empty, a token id is outside the vocabulary, or its placeholders,
-            positions and pictures do not agree.
+            positions and pictures do not agree, or pictures are cut into other patches than the
+            vision tower takes.
     """
     prompt = request.prompt
     num_tokens = len(prompt.token_ids)
@@ -41,6 +42,12 @@ def check_prompt(request: Request, config: ModelConfig) -> None:
     for index, image in enumerate(prompt.images):
         t, h, w = image.grid_thw
         num_tokens = config.num_image_tokens(image)
+        if image.patches.shape[1:] != (config.vision_config.patch_dim,):
+            raise RequestError(
+                f"picture {index} has patches of shape {list(image.patches.shape[1:])}; this "
+                f"model's vision tower takes [{config.vision_config.patch_dim}]",
+                param="messages",
+            )
         if len(image.patches) != t * h * w or image.num_tokens != num_tokens:
             raise RequestError(
                 f"picture {index} has {len(image.patches)} patches for {image.num_tokens} tokens; "

@@ -162,7 +162,9 @@ class InternVL2Config(ModelConfig):
         else:
             top.one_of("vision_feature_select_strategy", ("default",), default="default")
             top.one_of("projector_hidden_act", ("gelu",), default="gelu")
-            tied = top.boolean("tie_word_embeddings", default=True)
+            # transformers 4 writes the key into text_config alone.
+            key = "tie_word_embeddings"
+            tied = top.boolean(key, default=text_fields.boolean(key, default=True))
             token = _placeholder(top, "image", 151667)
         return cls(text, vision, token, tied)
 

@@ -19,6 +19,14 @@ class _Required:
 
 REQUIRED: Final = _Required()
 
+MAX_INTEGER = 2**24
+"""The most a count or width may be where nothing else is said; vocabularies are the largest, of
+some 2**18 tokens. Products of three still fit an index."""
+MAX_LAYERS = 1000
+"""Blocks of a decoder or a vision tower: making a graph takes a millisecond for each."""
+MAX_SIDE = 2**13
+"""Pixels or patches along a side of a square."""
+
 
 class Fields:
     """One mapping of a JSON file, with the prefix its keys have in messages."""
@@ -49,18 +57,25 @@ class Fields:
                 f"{part_key} ({part})"
             )
 
-    def integer(self, key: str, default: int | _Required = REQUIRED, low: int = 1) -> int:
-        """Return an integer of at least `low`."""
+    def integer(
+        self,
+        key: str,
+        default: int | _Required = REQUIRED,
+        low: int = 1,
+        high: int = MAX_INTEGER,
+    ) -> int:
+        """Return an integer of at least `low` and at most `high`."""
         value = self._get(key, default)
         if isinstance(value, bool) or not isinstance(value, int) or value < low:
             self.refuse(key, value, f"an integer of at least {low}")
+        if value > high:
+            self.refuse(key, value, f"at most {high}")
         return value
 
     def number(self, key: str, default: float | _Required = REQUIRED) -> float:
         """Return a finite number above zero."""
         value = self._get(key, default)
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not is_number or not math.isfinite(value) or value <= 0:
+        if not _is_finite(value) or value <= 0:
             self.refuse(key, value, "a number above 0")
         return float(value)
 
@@ -101,9 +116,7 @@ class Fields:
         """Return a list of `length` finite numbers."""
         value = self._get(key, default)
         is_list = isinstance(value, list | tuple) and len(value) == length
-        if not is_list or not all(
-            type(item) in (int, float) and math.isfinite(item) for item in value
-        ):
+        if not is_list or not all(_is_finite(item) for item in value):
             self.refuse(key, value, f"a list of {length} numbers")
         return tuple(float(item) for item in value)
 
@@ -117,10 +130,12 @@ class Fields:
     def square(self, key: str, default: int | _Required = REQUIRED) -> int:
         """Return a side, written as one integer or as a list of equal ones."""
         value = self._get(key, default)
-        if isinstance(value, list | tuple) and len(set(value)) == 1:
+        if isinstance(value, list | tuple) and value and all(one == value[0] for one in value):
             value = value[0]
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             self.refuse(key, value, "one integer of at least 1")
+        if value > MAX_SIDE:
+            self.refuse(key, value, f"at most {MAX_SIDE}")
         return value
 
     def _get(self, key: str, default: object) -> Any:
@@ -130,3 +145,13 @@ class Fields:
         if default is REQUIRED:
             raise ConfigError(f"{self.file}: {self.prefix}{key} is missing")
         return default
+
+
+def _is_finite(value: object) -> bool:
+    """Return whether a value is a number that a float can hold."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer of more than 308 digits
+        return False

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from mgvq_runtime.models.config_fields import REQUIRED, Fields
+from mgvq_runtime.models.config_fields import MAX_LAYERS, REQUIRED, Fields
 
 _ALIASES = {"su": "longrope"}
 """Rope types that were renamed; Phi-3's first files say "su"."""
@@ -151,7 +151,7 @@ def decoder_from_hf(fields: Fields, kind: str | None = None) -> DecoderConfig:
         vocab_size=fields.integer("vocab_size"),
         hidden_size=hidden_size,
         intermediate_size=fields.integer("intermediate_size"),
-        num_hidden_layers=fields.integer("num_hidden_layers"),
+        num_hidden_layers=fields.integer("num_hidden_layers", high=MAX_LAYERS),
         num_attention_heads=num_heads,
         num_key_value_heads=num_kv_heads,
         head_dim=head_dim,
@@ -237,7 +237,7 @@ def _divisors(rope: Fields, key: str, head_dim: int) -> tuple[float, ...]:
 def _refuse_sliding_window(fields: Fields, kind: _Kind) -> None:
     """Refuse a window that would hide tokens from a layer; one that never bites is fine."""
     window = fields.integer("sliding_window", default=0, low=0)
-    layers = fields.integer("num_hidden_layers")
+    layers = fields.integer("num_hidden_layers", high=MAX_LAYERS)
     kinds = fields.strings("layer_types", default=[])
     first_windowed = 0 if kind.is_windowed else layers
     first_windowed = fields.integer("max_window_layers", default=first_windowed, low=0)

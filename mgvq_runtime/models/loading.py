@@ -25,7 +25,7 @@ from mgvq_runtime.layers.linear import LayerFactory
 from mgvq_runtime.layers.vq_matrix import VQMatrix
 from mgvq_runtime.models.causal_lm import CausalLM
 from mgvq_runtime.models.config import ModelConfig
-from mgvq_runtime.models.registry import Family, find_family
+from mgvq_runtime.models.registry import Family, find_family, meta_graph
 from mgvq_runtime.tokenizer.folder import added_token_id
 
 INTERNVL2_PLACEHOLDER = "<IMG_CONTEXT>"
@@ -82,21 +82,13 @@ def fill_model(
     parts = _row_parts(checkpoint)
     if problems := _misfits(family, config, checkpoint, layouts, parts):
         raise CheckpointError(f"{checkpoint.path} does not fit its config.json", problems)
-    with torch.device("meta"):
-        rows_device = torch.device(device) if table_on_host else None
-        model = family.model(config, LayerFactory(layouts, rows_device, parts))
-    tied_head: Tensor | None = None
+    rows_device = torch.device(device) if table_on_host else None
+    model = meta_graph(family, config, LayerFactory(layouts, rows_device, parts))
     for name in checkpoint.dense:
-        if name.startswith(left_out):
+        if name.startswith(left_out) or (name == _TIED_HEAD and config.tie_word_embeddings):
             continue
-        tensor = checkpoint.tensor(name)
-        if name == _TIED_HEAD and config.tie_word_embeddings:
-            tied_head = tensor
-        else:
-            place = "cpu" if table_on_host and name == _TOKEN_TABLE else device
-            problems += _fill_parameter(model, name, tensor, place, dtype)
-    if tied_head is not None and _differs_from_table(model, tied_head):
-        problems.append(f"{_TIED_HEAD} differs from the token table config.json ties it to")
+        place = "cpu" if table_on_host and name == _TOKEN_TABLE else device
+        problems += _fill_parameter(model, name, checkpoint.tensor(name), place, dtype)
     if problems:
         raise CheckpointError(f"{checkpoint.path} cannot be loaded", problems)
     for name, weight in checkpoint.vq_weights():
@@ -111,11 +103,13 @@ def fill_model(
 
 
 def model_config(checkpoint: Checkpoint) -> ModelConfig:
-    """Read config.json, corrected by the tensors' shapes.
+    """Read config.json, corrected by the tensors.
 
-    A placeholder that it leaves to the tokenizer is looked up there.
+    A placeholder that it leaves to the tokenizer is looked up there. No tensor is read, unless
+    there is a head beside the token table that it is said to be.
 
     Raises:
+        CheckpointError: if such a head or the table is damaged, or a part of them is missing.
         ConfigError: if config.json cannot be understood or asks for what is not implemented.
         TokenizerError: if the file that would name the placeholder is malformed.
     """
@@ -138,7 +132,7 @@ def model_config(checkpoint: Checkpoint) -> ModelConfig:
 
 
 def _as_stored(config: ModelConfig, checkpoint: Checkpoint) -> ModelConfig:
-    """Take the vocabulary's length from the token table, and tie a head that is not there."""
+    """Take the vocabulary's length from the token table, and tie the head if it is that table."""
     shapes, parts = _matrix_shapes(checkpoint), _row_parts(checkpoint)
     text, table = config.text_config, shapes.get(_TOKEN_TABLE, ())
     if (rows := parts.get(TABLE)) is not None:
@@ -146,8 +140,21 @@ def _as_stored(config: ModelConfig, checkpoint: Checkpoint) -> ModelConfig:
     elif len(table) == 2 and table[1] == text.hidden_size:
         text = dataclasses.replace(text, vocab_size=table[0])
     has_head = _TIED_HEAD in shapes or HEAD in parts
-    is_tied = config.tie_word_embeddings or not has_head
+    is_tied = not has_head or (config.tie_word_embeddings and _repeats_table(checkpoint))
     return dataclasses.replace(config, text_config=text, tie_word_embeddings=is_tied)
+
+
+def _repeats_table(checkpoint: Checkpoint) -> bool:
+    """Return whether the head that is stored is the token table once more.
+
+    Where it is not, config.json is wrong (it may leave out a key that is true by default), and the
+    head is used, as transformers 5 does. A quantized one is never the table: the quantizer writes
+    none that is.
+    """
+    table, head = checkpoint.dense.get(_TOKEN_TABLE), checkpoint.dense.get(_TIED_HEAD)
+    if table is None or head is None or (table.shape, table.dtype) != (head.shape, head.dtype):
+        return False
+    return torch.equal(checkpoint.tensor(_TOKEN_TABLE), checkpoint.tensor(_TIED_HEAD))
 
 
 def _matrix_shapes(checkpoint: Checkpoint) -> dict[str, Sequence[int]]:
@@ -180,8 +187,7 @@ def _misfits(
     parts: Mapping[str, Sequence[int]],
 ) -> list[str]:
     """List where the checkpoint's names and shapes are not those of the dense graph."""
-    with torch.device("meta"):
-        dense = family.model(config, LayerFactory(row_parts=parts))
+    dense = meta_graph(family, config, LayerFactory(row_parts=parts))
     expected = {name: tuple(p.shape) for name, p in dense.named_parameters()}
     problems = []
     for name, layout in layouts.items():
@@ -215,14 +221,6 @@ def _fill_parameter(
     if not value.isfinite().all():
         return [f"{name} has values that are not finite in {dtype}"]
     return []
-
-
-def _differs_from_table(model: CausalLM, head: Tensor) -> bool:
-    """Return whether a head stored beside the table it is tied to repeats it; some files do."""
-    table = model.model.embed_tokens
-    if not isinstance(table, nn.Embedding):
-        return True
-    return not torch.equal(table.weight, head.to(table.weight.device, table.weight.dtype))
 
 
 def _settle(model: nn.Module, device: torch.device | str, dtype: torch.dtype) -> None:

@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from mgvq_runtime.errors import ConfigError
 from mgvq_runtime.models.causal_lm import CausalLM, CausalLMConfig
 from mgvq_runtime.models.config import (
@@ -107,3 +109,23 @@ def find_family(config: Mapping[str, Any]) -> Family:
     raise ConfigError(
         f"config.json: architecture {names[0]!r} is not supported; known: {', '.join(FAMILIES)}"
     )
+
+
+def meta_graph(family: Family, *parts: Any) -> CausalLM:
+    """Make a graph without weights, which takes no memory whatever its size.
+
+    Args:
+        family: From `find_family`.
+        parts: What `Family.model` is made with: the config, and perhaps a factory.
+
+    Raises:
+        ConfigError: if a tensor would be larger than any can be.
+    """
+    try:
+        with torch.device("meta"):
+            return family.model(*parts)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"config.json: no {family.name} model of these sizes can be made: {error}; look for a "
+            "number that is far too large"
+        ) from error

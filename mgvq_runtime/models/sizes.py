@@ -10,14 +10,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
 from mgvq_kernels.layout import VQLayout
 from mgvq_runtime.checkpoint.bits import BitCount, count_bits, group_of
 from mgvq_runtime.checkpoint.spec import MatrixSpec
 from mgvq_runtime.models.config import ModelConfig
-from mgvq_runtime.models.registry import find_family
+from mgvq_runtime.models.registry import find_family, meta_graph
 
 DEFAULT_RATES = {"vision": 4, "projector": 4, "embedding": 4}
 """Bits a weight of the groups that are not given the decoder's rate."""
@@ -63,8 +62,7 @@ def measure(config: Mapping[str, Any], bits: int = 2) -> ModelSize:
     """
     family = find_family(config)
     shapes = family.config.from_hf(config)
-    with torch.device("meta"):
-        model = family.model(shapes)
+    model = meta_graph(family, shapes)
     matrices = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear | nn.Embedding) and module.weight.shape[1] % 8 == 0:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mgvq_runtime.models.config_fields import Fields
+from mgvq_runtime.models.config_fields import MAX_INTEGER, MAX_LAYERS, Fields
 
 VISION_ACTIVATIONS = ("quick_gelu", "gelu", "gelu_pytorch_tanh")
 """Activations of the vision tower that `models.vision` implements."""
@@ -79,13 +79,17 @@ def qwen2_vl_vision_from_hf(fields: Fields, text_hidden_size: int) -> VisionConf
     if hidden_size != text_hidden_size:
         fields.refuse("hidden_size", hidden_size, f"the decoder's {text_hidden_size}")
     _check_channels(fields, "in_channels" if fields.has("in_channels") else "in_chans")
+    mlp_ratio = fields.number("mlp_ratio", default=4)
+    if not 1 <= embed_dim * mlp_ratio <= MAX_INTEGER:
+        product = f"a number that makes 1 to {MAX_INTEGER} with embed_dim ({embed_dim})"
+        fields.refuse("mlp_ratio", mlp_ratio, product)
     rope = Fields(fields.mapping("rope_parameters", default={}), f"{fields.prefix}rope_parameters.")
     rope.one_of("rope_type", _VISION_ROPE_TYPES, default="axial")
     return VisionConfig(
-        depth=fields.integer("depth", default=32),
+        depth=fields.integer("depth", default=32, high=MAX_LAYERS),
         embed_dim=embed_dim,
         num_heads=num_heads,
-        intermediate_size=int(embed_dim * fields.number("mlp_ratio", default=4)),
+        intermediate_size=int(embed_dim * mlp_ratio),
         hidden_size=hidden_size,
         hidden_act=fields.one_of("hidden_act", VISION_ACTIVATIONS, default="quick_gelu"),
         patch_size=fields.square("patch_size", default=14),
@@ -109,8 +113,9 @@ def siglip_from_hf(fields: Fields, text_hidden_size: int, last_layer: int) -> Vi
     fields.one_of("model_type", ("siglip_vision_model",), default="siglip_vision_model")
     embed_dim, num_heads = _width_and_heads(fields, 1152, 16)
     _check_channels(fields, "num_channels")
+    num_layers = fields.integer("num_hidden_layers", default=25 - last_layer, high=MAX_LAYERS)
     return VisionConfig(
-        depth=fields.integer("num_hidden_layers", default=25 - last_layer) + 1 + last_layer,
+        depth=num_layers + 1 + last_layer,
         embed_dim=embed_dim,
         num_heads=num_heads,
         intermediate_size=fields.integer("intermediate_size", default=4304),
@@ -147,7 +152,7 @@ def intern_vit_from_hf(
     patch_size = fields.square("patch_size", default=14)
     fields.divides("patch_size * merge", patch_size * merge_size, "image_size", image_size)
     return VisionConfig(
-        depth=fields.integer("num_hidden_layers", default=24),
+        depth=fields.integer("num_hidden_layers", default=24, high=MAX_LAYERS),
         embed_dim=embed_dim,
         num_heads=num_heads,
         intermediate_size=fields.integer("intermediate_size", default=4096),

@@ -185,7 +185,7 @@ def _open(model: Path) -> Checkpoint:
     if has_weights or not (folder / CONFIG_NAME).is_file():
         return open_dense(folder)
     config = read_json(folder / CONFIG_NAME)
-    if "quantization_config" in config:
+    if config.get("quantization_config") is not None:
         raise CheckpointError(f"{model} is quantized already: give the original checkpoint")
     return Checkpoint(folder, config, None, {}, {}, None)
 

@@ -76,6 +76,31 @@ def test_a_conversation_remembers_resets_and_quits(
     ]
 
 
+def test_a_picture_in_the_home_and_one_that_is_not_there(
+    arguments: list[str],
+    png: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """What cannot be read is said when it is typed; the picture before it is kept."""
+    asked: list[Any] = []
+
+    def answer(llm: Any, params: Any, messages: Any) -> Any:
+        assert capsys.readouterr().err.count("error: cannot read the picture") == 2
+        asked.append([part["type"] for part in messages[-1]["content"]])
+        return original(llm, params, messages)
+
+    original = cli._answer
+    monkeypatch.setattr(cli, "_answer", answer)
+    monkeypatch.setenv("HOME", str(Path(png).parent))
+    typed(
+        monkeypatch, "/image ~/red.png", "/image ~/blue.png", "/image ~no-such-user/a.png", "What?"
+    )
+    assert cli.main(arguments) == 0
+    assert asked == [["image_url", "text"]]
+    assert "error" not in capsys.readouterr().err
+
+
 def _with_fixed_text(original: Any) -> Any:
     def answer(*arguments: Any) -> Any:
         return "answer", original(*arguments)[1]
@@ -154,3 +179,16 @@ def test_debugging_shows_the_traceback(
     monkeypatch.setenv("MGVQ_DEBUG", "1")
     with pytest.raises(mgvq_runtime.errors.CheckpointError):
         cli.main([*arguments, "--checkpoint", "/nowhere", "Question"])
+
+
+@pytest.mark.parametrize("folder", ["/nowhere", None])
+def test_a_bad_value_of_the_variable_stops_the_program(
+    arguments: list[str],
+    folder: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("MGVQ_DEBUG", "maybe")
+    extra = ["--checkpoint", folder] if folder else []
+    assert cli.main([*arguments, *extra, "Question"]) == 2
+    assert "mgvq-chat: error: environment variable MGVQ_DEBUG is 'maybe'" in capsys.readouterr().err

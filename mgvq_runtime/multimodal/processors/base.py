@@ -6,7 +6,6 @@ last bit. Where to cut, and how many tokens come of it, is each family's own.
 
 from __future__ import annotations
 
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from mgvq_runtime.checkpoint.files import read_json
-from mgvq_runtime.errors import ConfigError
+from mgvq_runtime.errors import CheckpointError, ConfigError
 from mgvq_runtime.models.config_fields import Fields
 from mgvq_runtime.request import ImageInput
 
@@ -59,7 +58,14 @@ class PixelRule:
         if resample not in list(Image.Resampling):
             fields.refuse("resample", resample, "a resampling filter of PIL, 0 to 5")
         mean = fields.numbers("image_mean", 3, default=default.mean)
-        return cls(mean, std, fields.number("rescale_factor", default.rescale_factor), resample)
+        factor = fields.number("rescale_factor", default.rescale_factor)
+        rule = cls(mean, std, factor, resample)
+        with np.errstate(all="ignore"):
+            is_finite = bool(np.isfinite(rule.table()).all())
+        if not is_finite:
+            given = f"{factor:g}, with image_mean {list(mean)} and image_std {list(std)}"
+            fields.refuse("rescale_factor", given, "one that leaves pixel values finite")
+        return rule
 
     def table(self) -> npt.NDArray[np.float32]:
         """Return `[3, 256]` float32: what each pixel value becomes, in transformers' rounding."""
@@ -82,6 +88,11 @@ class PictureFiles:
     folder: Path
 
     @property
+    def has_config(self) -> bool:
+        """Whether there is a config.json; a processor that was saved by itself has none."""
+        return (self.folder / "config.json").is_file()
+
+    @property
     def config(self) -> Fields:
         """config.json."""
         return Fields(read_json(self.folder / "config.json"), "")
@@ -93,8 +104,12 @@ class PictureFiles:
 
     @property
     def images(self) -> Fields:
-        """The image processor's values; none where the folder has no such file."""
-        found = self._find((CONFIG_NAMES[0], None), (CONFIG_NAMES[1], "image_processor"))
+        """The image processor's values; none where the folder has no such file.
+
+        Of two files the nested one goes first, as in transformers 5, which writes it beside an
+        older one.
+        """
+        found = self._find((CONFIG_NAMES[1], "image_processor"), (CONFIG_NAMES[0], None))
         return found or Fields({}, "", CONFIG_NAMES[0])
 
     @property
@@ -114,11 +129,12 @@ class PictureFiles:
             if not file.is_file():
                 continue
             try:
-                values: Any = json.loads(file.read_text(encoding="utf-8"))
-            except ValueError:
-                raise ConfigError(f"{file} is not valid JSON") from None
-            if key is not None and isinstance(values, dict):
-                values = values.get(key, {})
+                values: Any = read_json(file)
+            except CheckpointError as error:
+                message = f"{name} does not describe an image processor: {error}"
+                raise ConfigError(message) from error
+            if key is not None:
+                values = {} if values.get(key) is None else values[key]
             if not isinstance(values, dict):
                 raise ConfigError(f"{file} does not describe an image processor")
             if values:

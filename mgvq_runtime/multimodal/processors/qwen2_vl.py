@@ -31,6 +31,8 @@ from mgvq_runtime.request import ImageInput
 
 MAX_ASPECT_RATIO = 200
 CLIP = PixelRule((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+MAX_AREA = 2**40
+"""Any limit above the largest picture is none."""
 DEFAULT_MIN_PIXELS = 56 * 56
 DEFAULT_MAX_PIXELS = 28 * 28 * 1280
 
@@ -98,7 +100,8 @@ class Qwen2VLImageProcessor(ImageProcessor):
         """Read preprocessor_config.json (hub) or processor_config.json (transformers 5).
 
         Raises:
-            ConfigError: if neither file is there, or a value in it cannot be honoured.
+            ConfigError: if neither file is there, or a value in it cannot be honoured or is not
+                the vision tower's.
         """
         fields, videos = files.images, files.videos
         if not fields.values:
@@ -106,6 +109,9 @@ class Qwen2VLImageProcessor(ImageProcessor):
                 f"{files.folder} has neither {' nor '.join(CONFIG_NAMES)} with an image processor: "
                 "how pictures are prepared is part of a checkpoint"
             )
+        if files.has_config:
+            for each in (fields, videos):
+                _check_patches(each, files.vision)
         min_pixels, max_pixels = _areas(fields)
         frame_min_pixels, frame_max_pixels = _areas(videos)
         return cls(
@@ -233,12 +239,24 @@ class Qwen2VLImageProcessor(ImageProcessor):
         return ImageInput(flat, grid, num_patches // m**2, is_video=is_video)
 
 
+def _check_patches(fields: Fields, vision: Fields) -> None:
+    """Refuse patches of another form than the vision tower takes."""
+    for key, tower_key, default in (
+        ("patch_size", "patch_size", 14),
+        ("temporal_patch_size", "temporal_patch_size", 2),
+        ("merge_size", "spatial_merge_size", 2),
+    ):
+        wanted = vision.square(tower_key, default=default)
+        if (found := fields.square(key, default=default)) != wanted:
+            fields.refuse(key, found, f"{wanted}, {vision.prefix}{tower_key} of {vision.file}")
+
+
 def _areas(fields: Fields) -> tuple[int, int]:
     """Read the least and the most area, in the spelling of either file."""
     size = Fields(fields.mapping("size", default={}), "size.", fields.file)
-    least = size.integer("shortest_edge", default=DEFAULT_MIN_PIXELS)
-    most = size.integer("longest_edge", default=DEFAULT_MAX_PIXELS)
+    least = size.integer("shortest_edge", default=DEFAULT_MIN_PIXELS, high=MAX_AREA)
+    most = size.integer("longest_edge", default=DEFAULT_MAX_PIXELS, high=MAX_AREA)
     return (
-        fields.integer("min_pixels", default=least),
-        fields.integer("max_pixels", default=most),
+        fields.integer("min_pixels", default=least, high=MAX_AREA),
+        fields.integer("max_pixels", default=most, high=MAX_AREA),
     )

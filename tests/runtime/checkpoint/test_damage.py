@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ from mgvq_runtime.checkpoint.reader import open_checkpoint
 from mgvq_runtime.checkpoint.tensor_file import open_tensor_file
 from mgvq_runtime.errors import CheckpointError
 from tests.runtime.checkpoint.conftest import flat, read_all
+from tests.runtime.checkpoint.make_golden import GOLDEN
 
 Draw = random.Random
 
@@ -180,10 +182,36 @@ def test_a_shard_that_shrinks_after_opening_is_an_error(checkpoint_folder: Path)
         read_all(checkpoint)
 
 
-def test_an_unlisted_file_the_runtime_would_open_is_refused(checkpoint_folder: Path) -> None:
-    (checkpoint_folder / "generation_config.json").write_text('{"eos_token_id": 7}')
-    with pytest.raises(CheckpointError, match=r"generation_config\.json does not belong"):
-        open_checkpoint(checkpoint_folder)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "added_tokens.json",
+        "chat_template.jinja",
+        "chat_template.json",
+        "generation_config.json",
+        "merges.txt",
+        "model.safetensors.index.json",
+        "preprocessor_config.json",
+        "processor_config.json",
+        "special_tokens_map.json",
+        "tokenizer.json",
+        "tokenizer.model",
+        "tokenizer_config.json",
+        "video_preprocessor_config.json",
+        "vocab.json",
+    ],
+)
+def test_an_unlisted_file_the_runtime_would_open_is_refused(
+    checkpoint_folder: Path, tmp_path: Path, name: str
+) -> None:
+    folder = checkpoint_folder
+    if (folder / name).exists():  # listed there
+        folder = tmp_path / "golden"
+        shutil.copytree(GOLDEN, folder)
+    assert not (folder / name).exists()
+    (folder / name).write_text('{"eos_token_id": 7}')
+    with pytest.raises(CheckpointError, match=rf"{re.escape(name)} does not belong"):
+        open_checkpoint(folder)
 
 
 def reseal(folder: Path) -> None:

@@ -217,12 +217,15 @@ def test_rules_never_compete() -> None:
         assert len(set(ours)) == len(ours), dialect.name
 
 
+CONSOLIDATED = "consolidated.safetensors"
+
+
 class TestFiles:
     """Which files a folder holds, before any name is looked at."""
 
     def test_pickles_are_refused_with_the_way_out(self, tmp_path: Path) -> None:
-        """The command that the message gives makes the folder readable."""
-        folder = write_folder(tmp_path / "model", tiny_tensors())
+        """The command that the message gives makes the folder readable, whatever its name."""
+        folder = write_folder(tmp_path / "it's $HOME's \"model\"", tiny_tensors())
         tensors = tiny_tensors()
         halves = [sorted(tensors)[0::2], sorted(tensors)[1::2]]
         for i, names in enumerate(halves):
@@ -235,6 +238,28 @@ class TestFiles:
         command = str(caught.value).partition("Convert it once: ")[2]
         subprocess.run(command.replace("python", sys.executable, 1), shell=True, check=True)
         assert set(read_dense(folder)) == set(expected(tensors))
+
+    def test_pickles_that_are_not_the_model_are_not_to_be_converted(self, tmp_path: Path) -> None:
+        (tmp_path / "config.json").write_text("{}")
+        for name in ("training_args.bin", "optimizer.pt"):
+            (tmp_path / name).write_bytes(b"never opened")
+        with pytest.raises(CheckpointError, match=r"no model\.safetensors and no \S+json$"):
+            open_checkpoint(tmp_path)
+        (tmp_path / "consolidated.00.pth").write_bytes(b"never opened")
+        with pytest.raises(CheckpointError, match=r"consolidated\.00\.pth is in a layout that"):
+            open_checkpoint(tmp_path)
+        (tmp_path / "consolidated.safetensors").write_bytes(b"never opened")
+        with pytest.raises(CheckpointError, match=r"no model\.safetensors and no .* transformers$"):
+            open_checkpoint(tmp_path)
+
+    @pytest.mark.parametrize("num_shards", [1, 3])
+    def test_the_same_weights_in_mistrals_layout_are_left_alone(
+        self, tmp_path: Path, num_shards: int
+    ) -> None:
+        """A full download has both, and transformers reads neither more than ours does."""
+        folder = write_folder(tmp_path / "model", tiny_tensors(), num_shards)
+        save_file({"layers.0.attention.wq.weight": torch.ones(2)}, folder / CONSOLIDATED)
+        assert set(read_dense(folder)) == set(expected(tiny_tensors()))
 
     @pytest.mark.parametrize("make", [lambda p: None, lambda p: p.mkdir(), lambda p: p.touch()])
     def test_no_checkpoint_at_all(self, tmp_path: Path, make: Callable[[Path], None]) -> None:
@@ -253,6 +278,11 @@ class TestFiles:
         (folder / "config.json").write_text(json.dumps(config))
         with pytest.raises(CheckpointError, match="with 'awq'; this runtime reads 'mgvq'"):
             open_checkpoint(folder)
+
+    def test_a_quantization_of_null_is_none(self, tmp_path: Path) -> None:
+        folder = write_folder(tmp_path / "model", tiny_tensors())
+        (folder / "config.json").write_text('{"quantization_config": null}')
+        assert set(read_dense(folder)) == set(expected(tiny_tensors()))
 
     @pytest.mark.parametrize("damage", ["truncate", "drop", "stray", "whole and shards"])
     def test_shards(self, tmp_path: Path, damage: str) -> None:

@@ -73,8 +73,9 @@ def test_verify_finds_what_headers_do_not_show(
     shard = tmp_path / "x" / "model.safetensors"
     shard.write_bytes(shard.read_bytes()[:-1] + b"A")
     assert main([str(tmp_path / "x")]) == 0
-    assert main([str(tmp_path / "x"), "--verify"]) == 2
-    assert "down_proj.codes.0.0 is damaged" in capsys.readouterr().err
+    for flags in (["--verify"], ["--verify", "--plan"]):
+        assert main([str(tmp_path / "x"), *flags]) == 2
+        assert "down_proj.codes.0.0 is damaged" in capsys.readouterr().err
 
 
 def test_debug_variable(

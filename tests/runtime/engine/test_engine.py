@@ -270,6 +270,7 @@ def test_the_pool_limits_the_context(make_engine: MakeEngine) -> None:
 def test_prompts_that_do_not_fit_the_model_are_refused(make_engine: MakeEngine) -> None:
     engine = make_engine()
     good = prompt(engine, "What is this?", picture(0))
+    narrow = good.images[0].patches[:, 1:]
     engine.add(Request("used", good, GREEDY))
     cases = {
         "is in use": ("used", good),
@@ -280,6 +281,10 @@ def test_prompts_that_do_not_fit_the_model_are_refused(make_engine: MakeEngine) 
         "picture 0 has": (
             "r",
             replace(good, images=(replace(good.images[0], patches=good.images[0].patches[1:]),)),
+        ),
+        r"of shape \[1175\]; this model's vision tower takes \[1176\]": (
+            "r",
+            replace(good, images=(replace(good.images[0], patches=narrow),)),
         ),
     }
     for message, (request_id, bad) in cases.items():

@@ -10,6 +10,7 @@ import pytest
 from mgvq_runtime.errors import ConfigError
 from mgvq_runtime.models.config import Qwen2VLConfig
 from mgvq_runtime.models.registry import FAMILIES, find_family
+from mgvq_runtime.models.sizes import measure
 from tests.runtime.conftest import SPECIAL_TOKENS, hub_config
 
 IDS = {token: 480 + i for i, token in enumerate(SPECIAL_TOKENS)}
@@ -95,6 +96,15 @@ def test_flat_and_nested_read_alike() -> None:
             r"use_sliding_window must be false: sliding windows \(512\)",
         ),
         ({"layer_types": ["linear_attention"]}, "layer_types must be full_attention"),
+        ({"hidden_size": 2**40}, "hidden_size must be at most 16777216, got 1099511627776"),
+        ({"vocab_size": 2**60}, "vocab_size must be at most 16777216"),
+        ({"num_hidden_layers": 10**8}, "num_hidden_layers must be at most 1000, got 100000000"),
+        ({"rope_theta": 10**400}, "rope_theta must be a number above 0, got 1000"),
+        ({"vision": {"depth": 10**8}}, "vision_config.depth must be at most 1000"),
+        ({"vision": {"patch_size": [[14], [14]]}}, "patch_size must be one integer of at least 1"),
+        ({"vision": {"patch_size": 2**20}}, "vision_config.patch_size must be at most 8192"),
+        ({"vision": {"mlp_ratio": 1e300}}, "vision_config.mlp_ratio must be a number that makes"),
+        ({"vision": {"mlp_ratio": 1e-300}}, "vision_config.mlp_ratio must be a number that makes"),
     ],
 )
 def test_refused(change: dict[str, Any], message: str) -> None:
@@ -142,3 +152,11 @@ def test_unknown_architecture_lists_the_known() -> None:
     message = "'GPT2LMHeadModel' is not supported; known: .*Qwen2VLForConditionalGeneration"
     with pytest.raises(ConfigError, match=message):
         find_family(changed(architectures=["GPT2LMHeadModel"]))
+
+
+def test_sizes_that_only_together_are_too_large() -> None:
+    config = changed(head_dim=2**23, num_attention_heads=2**22, hidden_size=2**24)
+    config["rope_scaling"]["mrope_section"] = [2**22, 0, 0]
+    config["vision_config"]["hidden_size"] = 2**24
+    with pytest.raises(ConfigError, match="no Qwen2-VL model of these sizes can be made"):
+        measure(config)

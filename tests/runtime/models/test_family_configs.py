@@ -142,3 +142,19 @@ def test_shapes_must_be_the_configs(tmp_path: Path) -> None:
     problems = "\n".join(error.value.problems)
     assert "visual.position_embedding is [17, 32], expected [37, 32]" in problems
     assert "visual.blocks.1.attn.q_norm.weight [32] is not in the checkpoint" in problems
+
+
+def test_internvl_of_transformers_4_says_that_heads_are_not_tied_in_text_config(
+    tmp_path: Path,
+) -> None:
+    """The key at the top, left out there, is true by default in transformers 5."""
+    config = internvl_config()
+    tensors = tensors_of(reference_model(config, seed=1))
+    del config["tie_word_embeddings"]
+    assert not InternVL2Config.from_hf(config).tie_word_embeddings
+    model = load_model(write_folder(tmp_path / "a", config, tensors))
+    assert torch.equal(model.lm_head.weight, tensors["lm_head.weight"])
+    del config["text_config"]["tie_word_embeddings"]
+    assert InternVL2Config.from_hf(config).tie_word_embeddings
+    model = load_model(write_folder(tmp_path / "b", config, tensors))
+    assert torch.equal(model.lm_head.weight, tensors["lm_head.weight"])

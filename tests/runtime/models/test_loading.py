@@ -158,9 +158,12 @@ def test_a_head_that_is_not_there_is_the_table(tiny_qwen2_vl_folder: Path, tmp_p
     assert torch.equal(model.logits(hidden), hidden @ model.model.embed_tokens.weight.T)
 
 
-def test_tied_head_may_be_repeated_but_not_differ(
+def test_a_tied_head_may_be_repeated_and_is_used_where_it_differs(
     tiny_qwen2_vl_folder: Path, tmp_path: Path
 ) -> None:
+    """As transformers 5 does, whatever config.json says."""
+    from transformers import Qwen2VLForConditionalGeneration
+
     def repeat(tensors: Tensors) -> None:
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
 
@@ -169,8 +172,36 @@ def test_tied_head_may_be_repeated_but_not_differ(
 
     model = load_model(edited(tiny_qwen2_vl_folder, tmp_path / "a", repeat))
     assert "lm_head.weight" not in dict(model.named_parameters())
-    with pytest.raises(CheckpointError, match="lm_head.weight differs from the token table"):
-        load_model(edited(tiny_qwen2_vl_folder, tmp_path / "b", differ))
+    assert model.config.tie_word_embeddings
+    folder = edited(tiny_qwen2_vl_folder, tmp_path / "b", differ)
+    model = load_model(folder)
+    assert not model.config.tie_word_embeddings
+    theirs = Qwen2VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    assert torch.equal(model.lm_head.weight, theirs.lm_head.weight)
+    assert torch.equal(model.model.embed_tokens.weight, theirs.get_input_embeddings().weight)
+    assert not torch.equal(model.lm_head.weight, model.model.embed_tokens.weight)
+
+
+def test_a_quantized_head_is_used_whatever_config_says(
+    tiny_qwen2_vl_folder: Path, tmp_path: Path
+) -> None:
+    """A folder whose config.json wrongly says that the head is the table can be quantized."""
+
+    def differ(tensors: Tensors) -> None:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1e-3
+
+    folder = edited(tiny_qwen2_vl_folder, tmp_path / "a", differ)
+    for name in ("tokenizer.json", "preprocessor_config.json"):
+        shutil.copy(tiny_qwen2_vl_folder / name, folder)
+    layouts = {n: VQLayout.uniform(512, 64, 4) for n in ("lm_head", "model.embed_tokens")}
+    weights = {n: random_weight(lay, seed) for seed, (n, lay) in enumerate(layouts.items())}
+    for index, kept in enumerate((layouts, {"lm_head": layouts["lm_head"]})):
+        target = tmp_path / str(index)
+        write_quantized(folder, target, kept, {name: weights[name] for name in kept})
+        model = load_model(target)
+        hidden = torch.randn(2, 64)
+        expected = hidden @ vq_dequantize(weights["lm_head"]).float().T
+        assert torch.allclose(model.logits(hidden), expected, rtol=1e-2, atol=1e-2)
 
 
 def test_values_that_are_not_finite(tiny_qwen2_vl_folder: Path, tmp_path: Path) -> None:

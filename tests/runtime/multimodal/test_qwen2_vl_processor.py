@@ -151,6 +151,10 @@ def test_transformers_5_files(tmp_path: Path) -> None:
         ({"image_mean": [0.5]}, "image_mean must be a list of 3 numbers"),
         ({"image_std": [0.5, 0, 1]}, "image_std must be three numbers above 0"),
         ({"patch_size": [14, 16]}, "patch_size must be one integer"),
+        ({"rescale_factor": 1e300}, "rescale_factor must be one that leaves pixel values finite"),
+        ({"image_std": [1e-320, 1, 1]}, "must be one that leaves pixel values finite"),
+        ({"image_mean": [10**400, 0, 0]}, "image_mean must be a list of 3 numbers"),
+        ({"rescale_factor": 10**400}, "rescale_factor must be a number above 0"),
     ],
 )
 def test_files_that_cannot_be_honoured(
@@ -158,6 +162,57 @@ def test_files_that_cannot_be_honoured(
 ) -> None:
     write(tmp_path, "preprocessor_config.json", {**PREPROCESSOR_CONFIG, **change})
     with pytest.raises(ConfigError, match=message):
+        Qwen2VLImageProcessor.from_folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"patch_size": 16}, r"patch_size must be 14, vision_config.patch_size of config.json"),
+        ({"temporal_patch_size": 1}, "temporal_patch_size must be 2, vision_config.temporal_patch"),
+        ({"merge_size": 4}, "merge_size must be 2, vision_config.spatial_merge_size of config"),
+    ],
+)
+@pytest.mark.parametrize("name", ["preprocessor_config.json", "video_preprocessor_config.json"])
+def test_patches_must_be_the_vision_towers(
+    tiny_qwen2_vl_folder: Path, tmp_path: Path, name: str, change: dict[str, Any], message: str
+) -> None:
+    """Else the first picture would fail inside a step, and end the engine for everybody."""
+    for file in ("config.json", "preprocessor_config.json"):
+        (tmp_path / file).write_bytes((tiny_qwen2_vl_folder / file).read_bytes())
+    Qwen2VLImageProcessor.from_folder(tmp_path)
+    write(tmp_path, name, {**PREPROCESSOR_CONFIG, **change})
+    with pytest.raises(ConfigError, match=f"^{name}: {message}"):
+        Qwen2VLImageProcessor.from_folder(tmp_path)
+
+
+def test_the_nested_file_goes_first_as_in_transformers(tmp_path: Path) -> None:
+    """transformers 5 writes it beside the older one, which it leaves as it was."""
+    from transformers import Qwen2VLImageProcessorPil
+
+    write(tmp_path, "preprocessor_config.json", PREPROCESSOR_CONFIG)
+    write(tmp_path, "processor_config.json", {"processor_class": "Qwen2VLProcessor"})
+    assert Qwen2VLImageProcessor.from_folder(tmp_path).max_pixels == 12845056
+    size = {"shortest_edge": 3136, "longest_edge": 28 * 28 * 4}
+    write(tmp_path, "processor_config.json", {"image_processor": {"size": size}})
+    theirs = Qwen2VLImageProcessorPil.from_pretrained(tmp_path).size
+    ours = Qwen2VLImageProcessor.from_folder(tmp_path)
+    assert ours.max_pixels == theirs["longest_edge"] == size["longest_edge"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[" * 100_000 + "]" * 100_000, "is nested too deeply"),
+        ('{"image_mean": [0.5, 0.5, 0.5], "image_mean": [0, 0, 0]}', "'image_mean' is given twice"),
+        ('{"a": "' + "a" * 16 * 2**20 + '"}', "is larger than 16777216 bytes"),
+        ('{"a": ' + "1" * 5000 + "}", "is not valid JSON"),
+    ],
+    ids=["deep", "twice", "large", "long number"],
+)
+def test_hostile_files(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "preprocessor_config.json").write_text(text)
+    with pytest.raises(ConfigError, match=f"preprocessor_config.json .*{message}"):
         Qwen2VLImageProcessor.from_folder(tmp_path)
 
 
