@@ -6,7 +6,7 @@ checkpoint has none. Says nothing about tokens, and does not mark which text a u
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jinja2 import TemplateSyntaxError
@@ -40,13 +40,17 @@ class ChatTemplate:
     """A compiled chat template."""
 
     def __init__(
-        self, source: str = QWEN2_VL_TEMPLATE, variables: Mapping[str, str] | None = None
+        self,
+        source: str = QWEN2_VL_TEMPLATE,
+        variables: Mapping[str, str] | None = None,
+        exchange: Callable[[str], str] | None = None,
     ) -> None:
         """Compile a template.
 
         Args:
             source: Jinja, as Hugging Face tokenizers carry it.
             variables: what the template may use beside the messages, such as `bos_token`.
+            exchange: what becomes of each text that is written in the template.
 
         Raises:
             TokenizerError: if it is not Jinja, or far too long.
@@ -57,8 +61,8 @@ class ChatTemplate:
             raise TokenizerError(f"the chat template has over {MAX_TEMPLATE_CHARS} characters")
         self._sandbox = BoundedSandbox()
         try:
-            self._template = self._sandbox.compile_bounded(source)
-        except (TemplateSyntaxError, RecursionError, SyntaxError) as error:
+            self._template = self._sandbox.compile_bounded(source, exchange)
+        except (TemplateSyntaxError, RecursionError, SyntaxError, ValueError) as error:
             raise TokenizerError(f"the chat template is not valid Jinja: {error}") from error
         self._reads_texts = self._shows("probe")
         self._reads_parts = self._shows([{"type": "text", "text": "probe"}])

@@ -20,6 +20,9 @@ INTERNVL_SYSTEM = (
     "是一个有用无害的人工智能助手。"
 )
 _PICTURE = "<img><IMG_CONTEXT></img>"
+PLACEHOLDERS = frozenset({"<image>", "<video>", "<img>", "<IMG_CONTEXT>", "</img>"})
+"""What stands for pictures and around them, whether a tokenizer calls it special or not."""
+
 
 LLAVA_ONEVISION_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + ' ' }}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 
 from mgvq_runtime.checkpoint.files import read_bytes, read_json
 from mgvq_runtime.errors import CheckpointError, TokenizerError
-from mgvq_runtime.tokenizer.families import family_template, missing_placeholder
+from mgvq_runtime.tokenizer.families import PLACEHOLDERS, family_template, missing_placeholder
 from mgvq_runtime.tokenizer.sentencepiece_model import parse_model, to_definition
 
 MAX_TOKENIZER_BYTES = 64 * 1024**2
@@ -27,6 +28,9 @@ QWEN2_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+
+_COMMAND = re.compile(r"<[|\uff5c].*[|\uff5c]>", re.DOTALL)
+"""How families spell what steers a conversation, whether their files call it special or not."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,8 @@ class AddedToken:
     lstrip: bool = False
     rstrip: bool = False
     single_word: bool = False
+    is_typable: bool = False
+    """Whether users may write it: it steers neither the conversation nor where pictures go."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +83,7 @@ def read_tokenizer_files(folder: Path) -> TokenizerFiles:
         eos = {token.id for token in added if token.content in ends}
         for name in ("config.json", "generation_config.json"):
             eos |= _eos_ids(_read_optional(folder / name), name)
+        added = _without_reserved(added, eos | _config_ids(model_config))
     except CheckpointError as error:
         raise TokenizerError(str(error)) from error
     opening = _opening(folder, definition, config)
@@ -118,6 +125,7 @@ def missing_tokenizer_json(folder: Path) -> bytes | None:
             "rstrip": token.rstrip,
             "normalized": False,
             "special": token.is_special,
+            **({} if token.is_special or token.is_typable else {"typable": False}),
         }
         for token in sorted(files.added_tokens, key=lambda token: token.id)
     ]
@@ -186,7 +194,8 @@ def _added_tokens(
         entries += [{**entry, "id": int(number)} for number, entry in decoder.items()]
         entries += [{"content": text, "id": number} for text, number in older.items()]
         named = _named_specials(config)
-        tokens = [_added_token(entry, named) for entry in entries]
+        called = {entry["content"] for entry in entries if entry.get("special")} | named
+        tokens = [_added_token(entry, named, called) for entry in entries]
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise TokenizerError(f"an added token is malformed: {error}") from error
     by_id: dict[int, AddedToken] = {}
@@ -225,7 +234,35 @@ def _named_specials(config: Mapping[str, Any]) -> set[str]:
     )
 
 
-def _added_token(entry: Mapping[str, Any], named: Collection[str]) -> AddedToken:
+def _without_reserved(
+    added: tuple[AddedToken, ...], ids: Collection[int]
+) -> tuple[AddedToken, ...]:
+    """Keep from users' hands what ends answers, stands for pictures or is spelled as a command."""
+
+    def is_reserved(token: AddedToken) -> bool:
+        is_command = _COMMAND.fullmatch(token.content) is not None
+        return token.id in ids or is_command or token.content in PLACEHOLDERS
+
+    return tuple(
+        dataclasses.replace(token, is_typable=token.is_typable and not is_reserved(token))
+        for token in added
+    )
+
+
+def _config_ids(config: Mapping[str, Any]) -> set[int]:
+    """Return the ids that config.json gives a meaning: `image_token_id`, `bos_token_id`, ..."""
+    nested = [value for value in config.values() if isinstance(value, dict)]
+    return {
+        value
+        for table in (config, *nested)
+        for name, value in table.items()
+        if name.endswith(("_token_id", "_token_index")) and type(value) is int
+    }
+
+
+def _added_token(
+    entry: Mapping[str, Any], named: Collection[str], called_special: Collection[str]
+) -> AddedToken:
     number, content = entry["id"], entry["content"]
     if type(number) is not int or not 0 <= number < 2**31:
         raise ValueError(f"id {number!r} is not a token id")
@@ -233,7 +270,10 @@ def _added_token(entry: Mapping[str, Any], named: Collection[str]) -> AddedToken
         raise ValueError(f"content {content!r} is not a text")
     flags = {name: bool(entry.get(name, False)) for name in ("lstrip", "rstrip", "single_word")}
     is_special = bool(entry.get("special", False)) or content in named
-    return AddedToken(number, content, is_special, **flags)
+    # Only where the model's files say that it is not special, and none says that it is.
+    is_typable = entry.get("special") is False and entry.get("typable") is not False
+    is_typable = is_typable and content not in called_special
+    return AddedToken(number, content, is_special, is_typable=is_typable, **flags)
 
 
 def _template_variables(config: Mapping[str, Any]) -> dict[str, str]:
@@ -307,8 +347,8 @@ def _read_template(folder: Path, config: Mapping[str, Any]) -> str | None:
     template = _read_optional(folder / "chat_template.json").get("chat_template")
     template = template if template is not None else config.get("chat_template")
     if isinstance(template, list):  # several named ones
-        named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
-        template = named.get("default")
+        entries = [t for t in template if isinstance(t, dict) and t.get("name") == "default"]
+        template = entries[-1].get("template") if entries else None
     if template is not None and not isinstance(template, str):
         raise TokenizerError("chat_template must be a text, or a list of named texts")
     return template

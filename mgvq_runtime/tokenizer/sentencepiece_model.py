@@ -63,14 +63,17 @@ def parse_model(data: bytes) -> SentencePieceModel:
         for number, value in _fields(data):
             if number == 1:
                 entry = dict(_fields(value))
-                text = entry.get(1, b"").decode("utf-8")
+                text, score = str(entry.get(1, b""), "utf-8"), float(entry.get(2, 0.0))
                 if len(text) > _MAX_PIECE_CHARS:
                     raise ValueError(f"piece {len(pieces)} has {len(text)} characters")
-                pieces.append(Piece(text, entry.get(2, 0.0), entry.get(3, _NORMAL)))
+                pieces.append(Piece(text, score, entry.get(3, _NORMAL)))
             elif number == 2:
                 trainer = dict(_fields(value))
             elif number == 3:
                 normalizer = dict(_fields(value))
+        charsmap = normalizer.get(2, b"")
+        if not isinstance(charsmap, bytes):
+            raise ValueError("its normalization table is a number")
     except (ValueError, TypeError, IndexError, struct.error) as error:
         raise TokenizerError(f"tokenizer.model is no sentencepiece model: {error}") from error
     if not pieces:
@@ -79,7 +82,7 @@ def parse_model(data: bytes) -> SentencePieceModel:
         tuple(pieces),
         is_bpe=trainer.get(3, 1) == _BPE,
         has_byte_fallback=bool(trainer.get(35, 0)),
-        charsmap=bytes(normalizer.get(2, b"")),
+        charsmap=charsmap,
         adds_dummy_prefix=bool(normalizer.get(3, 1)),
         removes_extra_spaces=bool(normalizer.get(4, 1)),
     )
@@ -182,7 +185,8 @@ def _decoder(model: SentencePieceModel) -> dict[str, Any]:
 def _added(number: int, piece: Piece) -> dict[str, Any]:
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     is_special = piece.kind != _USER_DEFINED
-    return {"id": number, "content": piece.text, **flags, "special": is_special}
+    # The file does not tell turns of a conversation from other symbols.
+    return {"id": number, "content": piece.text, **flags, "special": is_special, "typable": False}
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, Any]]:

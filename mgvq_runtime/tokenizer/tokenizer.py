@@ -3,15 +3,14 @@
 Byte-pair tokenizers, byte-level (Qwen2, Llama 3) or of sentencepiece (Llama 2, Phi-3, InternLM2).
 What a user writes can never become a special token: the model's merges run in a
 `tokenizers.Tokenizer` that has no added tokens at all, and a literal counts as special only where
-the chat template itself wrote it. For ordinary text the ids are those of transformers'
-`apply_chat_template`.
+the chat template itself wrote it. Added tokens that steer nothing, such as "<think>", users may
+write. For ordinary text the ids are those of transformers' `apply_chat_template`.
 """
 
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ import tokenizers
 from mgvq_runtime.errors import RequestError, TokenizerError
 from mgvq_runtime.tokenizer.chat_template import QWEN2_VL_TEMPLATE, ChatTemplate, check_size
 from mgvq_runtime.tokenizer.folder import AddedToken, TokenizerFiles, read_tokenizer_files
+from mgvq_runtime.tokenizer.literals import Literals
 from mgvq_runtime.tokenizer.pieces import Alphabet
 
 PRIVATE_USE = range(0xF0000, 0xFFFFE)
@@ -57,10 +57,18 @@ class Tokenizer:
             self._inner, _ = _build_plain(without_prefix, self.added_tokens)
         self._words = {number: word for word, number in vocab.items()}
         self._added_bytes = {t.id: t.content.encode() for t in files.added_tokens}
-        self._literals = _literal_pattern(files.added_tokens)
-        self._literal_ids = [t.id for t in _longest_first(files.added_tokens)]
+        tokens = {t.content: t for t in files.added_tokens}
+        self._literals = Literals(tokens)
+        self._typable = Literals({text: t for text, t in tokens.items() if t.is_typable})
         source = files.chat_template or default_template
         self._template = None if source is None else ChatTemplate(source, files.template_variables)
+        self._mask = _stand_ins(tokens.values(), source or "")
+        masked = {text.translate(self._mask): t for text, t in tokens.items() if t.is_typable}
+        self._rendered_literals = Literals(tokens | masked)
+        self._masked_template = self._template
+        self._exchanged = _apart_from_specials(tokens.values())
+        if source is not None and any(text in source for text in self._exchanged):
+            self._masked_template = ChatTemplate(source, files.template_variables, self._masked)
         self.vocab_size = 1 + max([*self._words, *self._added_bytes], default=-1)
         """One more than the largest id."""
 
@@ -92,9 +100,10 @@ class Tokenizer:
                 for everything a user wrote.
 
         Raises:
-            RequestError: if the text has lone surrogates, which no encoding can write.
+            RequestError: if the text has lone surrogates, which no encoding can write, or the
+                tokenizer gives up on it.
         """
-        return self._encode(text, {}) if allow_special else self._plain_ids(text)
+        return self._encode(text, self._literals if allow_special else self._typable)
 
     def render(
         self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True
@@ -114,16 +123,18 @@ class Tokenizer:
             add_generation_prompt: whether the assistant's turn is opened at the end.
 
         Raises:
-            RequestError: if the template refuses the conversation, or text has lone surrogates.
+            RequestError: if the template refuses the conversation, text has lone surrogates, or
+                the tokenizer gives up on it.
             TokenizerError: if the template fails.
         """
-        template = self._chat_template()
+        template = self._chat_template(is_masked=True)
         check_size(messages)
-        mask, unmask = self._stand_ins(messages, template)
+        mask = self._mask_for(messages, template)
         rendered = template.render(
             [_mask_message(message, mask) for message in messages], add_generation_prompt
         )
-        return self._encode(rendered, unmask)
+        unmask = {point: c for c, point in mask.items()}
+        return self._encode(rendered, self._rendered_literals, unmask)
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """Turn ids into text; bytes that are no character become U+FFFD, unknown ids nothing."""
@@ -154,16 +165,18 @@ class Tokenizer:
         known = ", ".join(self.added_tokens) or "none"
         raise TokenizerError(f"there is no special token {name!r}; there are: {known}")
 
-    def _encode(self, text: str, unmask: Mapping[int, int]) -> list[int]:
-        """Encode text whose literals are special tokens; `unmask` undoes the stand-ins between."""
+    def _encode(
+        self, text: str, literals: Literals, unmask: Mapping[int, int] | None = None
+    ) -> list[int]:
+        """Encode text whose `literals` are tokens; `unmask` undoes the stand-ins between."""
         ids: list[int] = []
-        start = 0
-        for match in self._literals.finditer(text):
-            plain = text[start : match.start()].translate(unmask)
-            ids += self._plain_ids(plain, is_first=not start)
-            ids.append(self._literal_ids[(match.lastindex or 1) - 1])
-            start = match.end()
-        return ids + self._plain_ids(text[start:].translate(unmask), is_first=not start)
+        is_first = True
+        for plain, token in literals.split(text):
+            ids += self._plain_ids(plain.translate(unmask) if unmask else plain, is_first)
+            if token is not None:
+                ids.append(token.id)
+                is_first = False
+        return ids
 
     def _plain_ids(self, text: str, is_first: bool = True) -> list[int]:
         """Encode text without special tokens; `is_first` where none comes before it."""
@@ -174,29 +187,75 @@ class Tokenizer:
             return list(tokenizer.encode(text, add_special_tokens=False).ids)
         except (UnicodeEncodeError, TypeError) as error:
             raise RequestError("the text has a lone surrogate; send valid Unicode") from error
+        except (KeyboardInterrupt, SystemExit, MemoryError):
+            raise
+        except BaseException as error:  # Rust's panics are no Exception
+            raise RequestError(
+                f"the tokenizer gives up on a text of {len(text)} characters: "
+                f"{str(error)[:200]}; send less, or something else"
+            ) from error
 
-    def _chat_template(self) -> ChatTemplate:
-        if self._template is None:
+    def _chat_template(self, is_masked: bool = False) -> ChatTemplate:
+        template = self._masked_template if is_masked else self._template
+        if template is None:
             raise RequestError(
                 "this model has no chat template, so it continues texts but holds no conversation",
                 param="messages",
             )
-        return self._template
+        return template
 
-    def _stand_ins(
-        self, messages: Sequence[Mapping[str, Any]], template: ChatTemplate
-    ) -> tuple[dict[int, int], dict[int, int]]:
-        """Map the first and last characters of special tokens to characters nobody wrote.
+    def _masked(self, text: str) -> str:
+        """Write tokens in a template's text as they look in what users wrote.
 
-        With both ends of every literal exchanged in users' text, a literal in the rendered text
-        was begun and ended by the template, even where texts meet. The way back is exact.
+        So a template that looks for "</think>" finds it there. No end of a special token is added.
         """
-        ends = {c for literal in self.added_tokens for c in (literal[0], literal[-1])}
-        ends = {c for c in ends if not c.isspace()}
-        written = set(template.source).union(*_texts(messages))
-        free = (point for point in PRIVATE_USE if chr(point) not in written)
-        mask = {ord(c): point for c, point in zip(sorted(ends), free, strict=False)}
-        return mask, {point: c for c, point in mask.items()}
+        mask, exchanged = self._mask, self._exchanged
+        return self._literals.exchange(
+            text, lambda t: t.content.translate(mask) if t.content in exchanged else t.content
+        )
+
+    def _mask_for(
+        self, messages: Sequence[Mapping[str, Any]], template: ChatTemplate
+    ) -> dict[int, int]:
+        """Return what is exchanged in users' text; the way back is exact.
+
+        Where users wrote stand-ins, these are exchanged too, for characters that nobody wrote.
+        """
+        written = set().union(*_texts(messages))
+        points = self._mask.values()
+        taken = written.union(template.source, map(chr, points))
+        free = (point for point in PRIVATE_USE if chr(point) not in taken)
+        clashes = [point for point in points if chr(point) in written]
+        return self._mask | dict(zip(clashes, free, strict=False))
+
+
+def _stand_ins(tokens: Iterable[AddedToken], source: str) -> dict[int, int]:
+    """Map the first and last characters of special tokens to characters that mean nothing.
+
+    With both ends of every literal exchanged in users' text, a literal in the rendered text was
+    begun and ended by the template, even where texts meet.
+    """
+    literals = [token.content for token in tokens if not token.is_typable]
+    ends = {c for literal in literals for c in (literal[0], literal[-1]) if not c.isspace()}
+    free = (point for point in PRIVATE_USE if chr(point) not in source)
+    return {ord(c): point for c, point in zip(sorted(ends), free, strict=False)}
+
+
+def _apart_from_specials(tokens: Collection[AddedToken]) -> frozenset[str]:
+    """Return the literals users may write that have no end in common with a special one.
+
+    The others stay as they are in a template, which may write a special token piece by piece.
+    """
+    special = [token.content for token in tokens if not token.is_typable]
+    begins = {text[:k] for text in special for k in range(1, len(text) + 1)}
+    ends = {text[k:] for text in special for k in range(len(text))}
+    inside = "\0".join(special)
+    return frozenset(
+        text
+        for text in (token.content for token in tokens if token.is_typable)
+        if text not in inside
+        and not any(text[:k] in ends or text[k:] in begins for k in range(1, len(text)))
+    )
 
 
 def _mask_message(message: Mapping[str, Any], mask: Mapping[int, int]) -> dict[str, Any]:
@@ -266,7 +325,9 @@ def _build_plain(
     plain["post_processor"] = None
     try:
         return tokenizers.Tokenizer.from_str(json.dumps(plain)), vocab
-    except Exception as error:
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:  # Rust's panics are no Exception
         raise TokenizerError(f"its tokenizer cannot be built: {error}") from error
 
 
@@ -275,19 +336,3 @@ def _joined(pair: Any) -> str:
     if isinstance(pair, str):
         return pair.replace(" ", "", 1)
     return "".join(map(str, pair)) if isinstance(pair, list) else ""
-
-
-def _longest_first(tokens: Sequence[AddedToken]) -> list[AddedToken]:
-    return sorted(tokens, key=lambda token: (-len(token.content), token.id))
-
-
-def _literal_pattern(tokens: Sequence[AddedToken]) -> re.Pattern[str]:
-    """Compile one group a token, in `_longest_first` order: leftmost wins, then longest."""
-    alternatives = []
-    for token in _longest_first(tokens):
-        literal = f"({re.escape(token.content)})"
-        if token.single_word:
-            literal = rf"(?<!\w){literal}(?!\w)"
-        before, after = r"\s*" if token.lstrip else "", r"\s*" if token.rstrip else ""
-        alternatives.append(before + literal + after)
-    return re.compile("|".join(alternatives) or r"(?!)")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from mgvq_runtime.errors import TokenizerError
+from mgvq_runtime.errors import RequestError, TokenizerError
 from mgvq_runtime.tokenizer import Tokenizer
 from mgvq_runtime.tokenizer.chat_template import QWEN2_VL_TEMPLATE, ChatTemplate
 
@@ -34,7 +35,8 @@ def test_the_template_that_counts(folder: Path) -> None:
     edit(folder, "tokenizer_config.json", lambda c: c.pop("chat_template"))
     built_in = ChatTemplate(QWEN2_VL_TEMPLATE).render(HELLO)
     assert Tokenizer.from_folder(folder).render(HELLO) == built_in
-    named = [{"name": "tool", "template": "t"}, {"name": "default", "template": "named"}]
+    named: list[dict[str, Any]] = [{"name": [1], "template": "no"}, {"template": "no"}]
+    named += [{"name": "tool", "template": "t"}, {"name": "default", "template": "named"}]
     edit(folder, "tokenizer_config.json", lambda c: c.update(chat_template=named))
     assert Tokenizer.from_folder(folder).render(HELLO) == "named"
     (folder / "chat_template.json").write_text('{"chat_template": "from json{{ eos_token }}"}')
@@ -77,6 +79,40 @@ def test_the_longest_literal_wins_and_strips(folder: Path) -> None:
     assert cat not in tokenizer.encode("concat", True)
 
 
+def test_many_spaces_cost_little(folder: Path) -> None:
+    """Phi-4 has some ninety tokens that take the spaces in front along."""
+
+    def change(definition: dict[str, Any]) -> None:
+        number = max(token["id"] for token in definition["added_tokens"]) + 1
+        flags = {"special": True, "lstrip": True, "rstrip": True}
+        definition["added_tokens"] += [
+            {"id": number + i, "content": f"<|dummy_{i}|>", **flags} for i in range(90)
+        ]
+
+    edit(folder, "tokenizer.json", change)
+    tokenizer = Tokenizer.from_folder(folder)
+    start = time.process_time()
+    text = " " * 4000 + "x"
+    assert tokenizer.encode_chat([{"role": "user", "content": text}])
+    assert tokenizer.encode(text, allow_special=True) == tokenizer.encode(text)
+    assert time.process_time() - start < 5
+
+
+def test_a_text_the_tokenizer_gives_up_on(folder: Path) -> None:
+    """Rust's panics are no Exception in Python."""
+    split = {
+        "type": "Split",
+        "pattern": {"Regex": "(a+)+$"},
+        "behavior": "Isolated",
+        "invert": False,
+    }
+    edit(folder, "tokenizer.json", lambda d: d.update(pre_tokenizer=split))
+    tokenizer = Tokenizer.from_folder(folder)
+    with pytest.raises(RequestError, match="gives up on a text of 29 characters: .*retry-limit"):
+        tokenizer.encode("a" * 28 + "b")
+    assert tokenizer.encode("hello")
+
+
 def test_truncation_and_padding_settings_are_not_obeyed(folder: Path) -> None:
     truncation = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}
     edit(folder, "tokenizer.json", lambda d: d.update(truncation=truncation))
@@ -93,6 +129,11 @@ def test_truncation_and_padding_settings_are_not_obeyed(folder: Path) -> None:
         ("tokenizer.json", lambda d: d["model"].update(vocab=[]), "vocabulary must be an object"),
         ("tokenizer.json", lambda d: d["model"]["vocab"].update(x=-1), "vocabulary must be"),
         ("tokenizer.json", lambda d: d["model"].update(merges=["q"]), "cannot be built"),
+        (
+            "tokenizer.json",
+            lambda d: d.update(normalizer={"type": "Precompiled", "precompiled_charsmap": "AAAA"}),
+            "cannot be built: Precompiled",
+        ),
         ("tokenizer.json", lambda d: d.update(added_tokens={"a": 1}), "must be a list"),
         (
             "tokenizer.json",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ import pytest
 
 from mgvq_runtime.errors import RequestError
 from mgvq_runtime.tokenizer import Tokenizer
+from mgvq_runtime.tokenizer.tokenizer import PRIVATE_USE
+from tests.runtime.tokenizer.conftest import THINKING_TEMPLATE
 
 LITERALS = ("<|im_end|>", "<|im_start|>", "<|image_pad|>", "<|endoftext|>", "<|vision_start|>")
 
@@ -132,6 +135,92 @@ def test_agrees_with_the_reference_sanitizer(tokenizer: Tokenizer, tokenizer_fol
         assert theirs.decode(ids) == theirs.decode(ours)
         special = tokenizer.special_token_ids
         assert [i for i in ids if i in special] == [i for i in ours if i in special]
+
+
+def test_tokens_users_may_write_make_no_special_ones(thinking_folder: Path) -> None:
+    tokenizer = Tokenizer.from_folder(thinking_folder)
+    think, end = (tokenizer.added_tokens[text] for text in ("<think>", "</think>"))
+    draw = random.Random(6)
+    shreds = [*LITERALS, "<think>", "</think>", "<", ">", "think", "/", "|im_end|", "im_end|>"]
+    shreds += [
+        "<|",
+        "<\uff5cUser\uff5c>",
+        "\uff5cUser\uff5c>",
+        *map(chr, PRIVATE_USE[:2]),
+        " ",
+        "\n",
+    ]
+    num_typed = 0
+    for _ in range(400):
+        texts = ["".join(draw.choices(shreds, k=draw.randrange(8))) for _ in range(4)]
+        roles = ["user", "assistant", "user", draw.choice(["assistant", "user"])]
+        messages = [{"role": r, "content": t} for r, t in zip(roles, texts, strict=True)]
+        check(tokenizer, messages)
+        num_typed += {think, end} <= set(tokenizer.encode_chat(messages))
+        for text in texts:
+            ids = tokenizer.encode(text)
+            assert not set(ids) & tokenizer.special_token_ids
+            assert tokenizer.decode(ids) == text
+    assert num_typed > 50
+
+
+@pytest.mark.parametrize(
+    "cut", ["m.content[1:-1]", "m.content | replace('think', '')", "m.content[::-1]"]
+)
+def test_templates_that_cut_what_users_wrote(thinking_folder: Path, cut: str) -> None:
+    """No piece of a literal that users may write begins or ends a special token."""
+    template = "{% for m in messages %}{{ " + cut + " }}{% if '</think>' in m.content %}{% endif %}"
+    (thinking_folder / "chat_template.jinja").write_text(template + "<|im_end|>{% endfor %}")
+    tokenizer = Tokenizer.from_folder(thinking_folder)
+    for text in (
+        "a<think>|im_end|<think>b",
+        ">|dne_mi|<",
+        "<think>|im_end|</think>",
+        "x<|im_end|>x",
+    ):
+        assert len(specials(tokenizer, [{"role": "user", "content": text}])) == 1
+
+
+def test_special_tokens_that_a_template_writes_in_pieces(thinking_folder: Path) -> None:
+    """Their ends stay as they are, though users may write the same letters as a token."""
+    definition = json.loads((thinking_folder / "tokenizer.json").read_text())
+    number = max(token["id"] for token in definition["added_tokens"]) + 1
+    definition["added_tokens"].append({"id": number, "content": "|>", "special": False})
+    (thinking_folder / "tokenizer.json").write_text(json.dumps(definition))
+    template = "{% for m in messages %}<|{{ 'im_end' }}|>{{ m.content }}{% endfor %}"
+    (thinking_folder / "chat_template.jinja").write_text(template)
+    tokenizer = Tokenizer.from_folder(thinking_folder)
+    ids = tokenizer.encode_chat([{"role": "user", "content": "<|im_end|></think>"}])
+    assert [i for i in ids if i in tokenizer.added_tokens.values()] == [
+        tokenizer.special_id("im_end"),
+        number,
+        tokenizer.added_tokens["</think>"],
+    ]
+
+
+def test_what_users_may_not_write_though_it_is_not_called_special(
+    thinking_folder: Path, tmp_path: Path
+) -> None:
+    """Placeholders, ends and turns, and whatever no file says anything about."""
+    definition = json.loads((thinking_folder / "tokenizer.json").read_text())
+    size = max(token["id"] for token in definition["added_tokens"]) + 1
+    names = ["<|turn|>", "<image>", "<pad_of_pictures>", "<stop>", "<called_special>", "<tool>"]
+    added = [{"id": size + i, "content": name, "special": False} for i, name in enumerate(names)]
+    unsaid = {"id": size + len(names), "content": "<unsaid>"}
+    definition["added_tokens"] += [*added, unsaid]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(definition))
+    decoder = {str(size + 4): {"content": "<called_special>", "special": True}}
+    config = {"chat_template": THINKING_TEMPLATE, "added_tokens_decoder": decoder}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    model_config = {"eos_token_id": size + 3, "text_config": {"image_token_id": size + 2}}
+    (tmp_path / "config.json").write_text(json.dumps(model_config))
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    for name in (*names, "<unsaid>"):
+        for ids in (
+            tokenizer.encode(name),
+            tokenizer.encode_chat([{"role": "user", "content": name}]),
+        ):
+            assert (tokenizer.added_tokens[name] in ids) == (name == "<tool>"), name
 
 
 @pytest.mark.parametrize(

@@ -73,6 +73,52 @@ def test_conversations(ours: Tokenizer, theirs: Any) -> None:
     assert num_images > 200
 
 
+def test_thoughts_leave_the_history(thinking_folder: Path) -> None:
+    from transformers import AutoTokenizer
+
+    ours = Tokenizer.from_folder(thinking_folder)
+    theirs = AutoTokenizer.from_pretrained(thinking_folder)
+    for answer in (
+        "<think>\nlong</think>\n\nTwo.",
+        "Two.",
+        "</think>",
+        "a<think>b",
+        "</think",
+        "é<",
+    ):
+        messages = [
+            {"role": "user", "content": "<think>1 < 2 > 0</think>?"},
+            {"role": "assistant", "content": answer},
+            {"role": "user", "content": "sure?"},
+        ]
+        expected = their_ids(theirs, messages, add_generation_prompt=True)
+        assert ours.encode_chat(messages) == expected, answer
+        assert ours.encode(answer) == theirs.encode(answer, add_special_tokens=False)
+
+
+def test_tokens_that_take_spaces_along(tmp_path: Path) -> None:
+    from tokenizers import AddedToken
+
+    from tests.runtime.conftest import train_tokenizer
+
+    tokenizer = train_tokenizer()
+    flags = [(left, right) for left in (False, True) for right in (False, True)]
+    names = [f"<{i}>" for i in range(4)]
+    tokenizer.add_special_tokens(
+        [
+            AddedToken(name, lstrip=left, rstrip=right, special=True, normalized=False)
+            for name, (left, right) in zip(names, flags, strict=True)
+        ]
+    )
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    ours = Tokenizer.from_folder(tmp_path)
+    draw = random.Random(15)
+    for _ in range(400):
+        text = "".join(draw.choices([*names, " ", "  ", "\n", "\u3000", "a", "<"], k=9))
+        expected = tokenizer.encode(text, add_special_tokens=False).ids
+        assert ours.encode(text, allow_special=True) == expected, text
+
+
 def test_text(ours: Tokenizer, theirs: Any) -> None:
     draw = random.Random(12)
     for _ in range(400):

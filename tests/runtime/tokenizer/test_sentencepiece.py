@@ -179,6 +179,26 @@ def test_users_cannot_write_special_tokens(ours: Tokenizer) -> None:
             assert specials[0] == specials[1]
 
 
+def test_symbols_the_trainer_was_told_stay_out_of_reach(tmp_path: Path) -> None:
+    """`<start_of_turn>` may be one; in the tokenizer.json we write it is not special either."""
+    from transformers import PreTrainedTokenizerFast
+
+    folder = llama_folder(tmp_path / "model")
+    (folder / "tokenizer.model").write_bytes(train(user_defined_symbols=["<turn>"]))
+    (folder / "added_tokens.json").unlink()
+    data = missing_tokenizer_json(folder)
+    first = Tokenizer.from_folder(folder)
+    (folder / "tokenizer.json").write_bytes(data or b"")
+    reference = PreTrainedTokenizerFast.from_pretrained(folder)
+    for tokenizer in (first, Tokenizer.from_folder(folder)):
+        number = tokenizer.added_tokens["<turn>"]
+        assert number not in tokenizer.special_token_ids
+        assert number not in tokenizer.encode("<turn>")
+        assert number not in tokenizer.encode_chat([{"role": "user", "content": "a<turn>"}])
+        assert number in tokenizer.encode("a<turn>", allow_special=True)
+        assert number in reference.encode("a<turn>")
+
+
 @pytest.mark.parametrize("as_text", [False, True])
 def test_merges_that_spell_special_tokens(tmp_path: Path, as_text: bool) -> None:
     """Some published tokenizer.json files merge letters to "<s>" and "<unk>", or look words up."""
@@ -218,6 +238,10 @@ def test_picture_tokens_of_internlm2(tmp_path: Path) -> None:
         (lambda data: b"\x0a\xff\xff\xff\xff\x0f" + data, "ends behind the end of the file"),
         (lambda data: b"\x0b" + data, "unknown type 3"),
         (lambda data: b"\x0a\x04\x0a\x02\xff\xfe", "is no sentencepiece model"),
+        (lambda data: b"\x0a\x02\x08\x07" + data, "is no sentencepiece model"),
+        (lambda data: b"\x0a\x05\x0a\x01a\x12\x00" + data, "is no sentencepiece model"),
+        (lambda data: data + b"\x1a\x02\x10\x07", "its normalization table is a number"),
+        (lambda data: data + b"\x1a\x05\x12\x03abc", "cannot be built: Precompiled"),
         (lambda data: train(model_type="unigram", vocab_size=340), "not a byte-pair"),
     ],
 )

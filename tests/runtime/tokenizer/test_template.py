@@ -32,6 +32,9 @@ def render(source: str) -> str:
         ("[{{ '{0.__class__}'.format(messages) }}{{ ''.__class__ }}]", "[]"),
         ("[{{ '{role.__class__}'.format_map(messages[0]) }}]", "[]"),
         ("{{ tools is none }}{{ add_generation_prompt }}", "TrueFalse"),
+        ("{{ 'a-b'.split('-') | join('+') }}{{ ','.join(messages | map(attribute='role')) }}", "a+buser"),  # noqa: E501
+        ("{{ messages | join('', 'role') }}{{ 'aaa'.replace('a', 'b', 1) }}{{ 'aaa' | replace('a', 'b', 2) }}", "userbaabba"),  # noqa: E501
+        ("{{ [3, 1] | sort | string }}{{ [[1], [2]] | sum(start=[]) }}{{ 1 in [1] and 1 < 2 <= 2 }}", "[1, 3][1, 2]True"),  # noqa: E501
         ("{{ messages[0].content.upper()[1:] | trim | replace('L', '-') }}", "E--O"),
     ],
 )  # fmt: skip
@@ -90,6 +93,30 @@ def test_what_the_sandbox_refuses(source: str) -> None:
         "{{ '%99999999999d' % 1 }}",
         "{{ '%*d' % (10**10, 1) }}",
         "{{ messages | tojson(indent=10**9) }}",
+        "{% set a = 'a' * 30000 %}{{ a.replace('a', a) | length }}",
+        "{% set a = 'a' * 30000 %}{{ a | replace('a', a) | length }}",
+        "{% set a = 'a' * 30000 %}{{ a.replace('', a) | length }}",
+        "{% set a = 'a' * 10**6 %}{{ ([a] * 1000) | join | length }}",
+        "{% set a = 'a' * 10**6 %}{{ ''.join([a] * 1000) | length }}",
+        "{% set a = 'a' * 10**6 %}{{ ([a] * 1000) | map('trim') | join | length }}",
+        "{{ ('a' * 10**6).join('b' * 1000) | length }}",
+        "{{ ('b' * 1000) | join('a' * 10**6) | length }}",
+        "{% set a = [[[0] * 1000] * 1000] * 100 %}{{ a | string | length }}",
+        "{% set a = [[[0] * 1000] * 1000] * 100 %}{{ a | tojson | length }}",
+        "{% set a = [[[0] * 1000] * 1000] * 100 %}{{ (a ~ '') | length }}",
+        "{% set a = [[[0] * 1000] * 1000] * 100 %}{{ a }}",
+        "{% set a = [[[0] * 1000] * 1000] * 100 %}{{ '%s' % (a,) }}",
+        "{% set a = [[[0] * 1000] * 1000] * 100 %}{{ '{}'.format(a) }}",
+        "{% set a = [[[0] * 1000] * 1000] * 100 %}{{ {1: a}.values() | upper }}",
+        "{% set n = namespace(a=[0]) %}{% for i in range(40) %}{% set n.a = [n.a, n.a] %}{% endfor %}{{ n }}",  # noqa: E501
+        "{% set n = namespace(a=[0], b=[0]) %}{% for i in range(40) %}{% set n.a = [n.a, n.a] %}{% set n.b = [n.b, n.b] %}{% endfor %}{{ n.a == n.b }}",  # noqa: E501
+        "{% set a = 'a' * 10**6 %}{{ ('%(a)s' * 10**5) % {'a': a} }}",
+        "{% set a = 'a' * 10**6 %}{{ ('{0}' * 10**5).format(a) }}",
+        "{{ ('a' * 30000).translate({97: 'a' * 30000}) }}",
+        "{{ 'a'.encode().ljust(10**10) }}",
+        "{{ (1).to_bytes(10**10) }}",
+        "{% for i in range(90000) %}{% set a = 'a' * 4000000 %}{% endfor %}",
+        "{% for i in range(90000) %}{% set a = [0] * 4000000 %}{% endfor %}",
     ],
 )  # fmt: skip
 def test_costs_are_bounded(source: str) -> None:
@@ -101,7 +128,7 @@ def test_costs_are_bounded(source: str) -> None:
 
 @pytest.mark.parametrize(
     "source",
-    ["{% for %}", "{{ 'a'|center(10**10) }}", "{{ 'a'|no_such_filter }}", "{% x %}", "{{" * 5000, "a" * 10**6 + "b"],  # noqa: E501
+    ["{% for %}", "{{ 'a'|center(10**10) }}", "{{ 'a'|no_such_filter }}", "{% x %}", "{{" * 5000, "a" * 10**6 + "b", "{{ " + "1" * 5000 + " }}", "{{ 'a'|batch(10**10) }}"],  # noqa: E501
 )  # fmt: skip
 def test_what_is_no_template(source: str) -> None:
     with pytest.raises(TokenizerError, match=r"not valid Jinja|has over"):
