@@ -37,6 +37,11 @@ class Data:
         return [*self.train, *self.heldout]
 
     @property
+    def has_answers(self) -> bool:
+        """Whether any conversation has more of an answer than its end."""
+        return any(int(sample.is_answer.sum()) > 1 for sample in self.all)
+
+    @property
     def digest(self) -> str:
         """Tells apart what the model reads: tokens, their places and pictures in patches."""
         digest = hashlib.blake2b(digest_size=16)

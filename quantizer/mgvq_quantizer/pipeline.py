@@ -10,6 +10,7 @@ where it was; the same recipe, source and data give the same tensors, interrupte
 from __future__ import annotations
 
 import contextlib
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -57,6 +58,10 @@ from mgvq_runtime.errors import CheckpointError
 from mgvq_runtime.models.causal_lm import CausalLM
 from mgvq_runtime.tokenizer.folder import missing_tokenizer_json
 
+_NO_ANSWERS = (
+    "{} holds questions without answers: sensitivity and tuning see the first token of each answer "
+    "alone. Better: --calibration with conversations of the kind the model will be used for."
+)
 _COMPANIONS = (
     "tokenizer*.json",
     "vocab.json",
@@ -139,6 +144,8 @@ def quantize(
     check(graph, recipe, output, unfinished)
     data = read_data(model, graph, recipe, calibration_data)
     facts = _deciding_facts(recipe, model, data, device)
+    if show_progress and not data.has_answers:
+        tqdm.write(_NO_ANSWERS.format(data.name), file=sys.stderr)
     # leave=None: below another bar, that of a comparison, it goes when it is done.
     bars = tqdm(unit="matrix", disable=not show_progress, leave=None)
     with contextlib.ExitStack() as held, bars as bar, torch.no_grad():

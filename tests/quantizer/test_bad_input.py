@@ -189,6 +189,18 @@ def test_bare_pictures_that_cannot_be_used_are_named(
         _ = load_conversations(tmp_path, small)[1][0].pictures
 
 
+def test_pictures_that_nobody_answers_about_are_said_to_teach_little(
+    small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bare = tmp_path / "pictures"
+    bare.mkdir()
+    (bare / "a.png").write_bytes(picture(0))
+    quantize(small, tmp_path / "bare", RECIPE, bare)
+    assert "pictures holds questions without answers" in capsys.readouterr().err
+    quantize(small, tmp_path / "answered", RECIPE)
+    assert "without answers" not in capsys.readouterr().err
+
+
 def test_line_breaks_inside_strings_are_text(tmp_path: Path) -> None:
     row = {"conversations": "a\u2028b\x85c"}
     (tmp_path / "r.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\r\n{}\n", "utf-8")

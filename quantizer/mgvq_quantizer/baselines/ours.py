@@ -31,7 +31,7 @@ CHANGES: Mapping[str, Mapping[str, Any]] = {
     "global-only": {"global_share": 1.0},
     "local-only": {"global_share": 0.0},
     "shared-survey": {"survey_bits": 2.5},  # rows of 2 to 3 bits can share it
-    "unordered": {"allocation": "uniform", "permute": False},  # bands need an order
+    "unordered": {"allocation": "uniform", "permute": False},
     "one-refit": {"refit_rounds": 1},
     "descent": {"descent_sweeps": 1},
     "two-descents": {"descent_sweeps": 2},  # in place of drawing out
@@ -77,7 +77,8 @@ def _variants() -> Iterator[Variant]:
             if change in others:
                 continue
             words = f"{label}, {change.replace('-', ' ')}"
-            yield Variant(f"{name}-{change}", words, {**settings, **changed}, change, label)
+            base = f"{label}, uniform" if change == "unordered" else label  # bands need an order
+            yield Variant(f"{name}-{change}", words, {**settings, **changed}, change, base)
 
 
 VARIANTS = {variant.name: variant for variant in _variants()}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mgvq_quantizer.baselines.ours import CHANGES, OURS, VARIANTS, Variant
 from mgvq_quantizer.baselines.rows import Row
@@ -111,7 +111,7 @@ def _curves(axes: Axes, lines: Sequence[Line], names: Sequence[str]) -> None:
             label=name,
             marker="*" if is_ours else _MARKERS[names.index(name) % len(_MARKERS)],
             markersize=12 if is_ours else 6,
-            color="black" if name == OURS else f"C{names.index(name)}",
+            color="black" if name == OURS else _colour(names.index(name)),
             linewidth=1.2,
             capsize=3,
             zorder=3 if is_ours else 2,
@@ -119,6 +119,13 @@ def _curves(axes: Axes, lines: Sequence[Line], names: Sequence[str]) -> None:
     axes.set_yscale("log")
     axes.set_xlabel("bits a decoder weight, in full")
     axes.grid(visible=True, which="both", alpha=0.25)
+
+
+def _colour(place: int) -> Any:
+    """Return the colour of a curve: ten strong ones, then the same in pale."""
+    from matplotlib import colormaps
+
+    return f"C{place}" if place < 10 else colormaps["tab20"](2 * (place % 10) + 1)
 
 
 def _ablations(
