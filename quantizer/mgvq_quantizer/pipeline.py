@@ -144,8 +144,7 @@ def quantize(
     check(graph, recipe, output, unfinished)
     data = read_data(model, graph, recipe, calibration_data)
     facts = _deciding_facts(recipe, model, data, device)
-    if show_progress and not data.has_answers:
-        tqdm.write(_NO_ANSWERS.format(data.name), file=sys.stderr)
+    _warn_of(data, show_progress)
     # leave=None: below another bar, that of a comparison, it goes when it is done.
     bars = tqdm(unit="matrix", disable=not show_progress, leave=None)
     with contextlib.ExitStack() as held, bars as bar, torch.no_grad():
@@ -161,6 +160,11 @@ def quantize(
         _write(output, source, residence, done, tuned, recipe, report)
         own.remove()
     return report
+
+
+def _warn_of(data: Data, is_shown: bool) -> None:
+    if is_shown and not data.has_answers:
+        tqdm.write(_NO_ANSWERS.format(data.name), file=sys.stderr)
 
 
 def _deciding_facts(recipe: QuantRecipe, model: Path, data: Data, device: str) -> dict[str, Any]:
