@@ -48,11 +48,7 @@ LOW_DETAIL_SIDE = 512
 
 @dataclass(frozen=True)
 class MediaLimits:
-    """How much a picture may cost before it is refused.
-
-    Raises:
-        ConfigError: if more pixels are allowed than Pillow opens.
-    """
+    """How much a picture may cost before it is refused."""
 
     max_image_bytes: int = 20 * 1024 * 1024
     """Bytes of one encoded picture."""
