@@ -4,6 +4,8 @@ The inputs are permuted and cut into bands, each with stages; every stage reads 
 tables of one name are one table, in one matrix or in several. The feedback of rounding runs through
 all bands. Rows are divided by their scales (root mean square at first); then rounding, coordinate
 descent, least-squares refit of the tables and of the scales take turns and the best state is kept.
+Where tables are drawn out (`rounding.kept_shares`) the last round is, from the best state before
+it: a round in which they are loses more, whatever it is worth.
 The objective is `tr(E A E^T)` over the divided rows: equal relative error for every output; or
 `tr(B E A E^T)` where a problem brings a curvature `B` of its outputs (`two_sided`).
 Not here: where `A`, the second moment, and `B` come from, the order of channels (`ordering`),
@@ -29,12 +31,10 @@ from mgvq_quantizer.codebook import (
     assign,
     decode,
     named,
-    nearest,
     refit_codebooks,
     snap,
-    train_codebook,
-    vectors_of,
 )
+from mgvq_quantizer.first_tables import Piece, first_tables
 from mgvq_quantizer.ldl import factorize
 from mgvq_quantizer.recipe import QuantRecipe
 from mgvq_quantizer.rounding import (
@@ -49,14 +49,11 @@ from mgvq_quantizer.rounding import (
 )
 from mgvq_quantizer.trellis_search import (
     assign_trellis,
-    first_table,
     reaching_scales,
-    tail_of,
     trellis_rates,
 )
 from mgvq_quantizer.two_sided import RowFeedback, descend_rows, form, round_rows, row_feedback
 
-MAX_TRAINING_VECTORS = 1 << 17
 SMALLEST_SCALE = 2.0**-14
 """The smallest normal float16: rows below it are stored as codes of (almost) zero."""
 _IDENTITY_TOLERANCE = 1e-3
@@ -120,6 +117,8 @@ class _Member:
     to_energy: float
     rounding: Feedback
     descent: Feedback
+    unit: Tensor
+    """`[O]` float32: the first scales, in which losses of all rounds are measured."""
     scales: Tensor
     """`[O]` float32, every value a float16."""
     rounded: Rounded
@@ -150,7 +149,8 @@ def solve(
         problems: at least one.
         recipe: rounds, sweeps and damping.
         generator: seeds the tables.
-        books: tables that are already fixed, all of them; codes and row scales adapt to them.
+        books: tables that are already fixed, all of them, drawn out as far as the recipe says;
+            codes and row scales adapt to them.
         is_trial: leave out `error_nearest`, which takes a rounding; it is nan then.
 
     Returns:
@@ -160,35 +160,75 @@ def solve(
         ArithmeticError: if a second moment cannot be factored.
     """
     members = [_member(problem, recipe) for problem in problems]
-    fixed = books is not None
-    if books is None:
+    given, is_fixed = books, books is not None
+    if given is None:
         books = _first_books(members, recipe, generator)
+    else:
+        books = _drawn(members, given, -1)
     for m in members:
         search = m.rounding.metrics, _values(m, books), trellis_rates(m.layout)
         m.scales = reaching_scales(m.weight, m.scales, *search)
     nearest_errors = [float("nan") if is_trial else _plain_error(m, books) for m in members]
+    books = _best_round(members, books, recipe, is_fixed)
+    if recipe.drawn_out:
+        books = given or _drawn(members, books, 1)
+        books = _round(members, books, recipe, is_fixed, is_drawn=True)
+    solutions = []
+    for problem, m, first in zip(problems, members, nearest_errors, strict=True):
+        # A row of zeros is stored as one: the smallest scale times a codeword is not zero.
+        m.scales = m.scales * m.weight.any(1)
+        weight = _to_weight(problem, m.rounded, books, m.scales)
+        solutions.append(Solution(weight, first, _error(m, m.rounded.value)))
+    return solutions
+
+
+def _best_round(
+    members: Sequence[_Member], books: Books, recipe: QuantRecipe, is_fixed: bool
+) -> Books:
+    """Give the members the state of the round that lost least, of all but one that is drawn out;
+    return its tables."""
     best_loss = float("inf")
-    best: tuple[Books, list[Tensor], list[Rounded]] | None = None
-    for _ in range(recipe.rounds):
-        for member in members:
-            _assign(member, books, recipe.descent_sweeps)
-        if not fixed:
-            books = _refit_books(members, books)
-        for member in members:
-            _refit_scales(member)
-        loss = sum(_loss(member) for member in members)
+    best = books, [m.scales for m in members], [m.rounded for m in members]
+    for _ in range(recipe.rounds - bool(recipe.drawn_out)):
+        books = _round(members, books, recipe, is_fixed)
+        loss = sum(map(_loss, members))
         if loss < best_loss:
             best_loss = loss
-            best = (books, [m.scales for m in members], [m.rounded.copy() for m in members])
-    assert best is not None
-    solutions, found = [], zip(problems, members, *best[1:], nearest_errors, strict=True)
-    for problem, member, scales, rounded, first in found:
-        # A row of zeros is stored as one: the smallest scale times a codeword is not zero.
-        scales = scales * member.weight.any(1)
-        member.scales, member.rounded = scales, rounded
-        weight = _to_weight(problem, rounded, best[0], scales)
-        solutions.append(Solution(weight, first, _error(member, rounded.value)))
-    return solutions
+            best = books, [m.scales for m in members], [m.rounded for m in members]
+    for m, scales, rounded in zip(members, *best[1:], strict=True):
+        m.scales, m.rounded = scales, rounded
+    return best[0]
+
+
+def _round(
+    members: Sequence[_Member],
+    books: Books,
+    recipe: QuantRecipe,
+    is_fixed: bool,
+    is_drawn: bool = False,
+) -> Books:
+    """Give the members codes, tables unless they are fixed, and scales; return the tables."""
+    for m in members:
+        _assign(m, books, recipe.descent_sweeps, m.kept if is_drawn else ())
+    if not is_fixed:
+        books = _refit_books(members, books)
+        if is_drawn:
+            books = _drawn(members, books, 1)
+        for m in members:
+            m.rounded.value = decode(m.rounded.codes, _values(m, books))
+    for m in members:
+        _refit_scales(m)
+    return books
+
+
+def _drawn(members: Sequence[_Member], books: Books, way: int) -> dict[str, Codebook]:
+    """Return the members' tables drawn out by what their codes keep, or in again (`way` -1)."""
+    return {
+        name: books[name].drawn_out(kept**-way)
+        for m in members
+        for names, kept in zip(m.names, m.kept, strict=True)
+        for name in names
+    }
 
 
 def _member(problem: Problem, recipe: QuantRecipe) -> _Member:
@@ -211,6 +251,7 @@ def _member(problem: Problem, recipe: QuantRecipe) -> _Member:
         to_energy=1.0 / max(energy, 1e-30),
         rounding=ldl_feedback(factors),
         descent=descent_feedback(factors),
+        unit=scales,
         scales=scales,
         rounded=empty(weight, [], []),
         kept=kept_shares(problem.layout, recipe.drawn_out),
@@ -222,67 +263,25 @@ def _first_books(
     members: Sequence[_Member], recipe: QuantRecipe, generator: torch.Generator
 ) -> dict[str, Codebook]:
     """Train every table on all bands that read it."""
-    pieces: dict[tuple[str, ...], list[_Piece]] = {}
-    for member in members:
-        for b, names in enumerate(member.names):
-            pieces.setdefault(tuple(names), []).append(_Piece(member, b))
+    pieces: dict[tuple[str, ...], list[Piece]] = {}
+    for m in members:
+        target, moments = m.target(), m.hessian.diagonal()
+        parts = zip(m.names, m.layout.bands, m.rounding.metrics, strict=True)
+        for names, band, metrics in parts:
+            here = slice(band.start, band.start + band.width)
+            importance = m.to_energy * len(target)
+            piece = Piece(band.stages, target[:, here], moments[here], metrics, importance)
+            pieces.setdefault(tuple(names), []).append(piece)
     books: dict[str, Codebook] = {}
-    for names, parts in pieces.items():
-        books |= zip(names, _band_books(parts, recipe, generator), strict=True)
+    for names, mine in pieces.items():
+        books |= zip(names, first_tables(mine, recipe, generator), strict=True)
     return books
 
 
-@dataclass(frozen=True, eq=False)
-class _Piece:
-    """One band of one member."""
-
-    member: _Member
-    band: int
-
-    @property
-    def columns(self) -> slice:
-        band = self.member.layout.bands[self.band]
-        return slice(band.start, band.start + band.width)
-
-
-def _band_books(
-    pieces: Sequence[_Piece], recipe: QuantRecipe, generator: torch.Generator
-) -> list[Codebook]:
-    """Train one table a stage on a sample of rows; later stages on what the earlier ones left."""
-    member, band = pieces[0].member, pieces[0].band
-    O, stages = member.layout.out_features, member.layout.bands[band].stages  # noqa: E741
-    stage, kept = stages[0], member.kept[band]
-    if stage.codec == "trellis":
-        parts = [piece.member.target()[:, piece.columns] for piece in pieces]
-        moments = [piece.member.hessian.diagonal()[piece.columns] for piece in pieces]
-        tail = tail_of(torch.cat(parts, dim=1), torch.cat(moments))
-        return [first_table(stage.rate, stage.window, tail, generator).drawn_out(1 / kept)]
-    dims = [stage.vector_dim for stage in stages]
-    widths = [piece.columns.stop - piece.columns.start for piece in pieces]
-    some = max(1, MAX_TRAINING_VECTORS * min(dims) // sum(widths))
-    rows = torch.randperm(O, generator=generator)[:some]
-    left = [p.member.target()[rows.to(p.member.weight.device), p.columns] for p in pieces]
-    books: list[Codebook] = []
-    for d in dims:
-        metrics = torch.cat(
-            [_metrics(p.member, p.band, d) * (p.member.to_energy * O) for p in pieces]
-        )
-        vectors = torch.cat([vectors_of(part, d) for part in left])
-        book = train_codebook(vectors, metrics, recipe.codebook_iterations, generator)
-        codes = nearest(vectors, book.values, metrics)
-        values = torch.split(book.values[codes], [width // d for width in widths])
-        left = [
-            part - v.transpose(0, 1).reshape(part.shape)
-            for part, v in zip(left, values, strict=True)
-        ]
-        books.append(book)
-    return [book.drawn_out(1 / kept) for book in books]
-
-
-def _assign(member: _Member, books: Books, descent_sweeps: int) -> None:
-    """Round from scratch, check the loss identity, then descend."""
+def _assign(member: _Member, books: Books, descent_sweeps: int, kept: Sequence[float] = ()) -> None:
+    """Round from scratch, check the loss identity, then descend; `kept` if tables are drawn out."""
     target, tables, rows = member.target(), _values(member, books), member.rows
-    rates, kept = trellis_rates(member.layout), member.kept
+    rates = trellis_rates(member.layout)
     rounded = empty(target, tables, [band.width for band in member.layout.bands])
     member.rounded = rounded
     if rows is None:
@@ -314,13 +313,7 @@ def _refit_books(members: Sequence[_Member], books: Books) -> dict[str, Codebook
         {name: book.values for name, book in books.items()},
         outputs=[member.outputs for member in members],
     )
-    new: dict[str, Codebook] = {}
-    for member in members:
-        for names, kept in zip(member.names, member.kept, strict=True):
-            new |= {name: snap(refitted[name]).drawn_out(1 / kept) for name in names}
-    for member in members:
-        member.rounded.value = decode(member.rounded.codes, _values(member, new))
-    return new
+    return {name: snap(values) for name, values in refitted.items()}
 
 
 def _refit_scales(member: _Member) -> None:
@@ -338,8 +331,8 @@ def _refit_scales(member: _Member) -> None:
 
 
 def _loss(member: _Member) -> float:
-    """The objective over the divided rows, as a share of the rows' own energy."""
-    error = member.target() - member.rounded.value
+    """The objective in the first scales, as a share of the rows' own energy."""
+    error = (member.weight - member.scales[:, None] * member.rounded.value) / member.unit[:, None]
     return form(error, member.hessian, member.outputs) * member.to_energy
 
 
@@ -368,14 +361,6 @@ def _plain_error(member: _Member, books: Books) -> float:
             _, value = assign(columns.reshape(-1, run.block), eye, tables)
             values.append(value.view(len(target), -1))
     return _error(member, torch.cat(values, dim=1))
-
-
-def _metrics(member: _Member, band: int, d: int) -> Tensor:
-    """`[width/d, d, d]`: the diagonal blocks of a band's rounding metrics."""
-    metrics = member.rounding.metrics[band]
-    nb, b, _ = metrics.shape
-    blocks = metrics.view(nb, b // d, d, b // d, d)
-    return blocks.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2).reshape(-1, d, d)
 
 
 def _values(member: _Member, books: Books) -> Tables:

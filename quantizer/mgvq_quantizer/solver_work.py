@@ -22,10 +22,10 @@ from mgvq_quantizer.codebook import (
     DESCENT_SWEEPS,
     SEED_VECTORS,
 )
+from mgvq_quantizer.first_tables import MAX_TRAINING_VECTORS
 from mgvq_quantizer.ordering import TRIAL_ROWS, quick
 from mgvq_quantizer.recipe import QuantRecipe
 from mgvq_quantizer.rounding import BUFFER, block_of
-from mgvq_quantizer.solver import MAX_TRAINING_VECTORS
 from mgvq_quantizer.trellis_search import CLOSING, SCALE_STEPS
 from mgvq_quantizer.two_sided import ROWS
 
@@ -117,7 +117,8 @@ def solve(
         O, I = layout.out_features, layout.in_features  # noqa: E741
         square = O * I * I
         work.update(factorize(layout))
-        work.update(times(form(layout, is_two_sided), 1 + recipe.rounds))
+        measured = recipe.rounds - bool(recipe.drawn_out)  # all rounds but one that is drawn out
+        work.update(times(form(layout, is_two_sided), 1 + measured))
         work.update(times(form(layout), 2))  # the error at the end, as a share
         if not is_trial:
             work.update(times(form(_plain_rows(layout)), 2))  # and that of plain codewords

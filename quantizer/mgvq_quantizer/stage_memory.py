@@ -17,9 +17,9 @@ from mgvq_kernels.trellis import GROUP_WEIGHTS, segments
 from mgvq_quantizer.allocation import MatrixPlan, sharing_groups
 from mgvq_quantizer.batches import MAX_TOKENS, picture_batches, split_batches, unique_pictures
 from mgvq_quantizer.calibration import Sample
+from mgvq_quantizer.first_tables import MAX_TRAINING_VECTORS
 from mgvq_quantizer.planning import BACKWARD_TOKENS, first_answers
 from mgvq_quantizer.residence import BLOCKS
-from mgvq_quantizer.solver import MAX_TRAINING_VECTORS
 from mgvq_quantizer.solver_work import entries
 from mgvq_quantizer.stage_work import Looking, Reading, Stages
 from mgvq_quantizer.teacher import LOGIT_ROWS
