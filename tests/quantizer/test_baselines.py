@@ -200,6 +200,18 @@ def test_e8p_has_its_known_distortion() -> None:
     assert 0.089 * 0.98 < float(error.square().mean()) < 0.092 * 1.02
 
 
+def test_e8p_at_3_bits_has_the_scale_of_its_own_least_error() -> None:
+    vectors = torch.randn(4_000, 8, generator=seeded(7))
+
+    def error(scale: float) -> float:
+        found = quip_file._round(vectors * scale, 3) / scale
+        return float((vectors - found).square().mean())
+
+    mine = error(quip_file._SCALES[3])
+    assert mine < 0.99 * error(e8p.SCALE)  # of 2 bits
+    assert mine < min(error(0.93), error(1.03))
+
+
 def test_one_bit_points_are_of_e8() -> None:
     points = e8p.one_bit_points()
     assert points.unique(dim=0).shape == (256, 8)

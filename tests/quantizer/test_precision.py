@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from random import Random
 
 import pytest
@@ -102,6 +103,28 @@ def test_more_sensitive_matrices_and_channels_get_more_bits() -> None:
     kin.sort(key=lambda name: found[name].losses[0][0])
     assert [mean(name) for name in kin] == sorted(mean(name) for name in kin)
     assert max(map(mean, bands)) > min(map(mean, bands)) + 1
+
+
+def test_bands_lie_by_what_is_lost_one_rate_above_the_reference() -> None:
+    """As many bits as most runs have, 1 here, say the opposite."""
+    recipe = QuantRecipe(bits=1.8)
+    assert recipe.reference_rate == 2
+
+    def turned(found: Sensitivity) -> Sensitivity:
+        from_3_bits = [
+            tuple(x if r < 3 else y for r, x, y in zip(recipe.rates, run, back, strict=True))
+            for run, back in zip(found.losses, reversed(found.losses), strict=True)
+        ]
+        return replace(found, losses=tuple(from_3_bits))
+
+    found = sensitivities(MODEL, recipe, seed=2)
+    plans = plan(MODEL, recipe)
+    falling, rising = (choose_bands(f, plans, recipe) for f in (found, list(map(turned, found))))
+    several = [name for name, bands in falling.items() if len(bands) > 1]
+    assert len(several) > 3
+    for name in several:
+        assert [rate for rate, _ in falling[name]] == sorted({r for r, _ in falling[name]})[::-1]
+        assert [rate for rate, _ in rising[name]] == sorted({r for r, _ in rising[name]})
 
 
 def test_a_budget_that_cannot_be_met_says_what_can() -> None:

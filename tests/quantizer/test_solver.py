@@ -64,6 +64,16 @@ def test_drawn_out_bands_of_few_bits_are_larger(correlated: Moment, codec: str) 
     assert slopes[2] > slopes[1] + 0.04 > slopes[0] + 0.08
 
 
+def test_the_rounds_before_one_that_is_drawn_out_count(correlated: Moment) -> None:
+    """Measured in scales that drawing out shrinks, the first of several rounds always won."""
+    case = problem(correlated(128, 0), mixed(192, [(64, 1), (64, 3)]), 0)
+    recipe = replace(RECIPE, descent_sweeps=0, draw_out=0.5)
+    once, often = (
+        solve([case], replace(recipe, refit_rounds=rounds), seeded(1))[0].error for rounds in (1, 4)
+    )
+    assert often < 0.99 * once
+
+
 def test_more_bits_are_better(correlated: Moment) -> None:
     errors = []
     for rate in (1, 2, 3, 4):
@@ -119,15 +129,19 @@ def test_the_metric_and_its_feedback_pay_off_as_measured(correlated: Moment) -> 
     assert solution.error < 0.034
 
 
-def test_siblings_share_tables_and_later_ones_take_them_over(correlated: Moment) -> None:
+@pytest.mark.parametrize("recipe", [RECIPE, replace(RECIPE, descent_sweeps=0, draw_out=0.5)])
+def test_siblings_share_tables_and_later_ones_take_them_over(
+    correlated: Moment, recipe: QuantRecipe
+) -> None:
     layout = VQLayout.uniform(64, 64, 2)
     cases = [problem(correlated(64, i), layout, i) for i in range(3)]
-    solved = solve(cases, RECIPE, seeded(1))
+    solved = solve(cases, recipe, seeded(1))
     books = [solution.weight.codebooks[0][0] for solution in solved]
     assert torch.equal(books[0], books[1])
     assert torch.equal(books[0], books[2])
-    again = solve(cases[:1], RECIPE, seeded(2), books_of(cases[0], solved[0]))[0]
+    again = solve(cases[:1], recipe, seeded(2), books_of(cases[0], solved[0]))[0]
     assert torch.equal(again.weight.codebooks[0][0], books[0])
+    assert again.weight.codebook_scales == solved[0].weight.codebook_scales
     assert again.error < 1.3 * solved[0].error
 
 
