@@ -1,4 +1,4 @@
-# Front doors of a fresh machine (Python 3.11-3.13 and gcc are enough): each target first makes .venv.
+# Front doors of a fresh machine (Python 3.11-3.13 is enough): each target first makes .venv.
 #   make serve   the server with the bundled 2-bit demonstration model and its chat page
 #   make demo    one question about a bundled picture: answer, tokens/s, memory
 #   make test    every test
@@ -33,5 +33,5 @@ $(VENV)/.runtime: pyproject.toml
 	touch $@
 
 $(VENV)/.development: $(VENV)/.runtime
-	$(BIN)/pip install --disable-pip-version-check -q -e ".[cpu,serve,quantize,bench,test,dev]"
+	$(BIN)/pip install --disable-pip-version-check -q -e ".[cpu,serve,bench,test,dev]"
 	touch $@

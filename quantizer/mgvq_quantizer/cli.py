@@ -97,7 +97,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--stream",
         action="store_true",
         help="read blocks from the shards as they are needed, for a model larger than memory: the "
-        "same checkpoint, one block in memory at a time; without end-to-end tuning",
+        "same checkpoint, one block or two in memory at a time; without end-to-end tuning",
     )
     group = parser.add_argument_group("recipe", "flags change the file, the file the preset")
     group.add_argument(

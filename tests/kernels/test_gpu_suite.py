@@ -18,7 +18,7 @@ import torch
 pytest.importorskip("triton", reason="triton has no wheel for this platform")
 
 from benchmarks.gpu_suite import __main__ as gpu_suite
-from benchmarks.gpu_suite import check_steps, report, sanitizer, worker
+from benchmarks.gpu_suite import check_steps, report, sanitizer, vq_cases, worker
 from benchmarks.gpu_suite.cases import OpCase, measure_error, ulps
 from benchmarks.gpu_suite.peers import PEERS, AbsentError, wanted
 from benchmarks.gpu_suite.place import GraphClock, NoClock, Place, find_place
@@ -186,6 +186,16 @@ def test_the_sanitized_step_is_the_one_of_its_name(tmp_path: Path) -> None:
 def test_copies_of_the_smallest_matrices_outrun_a_cache() -> None:
     """o_proj of a 2B model at 2 bits on a GPU with 72 MiB of L2."""
     assert GraphClock(72 << 20).copies(1536 * 1536 // 4) * 1536 * 1536 // 4 >= 3 * (72 << 20)
+
+
+def test_the_bytes_of_a_decoding_follow_its_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Codes are read and values written: 4 bytes each in float32, 2 in the halves."""
+    monkeypatch.setattr(vq_cases, "layouts", lambda place, real: (TRELLIS_TINY,))
+    cases = vq_cases.vq_dequantize(CPU, real=True)
+    sizes = {case.variant.split()[1]: case.nbytes for case in cases if case.nbytes}
+    codes = TRELLIS_TINY.code_bits() // 8
+    words = {"float32": 4, **{str(dtype).removeprefix("torch."): 2 for dtype in CPU.dtypes}}
+    assert sizes == {word: codes + n * TRELLIS_TINY.num_weights for word, n in words.items()}
 
 
 def test_a_wrong_result_fails_its_check(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mgvq_kernels import cpu, cpu_lookup, dispatch, ops, reference
+from mgvq_kernels import cpu, cpu_jit, cpu_lookup, dispatch, ops, reference
 from mgvq_kernels.layout import VQLayout, VQWeight
 from mgvq_kernels.packing import pack
 from tests.kernels.random_weights import MIXED, oracle, random_weight
@@ -322,6 +323,27 @@ def test_processors_without_byte_permutation_gather(tmp_path: Path) -> None:
         "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
     }
     subprocess.run([sys.executable, "-c", program], env=environment, check=True, timeout=300)
+
+
+def test_a_kernel_is_compiled_anew_when_only_another_file_has_changed(tmp_path: Path) -> None:
+    """Beside copies of the real files; numba keeps what it compiled with a function's own file."""
+    for name in ("cpu_jit.py", "layout.py", "trellis.py"):
+        shutil.copy(Path(cpu_jit.__file__).with_name(name), tmp_path)
+    (tmp_path / "cpu_kernel.py").write_text(
+        "from cpu_jit import compile_cached\n"
+        "from cpu_sizes import SIZE\n"
+        "@compile_cached\n"
+        "def size():\n    return SIZE\n"
+    )
+    command = [sys.executable, "-B", "-c", "import cpu_kernel; print(cpu_kernel.size())"]
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(tmp_path)}
+    for size in ("2", "3"):
+        (tmp_path / "cpu_sizes.py").write_text(f"SIZE = {size}\n")
+        run = subprocess.run(
+            command, env=environment, stdout=subprocess.PIPE, text=True, timeout=60
+        )
+        assert run.stdout.split() == [size]
+        assert list(tmp_path.rglob("cpu_kernel.size*.nbi")), "nothing was kept"
 
 
 def test_layouts_without_permutation(mixed: tuple[VQWeight, np.ndarray]) -> None:

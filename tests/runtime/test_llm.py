@@ -183,16 +183,20 @@ def ctrl_c_raises() -> Iterator[None]:
 def test_after_ctrl_c_nothing_runs_on_and_the_next_call_is_served(
     llm: LLM, place: str, how: str
 ) -> None:
-    """Whatever the engine is at."""
+    """Whatever the engine is at; and that is finished first."""
     path = f"_engine.{place}".split(".")
     owner: Any = llm
     for name in path[:-1]:
         owner = getattr(owner, name)
     original = getattr(owner, path[-1])
+    begun, finished = [], []
 
     def pressed(*arguments: Any) -> Any:
+        begun.append(arguments)
         signal.raise_signal(signal.SIGINT)
-        return original(*arguments)
+        result = original(*arguments)
+        finished.append(arguments)
+        return result
 
     calls: dict[str, Callable[[], Any]] = {
         "chat": lambda: llm.chat(ask("a"), GREEDY),
@@ -204,6 +208,7 @@ def test_after_ctrl_c_nothing_runs_on_and_the_next_call_is_served(
         patch.setattr(owner, path[-1], pressed)
         with pytest.raises(KeyboardInterrupt):
             calls[how]()
+    assert begun == finished, "it was held"
     assert not llm.engine.has_unfinished()
     assert llm._mail == {}
     assert llm.chat(ask("a"), GREEDY) == expected

@@ -6,11 +6,12 @@ import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from typing import Any
 
 import openai
 import pytest
 
-from mgvq_serve import body
+from mgvq_serve import app, body
 from mgvq_serve.admission import Admission
 from mgvq_serve.errors import ApiError
 from tests.serve.conftest import RunningServer, ask, wait_until
@@ -111,6 +112,28 @@ def test_bodies_are_held_until_the_engine_has_their_requests(serve) -> None:
             )
             assert reply.status_code == 200
         assert (service.engine.num_open, service.admission.open_bytes) == (6, 0)
+
+
+def test_a_body_is_freed_before_its_answer_is_made(serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    freed = threading.Event()
+
+    class Body(bytes):
+        def __del__(self) -> None:
+            freed.set()
+
+    async def read(*arguments: Any) -> Body:
+        return Body(await body.read_json_body(*arguments))
+
+    monkeypatch.setattr(app, "read_json_body", read)
+    engine = FakeEngine()
+    engine.gate.clear()
+    server = serve(engine)
+    with ThreadPoolExecutor(1) as pool:
+        whole = pool.submit(server.post, ask("fine"))
+        is_freed = freed.wait(5)  # the answer waits for the gate
+        engine.gate.set()
+        assert whole.result().status_code == 200
+    assert is_freed
 
 
 def test_bodies_too_large_together_are_read_to_the_end_and_refused(serve) -> None:

@@ -80,7 +80,7 @@ def unpadded(size: Size, grid: Size) -> Size:
 
 @dataclass(frozen=True)
 class LlavaOnevisionImageProcessor(ImageProcessor):
-    """Cuts pictures into tiles; call `prepare` with all of a conversation."""
+    """Cuts pictures into tiles; call it with each of a conversation."""
 
     pinpoints: tuple[Size, ...]
     """Canvases a picture may be fitted into; none, where each picture is one tile."""

@@ -33,7 +33,7 @@ def require_matplotlib() -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise ConfigError("the plot needs matplotlib: pip install 'mgvq-runtime[bench]'") from error
+        raise ConfigError("the plot needs matplotlib: pip install -e '.[bench]'") from error
 
 
 def plot(rows: Sequence[Row], file: Path) -> None:
