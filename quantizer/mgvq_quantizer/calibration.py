@@ -84,6 +84,8 @@ class Sample:
     is_answer: npt.NDArray[np.bool_]
     """`[T]`: tokens the model would have to say, end tokens included."""
     images: tuple[ImageInput, ...]
+    is_unanswered: bool = False
+    """Whether its last answer is the end token alone: the data leave it to the model."""
 
 
 def load_conversations(
@@ -253,7 +255,8 @@ def _sample(
             begin += sum(picture.num_tokens - 1 for picture in pictures)
             stop = begin + int(np.argmax(ids[begin:] == end)) + 1
             is_answer[begin:stop] = True
-    return Sample(conversation.where, ids, positions, is_answer, prompt.images)
+    is_unanswered = not _text(messages[last])
+    return Sample(conversation.where, ids, positions, is_answer, prompt.images, is_unanswered)
 
 
 def _answer_start(messages: list[Message], index: int, tokenizer: Tokenizer) -> int:

@@ -88,8 +88,8 @@ def build_parser() -> argparse.ArgumentParser:
         type=Path,
         metavar="FILE",
         help="LLaVA conversations (.jsonl, .json or .zip with the pictures), plain text (.txt), or "
-        "a folder of them or of pictures (default: the model's own calibration.zip, else the "
-        "bundled pictures)",
+        "a folder of them or of pictures, about which the model itself answers generic questions "
+        "(default: the model's own calibration.zip, else the bundled pictures)",
     )
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
     parser.add_argument("--num-threads", type=positive, metavar="N", help="CPU threads of torch")
@@ -97,7 +97,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--stream",
         action="store_true",
         help="read blocks from the shards as they are needed, for a model larger than memory: the "
-        "same checkpoint, one block or two in memory at a time; without end-to-end tuning",
+        "same checkpoint, one block or two in memory at a time; without end-to-end tuning, and "
+        "without the model's own answers where the data have none",
     )
     group = parser.add_argument_group("recipe", "flags change the file, the file the preset")
     group.add_argument(

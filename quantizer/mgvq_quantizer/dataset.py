@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mgvq_quantizer import calibration, plain_text
@@ -30,6 +30,10 @@ class Data:
     """The training conversations with other pictures, for tuning."""
     fingerprint: str
     """Of what was said and shown, before a template or a processor saw it."""
+    end_token_ids: frozenset[int] = frozenset()
+    """Tokens with which the model ends an answer."""
+    own: tuple[Sample, ...] = ()
+    """The conversations that the unquantized model has answered itself (`own_answers`)."""
 
     @property
     def all(self) -> list[Sample]:
@@ -37,13 +41,27 @@ class Data:
         return [*self.train, *self.heldout]
 
     @property
-    def has_answers(self) -> bool:
-        """Whether any conversation has more of an answer than its end."""
-        return any(int(sample.is_answer.sum()) > 1 for sample in self.all)
+    def unanswered(self) -> list[Sample]:
+        """The conversations whose last answer is missing."""
+        return [sample for sample in self.all if sample.is_unanswered]
+
+    @property
+    def answers(self) -> str:
+        """Say whose the answers are."""
+        own, missing = len(self.own), len(self.unanswered)
+        given = len(self.all) - own - missing
+        counts = {"of the data": given, "of the unquantized model": own, "missing": missing}
+        parts = {whose: count for whose, count in counts.items() if count}
+        if len(parts) == 1:
+            return next(iter(parts))
+        return ", ".join(f"{count} {whose}" for whose, count in parts.items())
 
     @property
     def digest(self) -> str:
-        """Tells apart what the model reads: tokens, their places and pictures in patches."""
+        """Tells apart what the model reads: tokens, their places and pictures in patches.
+
+        Answers of the unquantized model are not in it: it names the folder they are kept in.
+        """
         digest = hashlib.blake2b(digest_size=16)
         for sample in self.all:
             for numbers in (sample.token_ids, sample.positions, sample.is_answer):
@@ -61,6 +79,20 @@ class Data:
         """Return those of `swapped` that tuning sees."""
         seen = {id(sample) for batch in self.tuning_batches(recipe) for sample in batch}
         return [sample for sample in self.swapped if id(sample) in seen]
+
+    def with_answers(self, answered: Mapping[int, Sample], recipe: QuantRecipe) -> Data:
+        """Return the data with samples that the model has answered itself.
+
+        Args:
+            answered: what takes the place of a sample, by its `id`; the others stay.
+            recipe: how often pictures are swapped; those draws stay, too.
+        """
+        if not answered:
+            return self
+        train = [answered.get(id(sample), sample) for sample in self.train]
+        heldout = [answered.get(id(sample), sample) for sample in self.heldout]
+        swapped, own = _with_other_pictures(train, recipe), tuple(answered.values())
+        return replace(self, train=train, heldout=heldout, swapped=swapped, own=own)
 
 
 def open_dense(model: Path) -> Checkpoint:
@@ -119,7 +151,8 @@ def read_data(
     digest = calibration.fingerprint(spoken)
     if written:
         digest = f"{digest}-{plain_text.fingerprint(written)}"
-    return split_data(name, samples, recipe, digest)
+    data = split_data(name, samples, recipe, digest)
+    return replace(data, end_token_ids=processor.tokenizer.eos_token_ids)
 
 
 def split_data(name: str, samples: Sequence[Sample], recipe: QuantRecipe, digest: str) -> Data:
@@ -134,12 +167,11 @@ def split_data(name: str, samples: Sequence[Sample], recipe: QuantRecipe, digest
     held = min(len(samples) - 1, max(1, round(len(samples) * recipe.heldout_share)))
     picked = set(evenly(range(len(samples)), held))
     train = [s for i, s in enumerate(samples) if i not in picked]
-    swaps = recipe.picture_swaps if recipe.tuning_steps else 0
     return Data(
         name,
         train,
         [s for i, s in enumerate(samples) if i in picked],
-        calibration.show_other_pictures(train, swaps, recipe.seed),
+        _with_other_pictures(train, recipe),
         digest,
     )
 
@@ -156,6 +188,12 @@ def check_pictures(data: Data, graph: CausalLM) -> None:
             'on text alone; name pictures in the rows ("image": FILE, and <image> in the text), or '
             "give a folder that holds conversations with pictures (.jsonl) beside the text"
         )
+
+
+def _with_other_pictures(train: Sequence[Sample], recipe: QuantRecipe) -> list[Sample]:
+    """Return what tuning sees beside the training conversations; nothing where it does not run."""
+    swaps = recipe.picture_swaps if recipe.tuning_steps else 0
+    return calibration.show_other_pictures(train, swaps, recipe.seed)
 
 
 def _check_lengths(samples: Sequence[Sample], limit: int) -> None:

@@ -25,6 +25,7 @@ from mgvq_quantizer.batches import unique_pictures
 from mgvq_quantizer.dataset import Data, open_dense
 from mgvq_quantizer.expected_layout import expected_plans
 from mgvq_quantizer.machine_speed import Speed, measure_speed
+from mgvq_quantizer.own_answers import MAX_ANSWER_TOKENS, expect_answers
 from mgvq_quantizer.pipeline import companions
 from mgvq_quantizer.preflight import check_by_block, stored_bytes
 from mgvq_quantizer.recipe import QuantRecipe
@@ -100,6 +101,11 @@ class Forecast:
         yield f"calibration   {kind}: {sizes}, {data['pictures']:,} pictures"
         if data["assumed"]:
             yield f"              {data['assumed']}"
+        if data["own_answers"]:
+            yield (
+                f"              {data['own_answers']:,} answers are the model's own, counted with "
+                f"{MAX_ANSWER_TOKENS} tokens each, the most"
+            )
         machine = self.machine
         yield (
             f"machine       {machine['device']}, CPU threads: {machine['threads']}, "
@@ -154,6 +160,8 @@ def forecast(
     graph = _graph(source)
     plans = expected_plans(graph, recipe)
     data, assumed = expected_data(source, graph, recipe, calibration)
+    if not by_block:
+        data = expect_answers(data, graph.config.text_config.max_position_embeddings, recipe)
     files = sum(file.stat().st_size for file in companions(source.path))
     stored = stored_bytes(graph, plans)
     stages = Stages(graph, plans, recipe, data)
@@ -203,6 +211,7 @@ def _forecast_stages(
 ) -> Iterator[StageForecast]:
     write = Work({STORE: 3 * memory.checkpoint_bytes})  # digested when written, and when read back
     for name, amount, peak in (
+        ("own answers", stages.own_answers(), memory.own_answers),
         ("ask the dense model", stages.ask_teacher(), memory.ask_teacher),
         ("gradients", stages.squared_gradients(), memory.squared_gradients),
         ("survey", stages.survey(), memory.survey),
@@ -225,6 +234,7 @@ def _facts(data: Data, assumed: str) -> dict[str, Any]:
         "heldout": len(data.heldout),
         "tokens": Reading.of(data.all).tokens,
         "pictures": len(unique_pictures(data.all)),
+        "own_answers": len(data.own),
     }
 
 

@@ -1,10 +1,11 @@
 """A dense checkpoint folder in, an MGVQ checkpoint folder out (called by `cli`, `benchmarks`).
 
-The order: read data, ask the dense model, measure what each matrix is sensitive to (`survey`) and
-spend the bits (`precision`), quantize vision tower, embedding and decoder in the order in which
-data flows (`stream`), its blocks tuned one by one (`block_tuning`), tune end to end (`tuning`),
-write. Finished matrices and blocks are kept in `OUTPUT.partial/`, so an interrupted run goes on
-where it was; the same recipe, source and data give the same tensors, interrupted or not.
+The order: read data, ask the dense model, which also answers what nobody has (`own_answers`),
+measure what each matrix is sensitive to (`survey`) and spend the bits (`precision`), quantize
+vision tower, embedding and decoder in the order in which data flows (`stream`), its blocks tuned
+one by one (`block_tuning`), tune end to end (`tuning`), write. Finished matrices and blocks are
+kept in `OUTPUT.partial/`, so an interrupted run goes on where it was; the same recipe, source and
+data give the same tensors, interrupted or not.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from mgvq_quantizer.block_tuning import BlockData, BlockTuned, BlockTuner, decod
 from mgvq_quantizer.dataset import Data, check_pictures, open_dense, read_data
 from mgvq_quantizer.gate import Verdict
 from mgvq_quantizer.original_blocks import OriginalBlocks
+from mgvq_quantizer.own_answers import MAX_ANSWER_TOKENS, answer_open_questions
 from mgvq_quantizer.planning import backward_batches, make_plans
 from mgvq_quantizer.preflight import check, check_by_block
 from mgvq_quantizer.recipe import ROUNDING_ONLY, TUNING_ONLY, QuantRecipe
@@ -59,8 +61,9 @@ from mgvq_runtime.models.causal_lm import CausalLM
 from mgvq_runtime.tokenizer.folder import missing_tokenizer_json
 
 _NO_ANSWERS = (
-    "{} holds questions without answers: sensitivity and tuning see the first token of each answer "
-    "alone. Better: --calibration with conversations of the kind the model will be used for."
+    "{} holds {} questions without answers, and with --stream the model does not give them: "
+    "sensitivity and the KL see the first token of each of these answers alone. Better: "
+    "--calibration with conversations of the kind the model will be used for."
 )
 _COMPANIONS = (
     "tokenizer*.json",
@@ -87,6 +90,8 @@ SURVEYS, ROUNDED = "surveys", "rounded"
 class _Rounded:
     """Everything before tuning."""
 
+    data: Data
+    """With the model's own answers where there were none."""
     plans: dict[str, MatrixPlan]
     solutions: dict[str, Solution]
     features: Features
@@ -122,7 +127,8 @@ def quantize(
         shared: a folder where the survey (in `SURVEYS`) and the rounded matrices (in `ROUNDED`)
             are kept for other runs whose settings leave them as they are; None keeps nothing.
         by_block: keep one block of the model in memory at a time (two where candidates are tried in
-            front of the blocks behind them); the result has the same bytes.
+            front of the blocks behind them); the result has the same bytes where the data have
+            answers: those that they leave to the model are missing then.
 
     Returns:
         What was done; also written into the checkpoint as `quantization_report.json` and
@@ -143,8 +149,9 @@ def quantize(
     unfinished = output.with_name(output.name + ".partial")
     check(graph, recipe, output, unfinished)
     data = read_data(model, graph, recipe, calibration_data)
-    facts = _deciding_facts(recipe, model, data, device)
-    _warn_of(data, show_progress)
+    facts = _deciding_facts(recipe, model, data, device, by_block)
+    if by_block and data.unanswered and show_progress:
+        tqdm.write(_NO_ANSWERS.format(data.name, len(data.unanswered)), file=sys.stderr)
     # leave=None: below another bar, that of a comparison, it goes when it is done.
     bars = tqdm(unit="matrix", disable=not show_progress, leave=None)
     with contextlib.ExitStack() as held, bars as bar, torch.no_grad():
@@ -152,24 +159,18 @@ def quantize(
         work = Work(own, own) if shared is None else _shared_work(shared, facts, recipe, held)
         remove_leftovers(output)
         done = _round(residence, recipe, work, data, bar)
-        tuned = _tune(graph, recipe, data, done, bar)
-        said = _facts(data), time.monotonic() - started, done.sensitivities, done.verdicts
-        report = make_report(done.plans, done.solutions, tuned, recipe, *said)
-        kept = dense_weights(graph, done.plans)
-        report = replace(report.with_kept(kept), blocks=done.blocks)
+        tuned = _tune(graph, recipe, done, bar)
+        report = _report(graph, recipe, done, tuned, started)
         _write(output, source, residence, done, tuned, recipe, report)
         own.remove()
     return report
 
 
-def _warn_of(data: Data, is_shown: bool) -> None:
-    if is_shown and not data.has_answers:
-        tqdm.write(_NO_ANSWERS.format(data.name), file=sys.stderr)
-
-
-def _deciding_facts(recipe: QuantRecipe, model: Path, data: Data, device: str) -> dict[str, Any]:
+def _deciding_facts(
+    recipe: QuantRecipe, model: Path, data: Data, device: str, by_block: bool
+) -> dict[str, Any]:
     """Return everything that decides the tensors."""
-    return {
+    facts = {
         **recipe.to_json(),
         "source": fingerprint_folder(model),
         "calibration": data.fingerprint,
@@ -177,6 +178,10 @@ def _deciding_facts(recipe: QuantRecipe, model: Path, data: Data, device: str) -
         "device": torch.device(device).type,  # others add up in another order
         "tool_version": __version__,
     }
+    if data.unanswered:
+        # What the model answers follows from the facts above; whether it is asked does not.
+        facts["own_answer_tokens"] = 0 if by_block else MAX_ANSWER_TOKENS
+    return facts
 
 
 def _shared_work(
@@ -219,6 +224,10 @@ def _round(residence: Residence, recipe: QuantRecipe, work: Work, data: Data, ba
     pictures = unique_pictures(data.train)
     check_pictures(data, graph)
     features = encode_pictures(graph, unique_pictures(data.all), device)
+    if not residence.by_block:
+        # Kept beside the survey, which is made of them: no run that shares it sees other answers.
+        show = bar.set_description
+        data = answer_open_questions(graph, data, features, recipe, work.survey, show)
     reference = ask_teacher(graph, length_batches(data.all, device), features)
     drawn = length_batches(data.drawn(recipe), device)
     taught = ask_teacher(graph, drawn, features, reference)  # for tuning, which alone sees these
@@ -254,13 +263,12 @@ def _round(residence: Residence, recipe: QuantRecipe, work: Work, data: Data, ba
         tuner = BlockTuner(graph, stream.plans, blocks, recipe, work.rounding, bar.set_description)
     stream.decoder(train, features, testimony, tuner, originals)
     did = stream.verdicts, stream.tuned_blocks
-    return _Rounded(stream.plans, stream.solutions, features, taught, found, *did)
+    return _Rounded(data, stream.plans, stream.solutions, features, taught, found, *did)
 
 
-def _tune(
-    graph: CausalLM, recipe: QuantRecipe, data: Data, done: _Rounded, bar: Any
-) -> tuning.Tuned:
+def _tune(graph: CausalLM, recipe: QuantRecipe, done: _Rounded, bar: Any) -> tuning.Tuned:
     """Tune end to end; without steps, only say how far the rounded model is from the original."""
+    data = done.data
     if not recipe.tuning_steps:
         device = done.reference.head.device
         held = length_batches(data.heldout, device)
@@ -279,7 +287,18 @@ def _tune(
         )
 
 
+def _report(
+    graph: CausalLM, recipe: QuantRecipe, done: _Rounded, tuned: tuning.Tuned, started: float
+) -> Report:
+    """Say what was done since a moment of the clock."""
+    read = {**_facts(done.data), "answers": done.data.answers}
+    said = read, time.monotonic() - started, done.sensitivities, done.verdicts
+    report = make_report(done.plans, done.solutions, tuned, recipe, *said)
+    return replace(report.with_kept(dense_weights(graph, done.plans)), blocks=done.blocks)
+
+
 def _facts(data: Data) -> dict[str, Any]:
+    """Return what a checkpoint says of its data; whose the answers are, its report says too."""
     return {
         "name": data.name,
         "fingerprint": data.fingerprint,
@@ -302,7 +321,7 @@ def _write(
         matrices={name: matrix.spec for name, matrix in plans.items()},
         bits_per_weight={"target": float(recipe.bits)},
         recipe=recipe.to_json(),
-        calibration=report.calibration,
+        calibration=_facts(done.data),
         tool_version=__version__,
         source_fingerprint=fingerprint_folder(source.path),
     )

@@ -68,7 +68,7 @@ class Residence:
             CheckpointError: if the checkpoint does not fit its config.json.
             ConfigError: if config.json cannot be understood.
         """
-        self._source, self._device = source, device
+        self._source, self._device, self.by_block = source, device, by_block
         self._matrices: frozenset[str] | None = None
         self._solutions: Mapping[str, Solution] = {}
         self._names: dict[nn.Module, str] = {}

@@ -70,6 +70,16 @@ class StageMemory:
         """What every stage after the first holds."""
         return self.model + self.samples + self.features + self.reference
 
+    def own_answers(self) -> int:
+        """A forward over a batch of prompts, and keys and values of prompts and answers."""
+        own, text = self.stages.data.own, self.config.text_config
+        if not own:
+            return 0
+        tokens = min(MAX_TOKENS, Reading.of(own).tokens)
+        kept = 2 * self.stages.layers * tokens * text.num_key_value_heads * text.head_dim
+        logits = min(LOGIT_ROWS, len(own)) * self.V
+        return self.held + self._read(own) + _FLOAT * (kept + logits)
+
     def ask_teacher(self) -> int:
         """The model, and the larger of a forward of the tower and one of the decoder."""
         return self.held + max(self._look(), self._read(self.stages.data.all))

@@ -22,6 +22,7 @@ from mgvq_quantizer.gate_work import Asked, choose
 from mgvq_quantizer.knobs import CHECKS
 from mgvq_quantizer.ordering import quick
 from mgvq_quantizer.original_blocks import ADDERS
+from mgvq_quantizer.own_answers import count_reading
 from mgvq_quantizer.planning import first_answers
 from mgvq_quantizer.recipe import QuantRecipe
 from mgvq_quantizer.solver_work import FACTOR, FLOW, FORWARD, REFIT, Work, times, total
@@ -98,6 +99,13 @@ class Stages:
         self.pictures = unique_pictures(data.train)
         self.shown = Looking.of(evenly(self.pictures, recipe.max_pictures))
         self.train, self.heldout = Reading.of(data.train), Reading.of(data.heldout)
+
+    def own_answers(self) -> Work:
+        """Count `own_answers.answer_open_questions`: prompts once, then token after token."""
+        if not self.data.own:
+            return Work()
+        read = Reading(*count_reading(self.data.own))
+        return total([self.decoder_forward(read), Work({FORWARD: read.answers * self.head})])
 
     def ask_teacher(self) -> Work:
         """Count `encode_pictures` and `teacher.ask_teacher`, over all samples that are used."""

@@ -80,7 +80,7 @@ def ask_teacher(
     for batch in batches:
         rows = graph(embed(graph, batch, features), batch.forward)[batch.answer_rows]  # [A, D]
         if not bool(torch.isfinite(rows).all()):
-            raise CalibrationError(_blame(batch, rows, features))
+            raise _blame(batch, rows, features)
         counts = [int(sample.is_answer.sum()) for sample in batch.samples]
         for sample, part in zip(batch.samples, torch.split(rows, counts), strict=True):
             hidden[id(sample)] = part
@@ -92,17 +92,22 @@ def ask_teacher(
     return Reference(hidden, head.clone())
 
 
-def _blame(batch: TokenBatch, rows: Tensor, features: Features) -> str:
-    """Say which sample of a batch, or which of its pictures, drives the model beyond float32."""
-    counts = [int(sample.is_answer.sum()) for sample in batch.samples]
-    parts = zip(batch.samples, torch.split(rows, counts), strict=True)
-    sample = next(sample for sample, part in parts if not bool(torch.isfinite(part).all()))
+def not_finite(sample: Sample, features: Features) -> CalibrationError:
+    """Return an error that names a sample, or one of its pictures, that the model cannot take."""
     seen = [bool(torch.isfinite(features[id(image)]).all()) for image in sample.images]
     what = "activations" if all(seen) else f"vision tower's rows of picture {seen.index(False) + 1}"
-    return (
+    return CalibrationError(
         f"the unquantized model's {what} are not finite on {sample.where}: check the source with "
         "mgvq-chat, or leave this conversation out"
     )
+
+
+def _blame(batch: TokenBatch, rows: Tensor, features: Features) -> CalibrationError:
+    """Find the sample of a batch that drives the model beyond float32."""
+    counts = [int(sample.is_answer.sum()) for sample in batch.samples]
+    parts = zip(batch.samples, torch.split(rows, counts), strict=True)
+    sample = next(sample for sample, part in parts if not bool(torch.isfinite(part).all()))
+    return not_finite(sample, features)
 
 
 def divergence(reference: Tensor, student: Tensor) -> Tensor:

@@ -37,6 +37,7 @@ _MEANINGS = {
     "calibration": "other conversations, texts or pictures",
     "calibration_tokens": "the same data read by another chat template, tokenizer or preprocessor",
     "source": "other weights or another config.json",
+    "own_answer_tokens": "with --stream the model gives no answers that the data lack",
 }
 """What it means that a digest among the facts differs."""
 

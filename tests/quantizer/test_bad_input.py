@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shutil
@@ -192,12 +193,13 @@ def test_bare_pictures_that_cannot_be_used_are_named(
 def test_pictures_that_nobody_answers_about_are_said_to_teach_little(
     small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    bare = tmp_path / "pictures"
+    bare, untuned = tmp_path / "pictures", dataclasses.replace(RECIPE, tuning_steps=0)
     bare.mkdir()
     (bare / "a.png").write_bytes(picture(0))
-    quantize(small, tmp_path / "bare", RECIPE, bare)
-    assert "pictures holds questions without answers" in capsys.readouterr().err
-    quantize(small, tmp_path / "answered", RECIPE)
+    quantize(small, tmp_path / "bare", untuned, bare, by_block=True)
+    assert "pictures holds 4 questions without answers" in capsys.readouterr().err
+    quantize(small, tmp_path / "answered", untuned, by_block=True)
+    quantize(small, tmp_path / "by itself", untuned, bare)
     assert "without answers" not in capsys.readouterr().err
 
 

@@ -32,7 +32,7 @@ from mgvq_quantizer.stage_work import Stages
 from mgvq_quantizer.stream import Stream
 from mgvq_runtime.checkpoint.reader import open_checkpoint
 from mgvq_runtime.errors import CheckpointError, ConfigError
-from tests.quantizer.conftest import QUICK
+from tests.quantizer.conftest import QUICK, picture
 from tests.quantizer.test_solver_work import Paths, Products, never_settle
 from tests.runtime.models.decoders import decoder_config
 from tests.runtime.models.published import PUBLISHED
@@ -332,6 +332,34 @@ def test_settings_of_a_run_may_be_planned_too(
     peaks = {stage.name: stage.peak_bytes for stage in with_whole.stages}
     saved = peaks["gradients"] - stages["gradients"]["peak_bytes"]
     assert saved > 26 * one_block
+
+
+def test_answers_that_the_model_gives_itself_are_planned_at_their_longest(
+    dense: Path, tmp_path: Path, quick_clock: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    (pictures / "a.png").write_bytes(picture(0))
+    flags = ["--model", str(dense), "--plan", "--calibration", str(pictures), "--device", "cpu"]
+    flags += ["--bits", "2", "--allocation", "uniform", "--tuning-steps", "0"]
+    assert cli.main(flags) == 0
+    table = capsys.readouterr().out
+    assert "4 answers are the model's own, counted with 64 tokens each, the most" in table
+    planned = {}
+    for by_block, more in ((False, []), (True, ["--stream"])):
+        assert cli.main([*flags, "--json", *more]) == 0
+        planned[by_block] = json.loads(capsys.readouterr().out)
+    whole, streamed = planned[False], planned[True]
+    assert whole["calibration"]["tokens"] - streamed["calibration"]["tokens"] == 4 * 63
+    first = whole["stages"][0]
+    assert (first["name"], streamed["stages"][0]["name"]) == ("own answers", "ask the dense model")
+    # By hand: what a token is multiplied with in two blocks, and the head for each of 64.
+    blocks = 2 * (64 * 128 + 64 * 64 + 3 * 64 * 128)
+    tokens, head = whole["calibration"]["tokens"] - 4, 512 * 64
+    products = tokens * blocks + 4 * 64 * head
+    assert products < first["macs"] < 1.5 * products
+    cache = 4 * tokens * 2 * 2 * 2 * 16  # float32 keys and values of two heads in two blocks
+    assert first["peak_bytes"] > 4 * whole["parameters"] + cache
 
 
 def test_text_that_cannot_be_read_is_assumed(tmp_path: Path, quick_clock: None) -> None:

@@ -29,6 +29,7 @@ from mgvq_quantizer.batches import encode_pictures, length_batches, unique_pictu
 from mgvq_quantizer.dataset import open_dense, read_data
 from mgvq_quantizer.evaluate import Examiner, bits_by_group, to_dense
 from mgvq_quantizer.evaluate_text import TextExaminer
+from mgvq_quantizer.own_answers import answer_open_questions
 from mgvq_quantizer.pipeline import ROUNDED, quantize
 from mgvq_quantizer.questions import find_questions
 from mgvq_quantizer.recipe import QuantRecipe
@@ -113,9 +114,11 @@ class Bench:
             "text_fingerprint": self._reader.fingerprint if self._reader else None,
             "tool_version": __version__,
         }
-        self._data = data
         self._features = encode_pictures(graph, unique_pictures(data.all), options.device)
-        self._batches = length_batches(data.train, next(graph.parameters()).device)
+        # Our own rows have the model answer what nobody did: the baselines read the same answers.
+        asked = graph, data, self._features, self._recipe, None, progress
+        self._data = answer_open_questions(*asked)
+        self._batches = length_batches(self._data.train, next(graph.parameters()).device)
         self._fishers: dict[str, Fisher] = {}
         self._reference: Reference | None = None
 
