@@ -329,8 +329,9 @@ def _generic(files: Sequence[Path]) -> list[Conversation]:
             archive=Archive(file.parent),
             picture_names=(file.name,),
         )
-        for file in pictures
+        # One question after the other: every eighth, held out, is not always the same one.
         for i, question in enumerate(_GENERIC_QUESTIONS)
+        for file in pictures
     ]
 
 

@@ -37,7 +37,7 @@ class Data:
 
     @property
     def all(self) -> list[Sample]:
-        """Every conversation, as it came."""
+        """Every conversation, those held out last."""
         return [*self.train, *self.heldout]
 
     @property
@@ -60,7 +60,7 @@ class Data:
     def digest(self) -> str:
         """Tells apart what the model reads: tokens, their places and pictures in patches.
 
-        Answers of the unquantized model are not in it: it names the folder they are kept in.
+        Asked before the unquantized model has answered: it names the folder of its answers.
         """
         digest = hashlib.blake2b(digest_size=16)
         for sample in self.all:
@@ -92,7 +92,7 @@ class Data:
         train = [answered.get(id(sample), sample) for sample in self.train]
         heldout = [answered.get(id(sample), sample) for sample in self.heldout]
         swapped, own = _with_other_pictures(train, recipe), tuple(answered.values())
-        return replace(self, train=train, heldout=heldout, swapped=swapped, own=own)
+        return replace(self, train=train, heldout=heldout, swapped=swapped, own=(*self.own, *own))
 
 
 def open_dense(model: Path) -> Checkpoint:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence, Set
+from itertools import accumulate
 
 import numpy as np
 import numpy.typing as npt
@@ -143,15 +144,16 @@ def _answer(
     """Return what the model says in the room of each sample, the end token included if it came."""
     rooms = [_room(sample) for sample in samples]
     starts = [len(sample.token_ids) - room for sample, room in zip(samples, rooms, strict=True)]
-    width = -(-max(len(sample.token_ids) for sample in samples) // BLOCK)
-    cache = make_cache(graph, len(samples) * width)
+    widths = [-(-len(sample.token_ids) // BLOCK) for sample in samples]
+    stops = list(accumulate(widths))
+    cache = make_cache(graph, stops[-1])
     rows = [features[id(image)] for sample in samples for image in sample.images]
     pictures = torch.cat(rows) if rows else cache[0].keys.new_zeros(0, 0)
     places = _picture_rows(samples, graph.config.image_token_id)
     ids = [sample.token_ids.copy() for sample in samples]
 
     def run(i: int, first: int, last: int) -> Run:
-        part, blocks = slice(first, last), list(range(i * width, (i + 1) * width))
+        part, blocks = slice(first, last), list(range(stops[i] - widths[i], stops[i]))
         return Run(ids[i][part], places[i][part], samples[i].positions[:, part], last, blocks)
 
     live = list(range(len(samples)))

@@ -108,7 +108,7 @@ class Solution:
 
 @dataclass(eq=False)
 class _Member:
-    """A problem in permuted channels, and the best answer so far."""
+    """A problem in permuted channels, and its answer as it stands."""
 
     layout: VQLayout
     names: Names
@@ -186,7 +186,7 @@ def _best_round(
     members: Sequence[_Member], books: Books, recipe: QuantRecipe, is_fixed: bool
 ) -> Books:
     """Give the members the state of the round that lost least, of all but one that is drawn out;
-    return its tables."""
+    return its tables. If that one is the only round: the first tables, and no codes yet."""
     best_loss = float("inf")
     best = books, [m.scales for m in members], [m.rounded for m in members]
     for _ in range(recipe.rounds - bool(recipe.drawn_out)):
@@ -292,7 +292,7 @@ def _assign(member: _Member, books: Books, descent_sweeps: int, kept: Sequence[f
         shaped = rows.lower.T @ (target - rounded.value)
     loss = form(shaped, member.hessian, None)
     floor = 1e-6 / member.to_energy
-    if abs(residual - loss) > _IDENTITY_TOLERANCE * max(loss, floor):
+    if not abs(residual - loss) <= _IDENTITY_TOLERANCE * max(loss, floor):  # NaN is neither
         raise ArithmeticError(
             f"the residuals of rounding sum to {residual:.6g} but the loss is {loss:.6g}: the "
             "factorisation lost its precision; raise the damping"

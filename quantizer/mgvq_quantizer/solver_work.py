@@ -1,11 +1,11 @@
 """How much `solver.solve` has to do, counted from layouts alone (called by `stage_work`).
 
-A function here counts the function of the same name in `solver`, `codebook`, `rounding`,
-`trellis_search`, `two_sided`, `ldl`, `ordering` or `gate`: whoever changes one changes the other;
-`tests/quantizer/test_solver_work.py` runs both. Work is counted by kind, as kinds run at speeds of
-their own (`machine_speed`): multiply-adds of products, of factorisations and of the search; vectors
-and codes that are moved about; steps that cost a call each, whatever their size. The search for a
-trellis has one multiply-add for every state at every weight.
+A function here counts the function of the same name in `solver`, `first_tables`, `codebook`,
+`rounding`, `trellis_search`, `two_sided`, `ldl`, `ordering` or `gate`: whoever changes one changes
+the other; `tests/quantizer/test_solver_work.py` runs both. Work is counted by kind, as kinds run at
+speeds of their own (`machine_speed`): multiply-adds of products, of factorisations and of the
+search; vectors and codes that are moved about; steps that cost a call each, whatever their size.
+The search for a trellis has one multiply-add for every state at every weight.
 Not here: models, data, seconds.
 """
 
@@ -314,11 +314,12 @@ def _first_books(layouts: Sequence[VQLayout], recipe: QuantRecipe) -> Work:
             widths[tuple(stage.vector_dim for stage in band.stages)] += band.width
     work = Work()
     for dims, width in widths.items():
-        work.update(_band_books(layouts[0].out_features, width, dims, recipe))
+        work.update(first_tables(layouts[0].out_features, width, dims, recipe))
     return work
 
 
-def _band_books(rows: int, width: int, dims: Sequence[int], recipe: QuantRecipe) -> Work:
+def first_tables(rows: int, width: int, dims: Sequence[int], recipe: QuantRecipe) -> Work:
+    """Count `first_tables.first_tables` of lookups."""
     rows = min(rows, max(1, MAX_TRAINING_VECTORS // (width // min(dims))))
     work = Work()
     for d in dims:

@@ -75,7 +75,8 @@ class StageMemory:
         own, text = self.stages.data.own, self.config.text_config
         if not own:
             return 0
-        tokens = min(MAX_TOKENS, Reading.of(own).tokens)
+        longest = max(len(sample.token_ids) for sample in own)
+        tokens = max(longest, min(MAX_TOKENS, Reading.of(own).tokens))
         kept = 2 * self.stages.layers * tokens * text.num_key_value_heads * text.head_dim
         logits = min(LOGIT_ROWS, len(own)) * self.V
         return self.held + self._read(own) + _FLOAT * (kept + logits)

@@ -1,8 +1,9 @@
 """How much each stage of a run has to do, counted from shapes (called by `forecast`).
 
 `Stages` has a method for each stage of `pipeline`, named after the function that it counts
-(`teacher.ask_teacher`, `survey.survey`, `Stream.vision`, ...): whoever changes one changes the
-other; `tests/quantizer/test_forecast.py` runs both. Rounding itself is counted in `solver_work`.
+(`teacher.ask_teacher`, `survey.survey`, `Stream.vision`, ...; `own_answers` after its file):
+whoever changes one changes the other; `tests/quantizer/test_forecast.py` runs both. Rounding itself
+is counted in `solver_work`.
 Not here: seconds (`machine_speed`), bytes (`stage_memory`), where the data come from.
 """
 

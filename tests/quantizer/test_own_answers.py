@@ -20,13 +20,14 @@ from mgvq_quantizer.calibration import CalibrationError, Sample, load_conversati
 from mgvq_quantizer.dataset import Data, read_data
 from mgvq_quantizer.expected_layout import expected_plans
 from mgvq_quantizer.own_answers import MAX_ANSWER_TOKENS, answer_open_questions, expect_answers
+from mgvq_quantizer.paged_runs import BLOCK
 from mgvq_quantizer.pipeline import SURVEYS, quantize
 from mgvq_quantizer.recipe import QuantRecipe
 from mgvq_quantizer.solver_work import macs
 from mgvq_quantizer.stage_work import Stages
 from mgvq_quantizer.work_folder import ResumeError, WorkFolder
 from mgvq_runtime.checkpoint.reader import open_checkpoint
-from mgvq_runtime.layers.forward_batch import ForwardBatch
+from mgvq_runtime.layers.forward_batch import ForwardBatch, LayerCache
 from mgvq_runtime.models.causal_lm import CausalLM
 from mgvq_runtime.models.loading import load_model
 from mgvq_runtime.multimodal.chat import ChatProcessor
@@ -128,7 +129,7 @@ def test_answers_are_those_of_plain_forwards_and_stand_where_the_prompt_goes_on(
     data = read_data(folder, graph, RECIPE, pictures)
     answered = answer(graph, data, tmp_path)
     processor = ChatProcessor.from_checkpoint(open_checkpoint(folder), graph.config)
-    conversations = load_conversations(pictures, folder)[1]
+    conversations = sorted(load_conversations(pictures, folder)[1], key=lambda c: c.where)
     assert len(conversations) == len(answered.own) == len(answered.all)
     features, different = features_of(graph, data), set()
     for conversation, sample in zip(conversations, in_order(answered), strict=True):
@@ -172,6 +173,40 @@ def test_an_answer_stays_within_the_context(data: Data) -> None:
         longest = own_answers.with_room(sample, start + room)
         assert len(said(longest)) == min(room, MAX_ANSWER_TOKENS)
         assert len(longest.token_ids) <= start + room
+
+
+def test_the_models_context_is_what_cuts_an_answer(
+    graph: CausalLM, data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limit = max(len(sample.token_ids) for sample in data.all) + 2
+    text = dataclasses.replace(graph.config.text_config, max_position_embeddings=limit)
+    monkeypatch.setattr(graph, "config", dataclasses.replace(graph.config, text_config=text))
+    lengths = [len(sample.token_ids) for sample in answer(graph, data, tmp_path).all]
+    assert max(lengths) == limit
+
+
+def test_the_cache_is_as_long_as_the_tokens_are(
+    graph: CausalLM, data: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One long question among short ones must not take its length for each of them."""
+    samples = [own_answers.with_room(sample, 10**6) for sample in data.all]
+    make_cache, made = own_answers.make_cache, list[int]()
+
+    def noted(graph: CausalLM, num_blocks: int) -> list[LayerCache]:
+        made.append(num_blocks)
+        return make_cache(graph, num_blocks)
+
+    monkeypatch.setattr(own_answers, "make_cache", noted)
+    own_answers._answer(graph, samples, features_of(graph, data), data.end_token_ids)
+    tokens = sum(len(sample.token_ids) for sample in samples)
+    assert tokens <= made[0] * BLOCK < tokens + BLOCK * len(samples)
+
+
+def test_several_questions_are_held_out(dense: Path, graph: CausalLM, tmp_path: Path) -> None:
+    for i in range(6):
+        (tmp_path / f"{i}.png").write_bytes(picture(i))
+    heldout = read_data(dense, graph, RECIPE, tmp_path).heldout
+    assert len({sample.where.split(", ")[1] for sample in heldout}) == len(heldout) == 3
 
 
 def test_batches_change_no_answer(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import hashlib
 import json
 import shutil
@@ -25,8 +26,8 @@ from mgvq_quantizer.baselines.ours import Variant, all_but_the_decoder
 from mgvq_quantizer.baselines.rows import Row
 from mgvq_quantizer.baselines.through_model import bits_per_weight, fishers_of, quantize_decoder
 from mgvq_quantizer.baselines.tuned import tune_decoder
-from mgvq_quantizer.batches import encode_pictures, length_batches, unique_pictures
-from mgvq_quantizer.dataset import open_dense, read_data
+from mgvq_quantizer.batches import TokenBatch, encode_pictures, length_batches, unique_pictures
+from mgvq_quantizer.dataset import Data, open_dense, read_data
 from mgvq_quantizer.evaluate import Examiner, bits_by_group, to_dense
 from mgvq_quantizer.evaluate_text import TextExaminer
 from mgvq_quantizer.own_answers import answer_open_questions
@@ -115,12 +116,21 @@ class Bench:
             "tool_version": __version__,
         }
         self._features = encode_pictures(graph, unique_pictures(data.all), options.device)
-        # Our own rows have the model answer what nobody did: the baselines read the same answers.
-        asked = graph, data, self._features, self._recipe, None, progress
-        self._data = answer_open_questions(*asked)
-        self._batches = length_batches(self._data.train, next(graph.parameters()).device)
+        self._read = data
         self._fishers: dict[str, Fisher] = {}
         self._reference: Reference | None = None
+
+    @functools.cached_property
+    def _data(self) -> Data:
+        """What baselines are calibrated on: with the answers that our own rows have, too."""
+        if not self._read.unanswered:
+            return self._read
+        asked = self._dense(), self._read, self._features, self._recipe, None, self._progress
+        return answer_open_questions(*asked)
+
+    @functools.cached_property
+    def _batches(self) -> list[TokenBatch]:
+        return length_batches(self._data.train, torch.device(self._device))
 
     def run(self, method: Method | Variant, rows: Sequence[Row]) -> Iterator[Row]:
         """Run one quantizer at one rate with one seed.
