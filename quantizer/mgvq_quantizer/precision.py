@@ -114,7 +114,7 @@ def _bands(sensitivity: Sensitivity, rates: Sequence[int], reference: int) -> li
     What either loses is read from the losses one rate above the reference, a quarter a bit. As they
     were measured at each rate they mislead where bits are few: the channels that are rounded last,
     the first ones, collect there what all others are off by. By losses at one bit two down_projs of
-    the demonstration model lay the wrong way round, and lost 1.7 times as much; 26 of 27 matrices
+    the demonstration model lay the wrong way round, and lost 1.7 times as much; 25 of 26 matrices
     whose bands were tried both ways, 7 of them of SmolLM2, lie right by this.
     """
     above = min(sensitivity.rates.index(reference) + 1, len(sensitivity.rates) - 1)
