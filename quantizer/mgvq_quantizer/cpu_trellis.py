@@ -21,7 +21,7 @@ from numba import int32, literally, njit, types, uint8  # noqa: TID253 (this fil
 from numba.extending import intrinsic  # noqa: TID253
 from torch import Tensor
 
-from mgvq_kernels.cpu_jit import compile_cached
+from mgvq_kernels.cpu_jit import compile_cached, lesser
 from mgvq_kernels.cpu_threads import over_threads
 from mgvq_quantizer.trellis_search import CLOSING
 
@@ -31,7 +31,6 @@ _UNREACHABLE = 1e30
 _UNROLLED = 16
 """Predecessors a loop compares at a time: the compiler does not unroll one over 32, which took 4.2
 us a weight where two over 16 take 0.3."""
-_MINIMUM_IN_ANY_ORDER = {"nnan", "nsz"}
 _LANES = 16
 """States a step takes at a time, as many as the longest registers hold; shorter ones take turns."""
 
@@ -105,7 +104,7 @@ def _forward(stream, weights, table, cost, best, came_from, rate):  # type: igno
             cost -= _least(cost)
 
 
-@njit(fastmath=_MINIMUM_IN_ANY_ORDER)
+@njit
 def _survive(cost, best, came_from, rate):  # type: ignore[no-untyped-def]
     """Choose the best state before each state's lowest bits."""
     literally(rate)
@@ -177,11 +176,11 @@ def _reach(typingctx: Any, rate: Any, best: Any, table: Any, cost: Any, x: Any, 
     return types.void(rate, *places, *numbers), codegen
 
 
-@njit(fastmath=_MINIMUM_IN_ANY_ORDER)
+@njit
 def _least(cost):  # type: ignore[no-untyped-def]
     low = cost[0]
     for state in range(cost.size):
-        low = min(low, cost[state])
+        low = lesser(low, cost[state])
     return low
 
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -24,7 +23,7 @@ from torch import Tensor
 from mgvq_kernels import ops
 from mgvq_kernels.layout import VQLayout
 from mgvq_quantizer.gradients import Gradients
-from mgvq_quantizer.ldl import Run, block_ldl, damp, without_dead_inputs
+from mgvq_quantizer.ldl import BlockLDL, Run, factorize, without_dead_inputs
 from mgvq_quantizer.ordering import ascending, quick, some_rows
 from mgvq_quantizer.recipe import QuantRecipe
 from mgvq_quantizer.solver import SMALLEST_SCALE, Problem, solve
@@ -94,7 +93,7 @@ def measure(
         return ops.vq_dequantize(solution.weight)
 
     some = some_rows(weight)
-    curvatures = _curvatures(some, inputs, gradients)
+    curvatures = _curvatures(some, inputs, gradients, order, recipe.damping)
     alone_at: list[float] = []  # [rate], up to the reference
     tables: tuple[list[Tensor], list[Tensor]] = ([], [])
     for rate in rates:
@@ -106,7 +105,7 @@ def measure(
             values = rounded(some, rate)
         error = (some - values)[:, order].double()  # [rows, I]
         for table, curvature in zip(tables, curvatures, strict=True):
-            table.append(curvature(error, order=order, damping=recipe.damping))
+            table.append(curvature.losses(error))
     local, shared = (torch.stack(table) for table in tables)  # [R, I/8]
     combined = _combined(local, shared, recipe.global_share, len(alone_at) - 1)
     widths = run_widths(I)
@@ -130,24 +129,41 @@ def run_widths(in_features: int) -> tuple[int, ...]:
     return (width,) * (in_features // width) if in_features % width == 0 else (in_features,)
 
 
+@dataclass(frozen=True, eq=False)
+class _Curvature:
+    """How much the errors of some rows of a matrix count, its channels in order."""
+
+    rows: Tensor
+    """`[rows]` float64."""
+    inputs: BlockLDL
+    """Of the second moment, in blocks of 8 channels."""
+
+    def losses(self, error: Tensor) -> Tensor:
+        """Return `[I/8]`: each block's part of `sum_i rows_i e_i A e_i^T`, from the residuals.
+
+        Args:
+            error: `[rows, I]` float64.
+        """
+        (blocks,) = self.inputs.blocks
+        eta = (error @ self.inputs.lower).view(len(error), -1, _BLOCK)  # [rows, I/8, 8]
+        image = torch.einsum("okb,kbc->okc", eta, blocks)
+        return torch.einsum("okb,okb,o->k", eta, image, self.rows)
+
+
 def _curvatures(
-    some: Tensor, inputs: Inputs, gradients: Gradients
-) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
-    """Return `_losses` in the local and in the global curvature, for some rows of the weight."""
+    some: Tensor, inputs: Inputs, gradients: Gradients, order: Tensor, damping: float
+) -> tuple[_Curvature, _Curvature]:
+    """Return the local and the global curvature, for some rows of the weight."""
     energies = some.square().mean(1).clamp_min(SMALLEST_SCALE**2).double()  # [rows]
-    return (
-        partial(_losses, moment=inputs.plain, rows=1 / energies),
-        partial(_losses, moment=inputs.weighted, rows=some_rows(gradients.rows).to(energies)),
+    whole = [Run(len(order), _BLOCK)]
+    local, shared = (
+        factorize(moment[order][:, order], whole, damping)
+        for moment in (inputs.plain, inputs.weighted)
     )
-
-
-def _losses(error: Tensor, moment: Tensor, rows: Tensor, order: Tensor, damping: float) -> Tensor:
-    """Return `[I/8]`: each block's part of `sum_i rows_i e_i A e_i^T`, from the residuals."""
-    O, I = error.shape  # noqa: E741
-    lower, (blocks,) = block_ldl(damp(moment[order][:, order], damping), [Run(I, _BLOCK)])
-    eta = (error @ lower).view(O, -1, _BLOCK)  # [O, I/8, 8]
-    image = torch.einsum("okb,kbc->okc", eta, blocks)
-    return torch.einsum("okb,okb,o->k", eta, image, rows)
+    return (
+        _Curvature(1 / energies, local),
+        _Curvature(some_rows(gradients.rows).to(energies), shared),
+    )
 
 
 def _combined(local: Tensor, shared: Tensor, global_share: float, reference: int) -> Tensor:

@@ -102,14 +102,15 @@ class StageMemory:
         return self.held + self.block + self._weights() + 2 * self.entered + moments + least
 
     def share_books(self) -> int:
-        """All matrices of a group at once."""
-        groups = []
+        """The moments of all groups, and all matrices of one at once."""
+        groups, moments = [], 0
         for group in sharing_groups(self.stages.plans).values():
             moment = _DOUBLE * group[0].layout.in_features ** 2
             dense = _FLOAT * group[0].layout.num_weights if self.by_block else 0
-            groups.append(moment + sum(self._kept(plan) + moment + dense for plan in group))
+            groups.append(moment + sum(self._kept(plan) + dense for plan in group))
+            moments += moment * len(group)
         read = max(self._look(), self._read(self.stages.data.train))
-        return self.held + self._weights() + max(read, max(groups, default=0))
+        return self.held + self._weights() + moments + max(read, max(groups, default=0))
 
     def vision(self) -> int:
         """What enters a block of the tower, and one rounding."""

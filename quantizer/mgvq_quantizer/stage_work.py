@@ -141,11 +141,11 @@ class Stages:
         return total(parts)
 
     def share_books(self) -> Work:
-        """Count `Stream.share_books`: one pass of the model for each table group, then together."""
-        parts = []
-        for group in sharing_groups(self.plans).values():
-            is_seen = group[0].name.startswith("visual.")
+        """Count `Stream.share_books`: one pass of tower or decoder, then each table group."""
+        groups, parts = sharing_groups(self.plans).values(), []
+        for is_seen in {group[0].name.startswith("visual.") for group in groups}:
             parts.append(self.encode(self.shown) if is_seen else self.decoder_forward(self.train))
+        for group in groups:
             for matrix in group:
                 parts.append(self._moment(matrix.name, self._rows(matrix.name), 1))
                 parts.append(work.channel_order(matrix.layout, self.recipe))
@@ -290,13 +290,12 @@ class Stages:
         """`sensitivity.measure`: the whole matrix up to the reference, some rows at other rates."""
         layout = self.plans[name].layout
         few = work.some_rows(layout)
-        recipe, parts = quick(self.recipe), []
+        recipe, parts = quick(self.recipe), [times(work.factorize(few), 2)]
         for rate in self.recipe.rates:
             tried = layout if rate <= self.recipe.reference_rate else few
             one = work.uniform(tried, rate, recipe)
             residual = few.out_features * layout.in_features**2
-            parts += [work.solve([one], recipe, is_trial=True), times(work.factorize(few), 2)]
-            parts.append(Work({FACTOR: 2 * residual}))
+            parts += [work.solve([one], recipe, is_trial=True), Work({FACTOR: 2 * residual})]
         return total(parts)
 
     def _block(self, prefix: str, rows: int, attention: Work, is_last: bool = False) -> list[Work]:

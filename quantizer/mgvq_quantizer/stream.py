@@ -99,19 +99,24 @@ class Stream:
             features: rows of every picture.
             device: where to compute.
         """
-        groups = sharing_groups(self.plans)
-        if not groups:
-            return
-        looking: list[Run] = [partial(encode_batch, self.model, part, device) for part in pictures]
-        reading: list[Run] = [*decoder_runs(self.model, batches, features)]
+        groups = {
+            label: group
+            for label, group in sharing_groups(self.plans).items()
+            if not all(self.work.holds(matrix.name) for matrix in group)
+        }
+        modules = {m.name: self._module(m.name) for group in groups.values() for m in group}
+        tower = {name: module for name, module in modules.items() if name.startswith("visual.")}
+        blocks = {name: module for name, module in modules.items() if name not in tower}
+        moments: dict[str, Tensor] = {}
+        if tower:
+            looking = [partial(encode_batch, self.model, part, device) for part in pictures]
+            moments |= input_moments(tower, looking)
+        if blocks:
+            weights = {name: w for name in blocks if (w := self._weights(name, batches))}
+            moments |= input_moments(blocks, decoder_runs(self.model, batches, features), weights)
         for label, group in groups.items():
-            if all(self.work.holds(matrix.name) for matrix in group):
-                continue
-            modules = {matrix.name: self._module(matrix.name) for matrix in group}
-            weights = {name: w for name in modules if (w := self._weights(name, batches))}
-            runs = looking if group[0].name.startswith("visual.") else reading
-            moments = input_moments(modules, runs, weights)
-            problems = list(self._problems(group, moments))
+            own = {matrix.name: moments.pop(matrix.name) for matrix in group}
+            problems = list(self._problems(group, own))
             drawn = seeded(self.recipe.seed, label)
             solved = solve(problems, self.recipe, drawn, is_trial=True)
             for problem, solution in zip(problems, solved, strict=True):
