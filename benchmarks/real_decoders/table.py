@@ -34,6 +34,7 @@ _COMMON = QuantRecipe(
     survey_bits=2.5,
     max_samples=56,
     guided=True,
+    draw_out=0.0,
     tuning_steps=30,
     tuning_batch_tokens=512,
     codebook_lr=2e-3,

@@ -228,6 +228,7 @@ def _round(residence: Residence, recipe: QuantRecipe, work: Work, data: Data, ba
         # Kept beside the survey, which is made of them: no run that shares it sees other answers.
         show = bar.set_description
         data = answer_open_questions(graph, data, features, recipe, work.survey, show)
+        show("asking the unquantized model")
     reference = ask_teacher(graph, length_batches(data.all, device), features)
     drawn = length_batches(data.drawn(recipe), device)
     taught = ask_teacher(graph, drawn, features, reference)  # for tuning, which alone sees these

@@ -40,8 +40,9 @@ _LEAST = {
 }
 
 _ROUNDS = {"lookup": 4, "trellis": 1}
-_DRAW_OUT = {"lookup": 0.5, "trellis": 0.0}
-"""`refit_rounds` and `draw_out` where they are not given, by codec."""
+"""`refit_rounds` where they are not given, by codec."""
+_DRAW_OUT = 0.5
+"""`draw_out` where it is not given and nothing descends."""
 
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "fast": {"refit_rounds": 2, "picture_swaps": 1},
@@ -166,7 +167,7 @@ class QuantRecipe:
     draw_out: float | None = None
     """How far what bands of few bits hold is stored as large as it was on average, 1, and not drawn
     in as the least squares would have it, 0; the scales of rows go on losing the least squares.
-    When not given, 0.5 with lookups and no descent, 0 with a trellis."""
+    When not given, 0.5, or 0 with descent."""
     max_codebook_overhead: float = 0.05
     """Bits a weight a matrix may spend on tables of its own; above it they are shared by kind."""
     channel_classes: bool = False
@@ -294,7 +295,7 @@ class QuantRecipe:
         """How far values of few bits are drawn out."""
         if self.draw_out is not None:
             return self.draw_out
-        return 0.0 if self.descent_sweeps else _DRAW_OUT[self.codec]
+        return 0.0 if self.descent_sweeps else _DRAW_OUT
 
     @property
     def has_row_parts(self) -> bool:

@@ -120,14 +120,15 @@ def test_a_trellis_takes_one_round_whatever_the_preset_unless_it_is_told() -> No
     assert [made["refit_rounds"] for made in written] == [4, 1, 3]
 
 
-def test_lookups_are_drawn_out_half_way_unless_they_are_told_or_descend() -> None:
+def test_codes_are_drawn_out_half_way_unless_they_are_told_or_descend() -> None:
     for settings, taken in (
         ({}, 0.5),
         ({"draw_out": 0.0}, 0.0),
         ({"draw_out": 1.0}, 1.0),
         ({"descent_sweeps": 2}, 0.0),
         ({"draw_out": 0.0, "descent_sweeps": 2}, 0.0),
-        ({"codec": "trellis"}, 0.0),
+        ({"codec": "trellis"}, 0.5),
+        ({"codec": "trellis", "descent_sweeps": 1}, 0.0),
         ({"codec": "trellis", "draw_out": 0.25}, 0.25),
     ):
         recipe = make_recipe("default", None, settings)

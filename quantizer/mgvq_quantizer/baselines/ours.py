@@ -22,8 +22,8 @@ OURS = "MGVQ"
 """The label of the whole method."""
 TRELLIS: Mapping[str, Any] = {"codec": "trellis"}
 """Settings of the whole method with a trellis for lookups."""
-_LOOKUPS_ONLY = {"two-sided", "two-descents", "one-refit", "no-draw-out"}
-_TRELLIS_ONLY = {"descent", "two-rounds", "draw-out-half"}
+_LOOKUPS_ONLY = {"two-sided", "two-descents", "one-refit"}
+_TRELLIS_ONLY = {"descent", "two-rounds"}
 
 CHANGES: Mapping[str, Mapping[str, Any]] = {
     "uniform": {"allocation": "uniform"},
@@ -33,8 +33,8 @@ CHANGES: Mapping[str, Mapping[str, Any]] = {
     "shared-survey": {"survey_bits": 2.5},  # rows of 2 to 3 bits can share it
     "unordered": {"allocation": "uniform", "permute": False},
     "one-refit": {"refit_rounds": 1},
-    "descent": {"descent_sweeps": 1},
-    "two-descents": {"descent_sweeps": 2},  # in place of drawing out
+    "descent": {"descent_sweeps": 1},  # in place of drawing out
+    "two-descents": {"descent_sweeps": 2},
     "two-rounds": {"refit_rounds": 2},
     "own-tables": {"max_codebook_overhead": 100.0},
     "guided": {"guided": True},
@@ -43,7 +43,6 @@ CHANGES: Mapping[str, Mapping[str, Any]] = {
     "no-mismatch": {"mismatch": 0.0},
     "no-draw-out": {"draw_out": 0.0},
     "draw-out": {"draw_out": 1.0},
-    "draw-out-half": {"draw_out": 0.5},
     "channel-classes": {"channel_classes": True},
     "block-tuning": {"block_steps": 50},
     "no-bias-correction": {"bias_correction": False},
