@@ -182,7 +182,7 @@ def test_what_another_run_left_behind_is_not_taken_for_this_one(
         with pytest.raises(KeyboardInterrupt):
             run()
     assert left.is_dir(), "of the first defaults"
-    monkeypatch.setitem(recipe_module._DRAW_OUT, "lookup", 0.0)
+    monkeypatch.setattr(recipe_module, "_DRAW_OUT", 0.0)
     second = run()
     assert (second.key, second.recipe) != (first.key, first.recipe)
     assert second.marks != first.marks
