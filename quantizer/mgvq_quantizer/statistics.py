@@ -7,8 +7,8 @@ much each token counts (`token_weights`), what is done with a moment.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -80,6 +80,19 @@ def checked_moment(name: str, moment: Tensor | None) -> Tensor:
             "mgvq-eval, or try other calibration data"
         )
     return moment
+
+
+@contextmanager
+def rounding_of(name: str) -> Iterator[None]:
+    """Let numbers that fail inside say whose they are: a matrix's, or those of all of a kind.
+
+    Raises:
+        CalibrationError: for an `ArithmeticError`.
+    """
+    try:
+        yield
+    except ArithmeticError as error:
+        raise CalibrationError(f"{name} cannot be rounded: {error}") from error
 
 
 def record_calls(module: nn.Module, runs: Iterable[Run]) -> Calls:

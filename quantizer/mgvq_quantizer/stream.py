@@ -23,7 +23,6 @@ from mgvq_quantizer.allocation import MatrixPlan, sharing_groups
 from mgvq_quantizer.batches import Features, TokenBatch, decoder_runs, encode_batch
 from mgvq_quantizer.bias_correction import mean_error
 from mgvq_quantizer.block_tuning import BlockTuned, BlockTuner
-from mgvq_quantizer.calibration import CalibrationError
 from mgvq_quantizer.codebook import Codebook
 from mgvq_quantizer.gate import MatrixEvidence, Verdict, choose
 from mgvq_quantizer.gradients import TokenWeights, weights_of
@@ -41,6 +40,7 @@ from mgvq_quantizer.statistics import (
     input_moment,
     input_moments,
     record_calls,
+    rounding_of,
 )
 from mgvq_quantizer.teacher import Reference
 from mgvq_quantizer.tied_table import tied_moment
@@ -116,9 +116,10 @@ class Stream:
             moments |= input_moments(blocks, decoder_runs(self.model, batches, features), weights)
         for label, group in groups.items():
             own = {matrix.name: moments.pop(matrix.name) for matrix in group}
-            problems = list(self._problems(group, own))
-            drawn = seeded(self.recipe.seed, label)
-            solved = solve(problems, self.recipe, drawn, is_trial=True)
+            with rounding_of(label):
+                problems = list(self._problems(group, own))
+                drawn = seeded(self.recipe.seed, label)
+                solved = solve(problems, self.recipe, drawn, is_trial=True)
             for problem, solution in zip(problems, solved, strict=True):
                 self.books |= books_of(problem, solution)
 
@@ -243,10 +244,8 @@ class Stream:
             elif moment is None:
                 moment = input_moment(name, module, runs, weights)
             evidence = None if witness is None else witness.about(name)
-            try:
+            with rounding_of(name):
                 solution, target = self._solve(plan, moment, missing, evidence)
-            except ArithmeticError as error:
-                raise CalibrationError(f"{name} cannot be rounded: {error}") from error
             if self.recipe.bias_correction and isinstance(module, nn.Linear):
                 solution = replace(solution, bias=self._bias(name, target, solution, runs, weights))
             self.work.save(name, solution)

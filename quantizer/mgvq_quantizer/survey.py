@@ -26,6 +26,7 @@ from mgvq_quantizer.statistics import (
     checked_moment,
     next_call,
     record_calls,
+    rounding_of,
     watch_inputs,
 )
 from mgvq_quantizer.stream import seeded
@@ -95,15 +96,16 @@ def survey(
         for name in missing:
             module = model.get_submodule(name)
             assert isinstance(module, nn.Linear)
-            found[name] = measure(
-                name,
-                module.weight,
-                inputs[name],
-                evidence.gradients[name],
-                recipe,
-                partial(_alone, model, i, block, module, asked, evidence),
-                seeded(recipe.seed, f"sensitivity of {name}"),
-            )
+            with rounding_of(name):
+                found[name] = measure(
+                    name,
+                    module.weight,
+                    inputs[name],
+                    evidence.gradients[name],
+                    recipe,
+                    partial(_alone, model, i, block, module, asked, evidence),
+                    seeded(recipe.seed, f"sensitivity of {name}"),
+                )
             work.save_facts(f"sensitivity.{name}", asdict(found[name]))
             progress(name)
         train, asked = train_left, [next_call(call, block(*call)) for call in asked]

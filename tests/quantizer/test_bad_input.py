@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mgvq_quantizer import cli, pipeline, preflight
+from mgvq_quantizer import cli, ldl, pipeline, preflight
 from mgvq_quantizer.archive import Archive, DataError, read_rows
 from mgvq_quantizer.batches import encode_pictures, length_batches, unique_pictures
 from mgvq_quantizer.calibration import CalibrationError, load_conversations
@@ -129,6 +129,30 @@ def test_one_bad_picture_is_told_from_its_neighbours(small: Path) -> None:
     batches = length_batches(data.all, torch.device("cpu"))
     with torch.no_grad(), pytest.raises(CalibrationError, match=re.escape(bad.where)):
         ask_teacher(graph, batches, features)
+
+
+@pytest.mark.parametrize(
+    ("settings", "whose"),
+    [
+        ({"allocation": "model", "bits": 8.0, "permute": True}, r"model\.layers\.0\.self_attn\.qkv_proj"),
+        ({"max_codebook_overhead": 0.0}, r"visual-blocks-attn-qkv-\d+x\d+"),
+        ({}, r"visual\.patch_embed\.proj"),
+    ],
+)
+def test_a_moment_that_cannot_be_factored_is_named(
+    settings: dict[str, Any],
+    whose: str,
+    dense: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*_: object) -> None:
+        raise torch.linalg.LinAlgError
+
+    monkeypatch.setattr(ldl, "block_ldl", fail)
+    recipe = QuantRecipe(**{**SMALL, **settings})
+    with pytest.raises(CalibrationError, match=f"^{whose} cannot be rounded: the second moment"):
+        quantize(dense, tmp_path / "out", recipe, show_progress=False)
 
 
 def test_a_conversation_beyond_the_context_is_named(small: Path, tmp_path: Path) -> None:
