@@ -30,8 +30,6 @@ Tables = Sequence[Sequence[Tensor]]
 Names = Sequence[Sequence[str]]
 """[band][stage]: the name of a table."""
 T = TypeVar("T")
-DESCENT_SWEEPS = 2
-"""Rounds of coordinate descent over the vectors of a block that has several."""
 _INT8_MAX = 127
 _SEARCH_ELEMENTS = 1 << 22
 """Distances held at once while searching: 16 MiB of float32."""
@@ -109,51 +107,6 @@ def nearest(vectors: Tensor, table: Tensor, metrics: Tensor) -> Tensor:
         )  # [b, N, K]
         codes[part] = scores.argmin(-1)
     return codes
-
-
-def assign(
-    targets: Tensor, metric: Tensor, tables: Sequence[Tensor], sweeps: int = DESCENT_SWEEPS
-) -> tuple[list[Tensor], Tensor]:
-    """Choose the codes of one block of columns for all rows.
-
-    One stage is exact. Several stages are chosen greedily, then improved by `sweeps` rounds of
-    coordinate descent over the vectors of all stages.
-
-    Args:
-        targets: `[O, b]` float32.
-        metric: `[b, b]` float32, symmetric positive definite.
-        tables: one `[256, d]` float32 a stage; every `d` divides `b`.
-        sweeps: rounds of coordinate descent when there is more than one vector.
-
-    Returns:
-        The codes, one `[O, b/d]` int64 a stage, and the block's value `[O, b]`.
-    """
-    O, b = targets.shape  # noqa: E741
-    value = torch.zeros_like(targets)
-    codes = [
-        torch.zeros(O, b // table.shape[1], dtype=torch.int64, device=targets.device)
-        for table in tables
-    ]
-    vectors = [(stage, i) for stage, table in enumerate(tables) for i in range(b // table.shape[1])]
-    rounds = 1 if len(vectors) == 1 else 1 + sweeps
-    for current_round in range(rounds):
-        for stage, i in vectors:
-            table = tables[stage]
-            d = table.shape[1]
-            here = slice(i * d, (i + 1) * d)
-            if current_round > 0:
-                value[:, here] -= table[codes[stage][:, i]]
-            error = targets - value
-            block = metric[here, here]
-            goal = error[:, here]  # [O, d]
-            if current_round > 0 and d < b:
-                outside = error.clone()
-                outside[:, here] = 0
-                goal = goal + torch.linalg.solve(block, (outside @ metric)[:, here].T).T
-            chosen = nearest(goal[None], table, block[None])[0]
-            codes[stage][:, i] = chosen
-            value[:, here] += table[chosen]
-    return codes, value
 
 
 def decode(codes: Sequence[Sequence[Tensor]], tables: Tables) -> Tensor:

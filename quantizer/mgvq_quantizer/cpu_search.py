@@ -21,10 +21,14 @@ from torch import Tensor
 
 from mgvq_kernels.cpu_jit import compile_cached, lesser
 from mgvq_kernels.cpu_threads import over_threads
+from mgvq_quantizer.block_codes import without_couplings
 
 _TILE_ROWS = 32
 """Rows whose codes of one block are chosen before those of the next block: for as long the tables
 in the block's metric, 3 to 14 KB, stay in the first cache."""
+_CROSSED_ROWS = 256
+"""The same where a block has several vectors: tables of what their entries cost beside each other
+(`_cross`) are made anew for each tile."""
 _MANY_SEARCHES = 1 << 10
 """Searches (about 0.15 us each) from which on another thread pays."""
 
@@ -75,38 +79,31 @@ class Stages:
     _metrics: Any
     """`[nb, b, b]` float32."""
     _projected: tuple[Any, ...]
-    """A vector: `[nb, d, 256]` float32: twice the codewords times the metric."""
+    """A vector: `[nb, b, 256]` float32: twice the codewords times the metric; without couplings for
+    one across others."""
     _norms: Any
     """`[V, nb, 256]` float32: the codewords' forms."""
-    _pulls: Any
-    """`[nb, V, b, b]` float32: what a vector makes up for of the error of the block's others; rows
-    past its length are empty."""
 
     @classmethod
     def of_band(cls, tables: Sequence[Tensor], metrics: Tensor) -> Stages:
         """Prepare a band.
 
         Args:
-            tables: one `[256, d]` float32 a stage; every `d` divides `b`.
+            tables: one `[256, d]` float32 a stage, of two stages the second across the block.
             metrics: `[nb, b, b]` float32, symmetric positive definite.
         """
         nb, b, _ = metrics.shape
         starts = np.cumsum([0, *(table.numel() for table in tables)])
         vectors: list[tuple[int, int, int]] = []
         projected, norms = [], []
-        pulls = torch.zeros(nb, sum(b // t.shape[1] for t in tables), b, b)
         for table, start in zip(tables, starts[:-1], strict=True):
             d = table.shape[1]
             for first in range(0, b, d):
                 here = slice(first, first + d)
-                block = metrics[:, here, here]  # [nb, d, d]
-                image = table @ block  # [nb, 256, d]
-                projected.append((2 * image.transpose(1, 2)).contiguous().numpy())
-                norms.append((image * table).sum(-1))
-                if d < b:
-                    others = metrics[:, here].clone()  # [nb, d, b]
-                    others[:, :, here] = 0
-                    pulls[:, len(vectors), :d] = torch.linalg.solve(block, others)
+                seen = metrics if d < b else without_couplings(metrics, tables[0].shape[1])
+                image = seen[:, :, here] @ table.T  # [nb, b, 256]
+                projected.append((2 * image).contiguous().numpy())
+                norms.append((image[:, here] * table.T).sum(1))
                 vectors.append((first, d, int(start)))
         return cls(
             np.array(vectors, dtype=np.int64),
@@ -114,7 +111,6 @@ class Stages:
             metrics.contiguous().numpy(),
             tuple(projected),
             torch.stack(norms).numpy(),
-            pulls.numpy(),
         )
 
     def choose(
@@ -123,7 +119,7 @@ class Stages:
         buffer: Buffer,
         inner: Tensor,
         codes: Tensor,
-        sweeps: int,
+        finalists: int,
         kept: float,
         *,
         keep_better: bool,
@@ -135,7 +131,7 @@ class Stages:
             buffer: the columns; `goal`, `value` and `error` are overwritten.
             inner: `[w, w]` float32: how much of a block's new error the ones before it absorb.
             codes: `[O, w/b, V]` int64; overwritten.
-            sweeps: rounds of coordinate descent over a block's vectors.
+            finalists: as in `block_codes`.
             kept: what goals are divided by before codewords are looked for.
             keep_better: keep old codes where the new ones are no better.
 
@@ -144,13 +140,12 @@ class Stages:
         """
         O = len(codes)  # noqa: E741
         forms = torch.empty(O, dtype=torch.float64)
-        rounds = 1 + sweeps if len(self._vectors) > 1 else 1
         columns = (buffer.weight, buffer.goal, buffer.value, buffer.error, codes, forms)
         arrays = tuple(tensor.numpy() for tensor in columns)
         matrix = inner.contiguous().numpy()
 
         def run(start: int, stop: int) -> None:
-            settings = first, rounds, keep_better, np.float32(kept)
+            settings = first, finalists, keep_better, np.float32(kept)
             _choose(start, stop, settings, arrays, matrix, self._band)
 
         over_threads(run, 0, O, 1, codes.numel() >= _MANY_SEARCHES)
@@ -164,7 +159,6 @@ class Stages:
             self._metrics,
             self._projected,
             self._norms,
-            self._pulls,
         )
 
 
@@ -202,11 +196,17 @@ def _score(v, projected, norms, scores):  # type: ignore[no-untyped-def]
 
 
 @njit
-def _lowest(scores):  # type: ignore[no-untyped-def]
-    """Return where the smallest score stands first."""
+def _least(scores):  # type: ignore[no-untyped-def]
+    """Return the smallest score."""
     low = scores[0]
     for k in range(scores.size):
         low = lesser(low, scores[k])
+    return low
+
+
+@njit
+def _first_of(low, scores):  # type: ignore[no-untyped-def]
+    """Return where a score stands first."""
     last = int32(scores.size - 1)
     code = last
     for k in range(scores.size):
@@ -220,7 +220,7 @@ def _search(vectors, projected, norms, codes, start, stop):  # type: ignore[no-u
     for b in range(vectors.shape[0]):
         for i in range(start, stop):
             _score(vectors[b, i], projected[b], norms[b], scores)
-            codes[b, i] = _lowest(scores)
+            codes[b, i] = _first_of(_least(scores), scores)
 
 
 @njit
@@ -235,52 +235,145 @@ def _form(goal, value, metric):  # type: ignore[no-untyped-def]
 
 
 @njit
-def _encode(goal, turns, new, picked, wanted, scores, block, band):  # type: ignore[no-untyped-def]
-    """Choose the codes `picked` of one row's block, and its value `new`."""
-    vectors, tables, _, projected, norms, pulls = band
+def _cross(crossed, block, band):  # type: ignore[no-untyped-def]
+    """Fill `[V - 1, 256, 256]`: what an entry of the vector across a block costs beside each of the
+    others."""
+    vectors, tables, metrics, _, _ = band
+    across, b = vectors[len(vectors) - 1, 2], metrics.shape[1]
+    image = np.empty(b, np.float32)
+    for v in range(len(crossed)):
+        begin, d, table = vectors[v]
+        for entry in range(crossed.shape[1]):
+            image[:] = 0.0
+            for j in range(begin, begin + d):
+                number = float32(2.0) * tables[across + entry * b + j]
+                for i in range(d):
+                    image[i] += number * metrics[block, begin + i, j]
+            for k in range(crossed.shape[2]):
+                cost = float32(0.0)
+                for i in range(d):
+                    cost += image[i] * tables[table + k * d + i]
+                crossed[v, entry, k] = cost
+
+
+@njit
+def _decode(picked, new, band):  # type: ignore[no-untyped-def]
+    """Write the value of a block's codes."""
+    vectors, tables = band[:2]
     new[:] = 0.0
-    for turn in range(turns):
-        for v in range(len(vectors)):
-            begin, d, table = vectors[v]
-            if turn > 0:
-                for i in range(d):
-                    new[begin + i] -= tables[table + picked[v] * d + i]
-            for i in range(d):
-                wanted[i] = goal[begin + i] - new[begin + i]
-            if turn > 0 and d < new.size:
-                for i in range(d):
-                    for k in range(new.size):
-                        wanted[i] += pulls[block, v, i, k] * (goal[k] - new[k])
-            _score(wanted[:d], projected[v][block], norms[v, block], scores)
-            picked[v] = _lowest(scores)
-            for i in range(d):
-                new[begin + i] += tables[table + picked[v] * d + i]
-    new[:] = 0.0  # without what taking away and putting back left behind
     for v in range(len(vectors)):
         begin, d, table = vectors[v]
         for i in range(d):
             new[begin + i] += tables[table + picked[v] * d + i]
 
 
+@njit
+def _least_sum(scores, more):  # type: ignore[no-untyped-def]
+    """Return the smallest sum of two scores."""
+    low = scores[0] + more[0]
+    for k in range(scores.size):
+        low = lesser(low, scores[k] + more[k])
+    return low
+
+
+@njit
+def _finalists(scores, crossed, entries, costs):  # type: ignore[no-untyped-def]
+    """Write the entries of the vector across that cost least with the best of the others."""
+    last = len(crossed)
+    costs[:] = np.inf
+    for entry in range(scores.shape[1]):
+        cost = scores[last, entry]
+        for v in range(last):
+            cost += _least_sum(scores[v], crossed[v, entry])
+        place = costs.size
+        while place > 0 and cost < costs[place - 1]:
+            place -= 1
+            if place + 1 < costs.size:
+                costs[place + 1], entries[place + 1] = costs[place], entries[place]
+        if place < costs.size:
+            costs[place], entries[place] = cost, entry
+
+
+@njit
+def _complete(entry, goal, picked, work, crossed, block, band):  # type: ignore[no-untyped-def]
+    """Choose the codes beside an entry across: each alone, then each beside the others."""
+    vectors, tables, _, projected, norms = band
+    scores, sums, left = work[:3]
+    last, b = len(crossed), goal.size
+    picked[last] = entry
+    for v in range(last):
+        for k in range(sums.size):
+            sums[k] = scores[v, k] + crossed[v, entry, k]
+        picked[v] = _first_of(_least(sums), sums)
+    _decode(picked, left, band)
+    for i in range(b):
+        left[i] = goal[i] - left[i]
+    for v in range(last):
+        begin, d, table = vectors[v]
+        for i in range(d):
+            left[begin + i] += tables[table + picked[v] * d + i]
+        _score(left, projected[v][block], norms[v, block], sums)
+        picked[v] = _first_of(_least(sums), sums)
+        for i in range(d):
+            left[begin + i] -= tables[table + picked[v] * d + i]
+
+
+@njit
+def _encode(goal, picked, new, work, crossed, block, band):  # type: ignore[no-untyped-def]
+    """Choose the codes `picked` of one row's block as `block_codes.assign` does, and its value
+    `new`."""
+    vectors, _, metrics, projected, norms = band
+    scores, sums, _, tried, entries, costs = work
+    last = len(crossed)
+    if last == 0:
+        _score(goal, projected[0][block], norms[0, block], sums)
+        picked[0] = _first_of(_least(sums), sums)
+        _decode(picked, new, band)
+        return
+    for v in range(last + 1):
+        here = slice(vectors[v, 0], vectors[v, 0] + vectors[v, 1])
+        _score(goal[here], projected[v][block, here], norms[v, block], scores[v])
+    _finalists(scores, crossed, entries, costs)
+    least = float32(np.inf)
+    for entry in entries:
+        _complete(entry, goal, tried, work, crossed, block, band)
+        _decode(tried, new, band)
+        form = _form(goal, new, metrics[block])
+        if form < least:
+            least = form
+            picked[:] = tried
+    _decode(picked, new, band)
+
+
 @compile_cached
 def _choose(start, stop, settings, columns, inner, band):  # type: ignore[no-untyped-def]
-    first, turns, keep_better, kept = settings
+    first, finalists, keep_better, kept = settings
     weight, goal, value, error, codes, forms = columns
     metrics = band[2]
     b = metrics.shape[1]
-    scores = np.empty(band[4].shape[2], np.float32)
-    new, wanted = np.empty(b, np.float32), np.empty(b, np.float32)
-    sought = np.empty(b, np.float32)
-    picked = np.empty(codes.shape[2], np.int64)
+    V, K = codes.shape[2], band[4].shape[2]
+    crossed = np.empty((V - 1, K, K), np.float32)
+    sought, new = np.empty(b, np.float32), np.empty(b, np.float32)
+    picked = np.empty(V, np.int64)
+    work = (
+        np.empty((V, K), np.float32),
+        np.empty(K, np.float32),
+        np.empty(b, np.float32),
+        np.empty(V, np.int64),
+        np.empty(finalists, np.int64),
+        np.empty(finalists, np.float32),
+    )
+    tile = _TILE_ROWS if V == 1 else _CROSSED_ROWS
     forms[start:stop] = 0.0
-    for top in range(start, stop, _TILE_ROWS):
+    for top in range(start, stop, tile):
         for j in range(codes.shape[1] - 1, -1, -1):
             begin, end, block = j * b, (j + 1) * b, first + j
-            for row in range(top, min(top + _TILE_ROWS, stop)):
+            _cross(crossed, block, band)
+            for row in range(top, min(top + tile, stop)):
                 aim = goal[row, begin:end]
                 for i in range(b):
                     sought[i] = aim[i] / kept
-                _encode(sought, turns, new, picked, wanted, scores, block, band)
+                _encode(sought, picked, new, work, crossed, block, band)
                 form = _form(aim, new, metrics[block])
                 if keep_better:
                     old = _form(aim, value[row, begin:end], metrics[block])

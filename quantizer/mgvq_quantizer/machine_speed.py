@@ -24,6 +24,7 @@ from mgvq_quantizer.solver_work import (
     FLOW,
     FORWARD,
     MATMUL,
+    PAIRS,
     REFIT,
     SPREAD,
     SQUARE,
@@ -39,6 +40,8 @@ _ROWS, _COLUMNS, _RATE = 1024, 256, 2
 """The matrix that is rounded on trial."""
 _FEW_ROWS = 32
 """Its rows where a trellis is searched without compiled code: 73 to 86 us a weight."""
+_PAIRED_ROWS, _PAIRED_RATE = 256, 3
+"""Of the matrix whose stages are chosen together."""
 _FORWARD_ROWS = 512
 _VECTORS = 8192
 """That are searched for on trial."""
@@ -91,6 +94,9 @@ def measure_speed(
     if recipe.codec == "lookup":
         seconds |= _training(clock, seconds)
     seconds |= _sweep(clock, seconds, recipe)
+    if recipe.codec == "lookup":
+        spent, counted = _swept(clock, _PAIRED_ROWS, seconds, rate_stages(_PAIRED_RATE))
+        seconds[PAIRS] = spent / counted[PAIRS]
     seconds |= _refit(clock, seconds, tried[0])
     scale = _solve(clock, seconds, recipe)
     outside = (FLOW, FORWARD, STORE)

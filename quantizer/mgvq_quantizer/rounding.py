@@ -23,11 +23,12 @@ from torch import Tensor
 from mgvq_kernels import ops
 from mgvq_kernels.layout import Band, VQLayout
 from mgvq_kernels.trellis import GROUP_WEIGHTS
-from mgvq_quantizer.codebook import DESCENT_SWEEPS, Tables, assign, compiled_search
+from mgvq_quantizer.block_codes import FINALISTS, assign
+from mgvq_quantizer.codebook import Tables, compiled_search
 from mgvq_quantizer.ldl import BlockLDL, Run
 from mgvq_quantizer.trellis_search import assign_trellis, whole_segments
 
-_KEPT_BY_LOOKUPS = {1: 0.69, 2: 0.905, 3: 0.967, 4: 0.991}
+_KEPT_BY_LOOKUPS = {1: 0.69, 2: 0.905, 3: 0.973, 4: 0.991}
 """By rate, of normal values in tables trained on them; 8 bits keep all."""
 BUFFER = 64
 """Columns whose mutual feedback is applied at once; beyond them it is one matmul a buffer."""
@@ -228,7 +229,7 @@ def _choose_compiled(
     by_block = [code.reshape(O, len(blocks), -1) for code in buffer.codes]
     codes = torch.cat(by_block, dim=2).contiguous()  # [O, blocks, vectors]
     forms = stages.choose(
-        blocks.start, buffer, inner, codes, DESCENT_SWEEPS, kept, keep_better=keep_better
+        blocks.start, buffer, inner, codes, FINALISTS, kept, keep_better=keep_better
     )
     chosen = torch.split(codes, [part.shape[2] for part in by_block], dim=2)
     for code, new in zip(buffer.codes, chosen, strict=True):

@@ -28,7 +28,6 @@ from mgvq_quantizer.codebook import (
     Codebook,
     Names,
     Tables,
-    assign,
     decode,
     named,
     refit_codebooks,
@@ -47,11 +46,7 @@ from mgvq_quantizer.rounding import (
     ldl_feedback,
     sweep,
 )
-from mgvq_quantizer.trellis_search import (
-    assign_trellis,
-    reaching_scales,
-    trellis_rates,
-)
+from mgvq_quantizer.trellis_search import reaching_scales, trellis_rates
 from mgvq_quantizer.two_sided import RowFeedback, descend_rows, form, round_rows, row_feedback
 
 SMALLEST_SCALE = 2.0**-14
@@ -345,22 +340,16 @@ def _error(member: _Member, value: Tensor) -> float:
 
 def _plain_error(member: _Member, books: Books) -> float:
     """The error of the nearest codewords, block by block, without any metric or feedback."""
-    target, values = member.target(), []
+    target, tables = member.target(), _values(member, books)
     rates = trellis_rates(member.layout)
     if any(rates):
         target = target[: segments(len(target))[0][1]]
-    parts = torch.split(target, [band.width for band in member.layout.bands], dim=1)
-    for columns, tables, run, rate in zip(
-        parts, _values(member, books), blocks_of(member.layout), rates, strict=True
-    ):
-        eye = torch.eye(run.block, device=target.device)
-        if rate:
-            blocks = torch.split(columns, run.block, dim=1)
-            values += [assign_trellis(block, eye, tables, rate)[1] for block in blocks]
-        else:
-            _, value = assign(columns.reshape(-1, run.block), eye, tables)
-            values.append(value.view(len(target), -1))
-    return _error(member, torch.cat(values, dim=1))
+    rounded = empty(target, tables, [band.width for band in member.layout.bands])
+    runs = blocks_of(member.layout)
+    eyes = [torch.eye(r.block).to(target).expand(r.width // r.block, -1, -1) for r in runs]
+    nothing = torch.zeros_like(member.rounding.coupling)
+    sweep(target, rounded, tables, Feedback(nothing, tuple(eyes)), rates=rates)
+    return _error(member, rounded.value)
 
 
 def _values(member: _Member, books: Books) -> Tables:

@@ -17,11 +17,8 @@ from collections.abc import Sequence
 
 from mgvq_kernels.layout import Band, Stage, VQLayout
 from mgvq_kernels.trellis import GROUP_WEIGHTS, segments
-from mgvq_quantizer.codebook import (
-    CODEBOOK_SIZE,
-    DESCENT_SWEEPS,
-    SEED_VECTORS,
-)
+from mgvq_quantizer.block_codes import FINALISTS
+from mgvq_quantizer.codebook import CODEBOOK_SIZE, SEED_VECTORS
 from mgvq_quantizer.first_tables import MAX_TRAINING_VECTORS
 from mgvq_quantizer.ordering import TRIAL_ROWS, quick
 from mgvq_quantizer.recipe import QuantRecipe
@@ -48,6 +45,8 @@ REFIT = "refit"
 """Codes decoded and scattered once, there and back."""
 STEP = "step"
 """Choices of one vector of a block for all rows: what each costs before the first row."""
+PAIRS = "pairs"
+"""Pairs of entries, of a vector across a block and of one beside it, whose scores are added up."""
 VISIT = "visit"
 """Numbers of a block that such a choice passes over, besides the search."""
 FLOW = "flow"
@@ -122,7 +121,7 @@ def solve(
         work.update(times(form(layout), 2))  # the error at the end, as a share
         if not is_trial:
             work.update(times(form(_plain_rows(layout)), 2))  # and that of plain codewords
-            work.update(_plain(layout))
+            work.update(sweep(_plain_rows(layout), keeps_better=False))
         if layout.codec == "trellis":
             work[MATMUL] += SCALE_STEPS * O * I  # reaching_scales
         work.update(times(_assign(layout, recipe, is_two_sided), recipe.rounds))
@@ -218,18 +217,19 @@ def nearest(vectors: int, blocks: int, vector_dim: int) -> Work:
 
 
 def assign(rows: int, band: Band) -> Work:
-    """Count `codebook.assign` of one block of a band, or `trellis_search.assign_trellis`."""
+    """Count `block_codes.assign` of one block of a band, or `trellis_search.assign_trellis`."""
     b = block_of(band)
     if band.stages[0].codec == "trellis":
         return Work({STEP: 1, VISIT: rows * b}) + encode(rows, band.stages[0])
     dims = [stage.vector_dim for stage in band.stages]
-    vectors = sum(b // d for d in dims)
-    rounds = 1 if vectors == 1 else 1 + DESCENT_SWEEPS
-    work = Work({STEP: rounds * vectors, VISIT: rounds * vectors * rows * b})
-    for d in dims:
-        work.update(times(nearest(rows, 1, d), rounds * b // d))
-        if d < b:
-            work[MATMUL] += (rounds - 1) * (b // d) * rows * b * b
+    work = Work({STEP: 1, VISIT: rows * b}) + nearest(rows, 1, b)
+    for d in dims[:-1]:
+        beside = b // d
+        work.update(times(nearest(rows, 1, d), beside))
+        work[PAIRS] += beside * rows * CODEBOOK_SIZE**2
+        put_right = FINALISTS * rows + d  # for each of them; the table in the metric
+        work[MATMUL] += beside * CODEBOOK_SIZE * (CODEBOOK_SIZE * d + put_right * b)
+        work[MATMUL] += FINALISTS * rows * b * b  # forms
     return work
 
 
@@ -289,18 +289,6 @@ def _plain_rows(layout: VQLayout) -> VQLayout:
     if layout.codec == "trellis":
         return dataclasses.replace(layout, out_features=segments(layout.out_features)[0][1])
     return layout
-
-
-def _plain(layout: VQLayout) -> Work:
-    """One call a band, on all its blocks as rows; one call a block of a trellis."""
-    rows, parts = _plain_rows(layout).out_features, []
-    for band in layout.bands:
-        blocks = band.width // block_of(band)
-        if layout.codec == "trellis":
-            parts.append(times(assign(rows, band), blocks))
-        else:
-            parts.append(assign(rows * blocks, band))
-    return total(parts)
 
 
 def _first_books(layouts: Sequence[VQLayout], recipe: QuantRecipe) -> Work:

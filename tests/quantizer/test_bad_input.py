@@ -134,7 +134,10 @@ def test_one_bad_picture_is_told_from_its_neighbours(small: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "whose"),
     [
-        ({"allocation": "model", "bits": 8.0, "permute": True}, r"model\.layers\.0\.self_attn\.qkv_proj"),
+        (
+            {"allocation": "model", "bits": 8.0, "permute": True},
+            r"model\.layers\.0\.self_attn\.qkv_proj",
+        ),
         ({"max_codebook_overhead": 0.0}, r"visual-blocks-attn-qkv-\d+x\d+"),
         ({}, r"visual\.patch_embed\.proj"),
     ],

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from mgvq_kernels import ops
+from mgvq_quantizer.block_codes import assign
 from mgvq_quantizer.codebook import (
     Codebook,
-    assign,
     decode,
     named,
     nearest,
@@ -64,10 +64,34 @@ def test_two_stages_beat_one_and_decode_to_their_value() -> None:
         return float(((error @ metric) * error).sum())
 
     codes, value = assign(targets, metric, tables)
-    assert [c.shape for c in codes] == [(200, 2), (200, 1)]
+    assert [code.shape for code in codes] == [(200, 2), (200, 1)]
     assert torch.allclose(decode([codes], [tables]), value, atol=1e-6)
-    assert loss(value) < loss(assign(targets, metric, tables, sweeps=0)[1])
-    assert loss(value) < loss(assign(targets, metric, tables[:1])[1])
+    assert loss(value) < loss(assign(targets, metric, tables[1:])[1])
+
+
+def test_two_stages_without_couplings_are_chosen_best() -> None:
+    g = torch.Generator().manual_seed(5)
+    targets, metric = torch.randn(300, 8, generator=g), torch.zeros(8, 8)
+    for half in (slice(0, 4), slice(4, 8)):  # without couplings, so that all choices can be tried
+        metric[half, half] = random_metrics(1, 4, g)[0]
+    source = torch.randn(1, 4000, 8, generator=g)
+    halves = source.view(1, -1, 4)
+    tables = [train_codebook(halves, torch.eye(4)[None], 8, g).values]
+    left = source - tables[0][nearest(halves, tables[0], torch.eye(4)[None])].view_as(source)
+    tables.append(train_codebook(left, torch.eye(8)[None], 8, g).values)
+
+    def forms(error: torch.Tensor) -> torch.Tensor:
+        return ((error @ metric) * error).sum(-1)
+
+    least = torch.full((300,), torch.inf)
+    for entry in tables[1]:
+        left, value = targets - entry, torch.zeros(300, 8)
+        for half in (slice(0, 4), slice(4, 8)):
+            code = nearest(left[None, :, half], tables[0], metric[None, half, half])[0]
+            value[:, half] = tables[0][code]
+        least = least.minimum(forms(left - value))
+    found = forms(targets - assign(targets, metric, tables)[1])
+    assert torch.allclose(found, least, atol=1e-4)
 
 
 @pytest.mark.parametrize("d", [8, 4, 2])
