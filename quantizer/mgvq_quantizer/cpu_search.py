@@ -27,8 +27,8 @@ _TILE_ROWS = 32
 """Rows whose codes of one block are chosen before those of the next block: for as long the tables
 in the block's metric, 3 to 14 KB, stay in the first cache."""
 _CROSSED_ROWS = 256
-"""The same where a block has several vectors: tables of what their entries cost beside each other
-(`_cross`) are made anew for each tile."""
+"""The same where a block has several vectors: sums of scores (`_cross`), 512 KB for three of them,
+are made anew for each tile."""
 _MANY_SEARCHES = 1 << 10
 """Searches (about 0.15 us each) from which on another thread pays."""
 
@@ -280,7 +280,7 @@ def _least_sum(scores, more):  # type: ignore[no-untyped-def]
 def _finalists(scores, crossed, entries, costs):  # type: ignore[no-untyped-def]
     """Write the entries of the vector across that cost least with the best of the others."""
     last = len(crossed)
-    costs[:] = np.inf
+    costs[:], entries[:] = np.inf, 0  # the first one, too, where no cost is a number
     for entry in range(scores.shape[1]):
         cost = scores[last, entry]
         for v in range(last):
@@ -334,7 +334,7 @@ def _encode(goal, picked, new, work, crossed, block, band):  # type: ignore[no-u
         here = slice(vectors[v, 0], vectors[v, 0] + vectors[v, 1])
         _score(goal[here], projected[v][block, here], norms[v, block], scores[v])
     _finalists(scores, crossed, entries, costs)
-    least = float32(np.inf)
+    least, picked[:] = float32(np.inf), 0
     for entry in entries:
         _complete(entry, goal, tried, work, crossed, block, band)
         _decode(tried, new, band)

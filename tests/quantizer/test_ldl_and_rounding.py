@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -166,6 +167,19 @@ def test_compiled_code_chooses_as_torch_does(
     # A tie within float32 sends the rest of its row another way.
     assert (codes == plain_codes).float().mean() > (0.98 if kept == 1.0 else 0.97)
     assert losses == pytest.approx(expected, rel=5e-3)
+
+
+@pytest.mark.parametrize("dims", [(4,), (4, 8)])
+def test_what_is_no_number_still_gets_a_code(correlated: Moment, dims: tuple[int, ...]) -> None:
+    g = torch.Generator().manual_seed(7)
+    weight = torch.randn(40, 64, generator=g)
+    weight[3] = torch.nan
+    tables = [torch.randn(256, d, generator=g) for d in dims]
+    rounded = empty(weight, [tables], [64])
+    factors = factorize(correlated(64, 7), [Run(64, max(dims))], 0.01)
+    assert math.isnan(sweep(weight, rounded, [tables], ldl_feedback(factors)))
+    assert all(0 <= int(code.min()) and int(code.max()) < 256 for code in rounded.codes[0])
+    assert bool(rounded.value.isfinite().all())
 
 
 def codes_of(codes: torch.Tensor, dims: tuple[int, ...]) -> list[torch.Tensor]:
