@@ -113,7 +113,8 @@ def test_losses_sum_to_what_was_measured_and_fall_with_the_rate(correlated: Mome
     totals = torch.tensor(found.losses).sum(0)
     assert RECIPE.rates[:2] == (1, 2)
     assert totals[:2].tolist() == pytest.approx([0.75, 0.125])
-    assert bool((totals[1:] < 0.6 * totals[:-1]).all())
+    # 3 bits have 3,072 numbers in their tables, much for a matrix this small.
+    assert bool((totals[1:] < 0.7 * totals[:-1]).all())
     errors = [float((weight - values).square().sum()) for values in asked]
     assert len(errors) == 2
     assert errors[0] > 2 * errors[1]

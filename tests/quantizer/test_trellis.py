@@ -197,10 +197,10 @@ def test_a_disk_keeps_the_compiled_search(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("rate", [1, 2, 3, 4])
 def test_a_matrix_loses_less_than_with_lookups(correlated: Moment, rate: int) -> None:
-    weight = 0.02 * torch.randn(256, 64, generator=seeded(6))
+    weight = 0.02 * torch.randn(512, 64, generator=seeded(6))
     errors = {}
     for codec in ("lookup", "trellis"):
-        layout = VQLayout.uniform(256, 64, rate, True, codec=codec)
+        layout = VQLayout.uniform(512, 64, rate, True, codec=codec)
         case = Problem(weight, correlated(64, 6), torch.arange(64), layout)
         solution = solve([case], RECIPE, seeded(7))[0]
         errors[codec] = solution.error
