@@ -347,7 +347,7 @@ def _plain_error(member: _Member, books: Books) -> float:
     rounded = empty(target, tables, [band.width for band in member.layout.bands])
     runs = blocks_of(member.layout)
     eyes = [torch.eye(r.block).to(target).expand(r.width // r.block, -1, -1) for r in runs]
-    nothing = torch.zeros_like(member.rounding.coupling)
+    nothing = torch.zeros(()).to(target).expand_as(member.rounding.coupling)  # takes no memory
     sweep(target, rounded, tables, Feedback(nothing, tuple(eyes)), rates=rates)
     return _error(member, rounded.value)
 

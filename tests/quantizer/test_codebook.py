@@ -94,6 +94,19 @@ def test_two_stages_without_couplings_are_chosen_best() -> None:
     assert torch.allclose(found, least, atol=1e-4)
 
 
+def test_two_stages_are_put_right_with_couplings() -> None:
+    """No other entry of the vector that is chosen last loses less, as the others stand."""
+    g = torch.Generator().manual_seed(6)
+    targets, metric = torch.randn(100, 8, generator=g), random_metrics(1, 8, g)[0]
+    tables = [torch.randn(256, 4, generator=g), 0.4 * torch.randn(256, 8, generator=g)]
+    (beside, _), value = assign(targets, metric, tables)
+    errors = (targets - value)[:, None].repeat(1, 256, 1)  # [O, 256, 8]
+    errors[..., 4:] += tables[0][beside[:, 1]][:, None] - tables[0]
+    forms = ((errors @ metric) * errors).sum(-1)  # [O, 256]
+    found = forms.gather(1, beside[:, 1:])[:, 0]
+    assert torch.allclose(found, forms.amin(1), rtol=1e-4)
+
+
 @pytest.mark.parametrize("d", [8, 4, 2])
 def test_trained_tables_reach_the_known_distortion_of_a_normal_source(d: int) -> None:
     g = torch.Generator().manual_seed(1)
