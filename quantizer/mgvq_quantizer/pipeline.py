@@ -241,7 +241,8 @@ def _round(residence: Residence, recipe: QuantRecipe, work: Work, data: Data, ba
     train = length_batches(data.train, device)
     stream = Stream(graph, plans, recipe, work.rounding, done, weights)
     shown = evenly(pictures, recipe.max_pictures)
-    stream.share_books(list(picture_batches(shown)), train, features, device)
+    looking = list(picture_batches(shown))
+    stream.share_books(looking, train, features, device, bar.set_description)
     originals = None
     if recipe.mismatch:
         calls = record_calls(graph.model.layers[0], decoder_runs(graph, train, features))
@@ -251,7 +252,7 @@ def _round(residence: Residence, recipe: QuantRecipe, work: Work, data: Data, ba
         states = decoder_states(graph, data.all, features)
     residence.settle(plans, stream.solutions)
     if any(name.startswith("visual.") for name in plans):
-        stream.vision(list(picture_batches(shown)), device)
+        stream.vision(looking, device)
     features = encode_pictures(graph, unique_pictures(data.all), device)
     stream.embedding(reference, length_batches(data.heldout, device), features)
     testimony = None

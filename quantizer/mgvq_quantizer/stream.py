@@ -31,6 +31,7 @@ from mgvq_quantizer.ordering import channel_order
 from mgvq_quantizer.original_blocks import Missing, OriginalBlocks
 from mgvq_quantizer.recipe import QuantRecipe
 from mgvq_quantizer.rounding import kept_shares
+from mgvq_quantizer.shared_books import books_of, keep_books, kept_books
 from mgvq_quantizer.shift import mismatch_shift
 from mgvq_quantizer.solver import Problem, Solution, solve
 from mgvq_quantizer.statistics import (
@@ -90,20 +91,22 @@ class Stream:
         batches: Sequence[TokenBatch],
         features: Features,
         device: torch.device,
+        show: Callable[[str], None],
     ) -> None:
-        """Train the tables that several matrices share, on the dense model.
+        """Train the tables that several matrices share, on the dense model, or find them kept.
 
         Args:
             pictures: batches for the vision tower.
             batches: samples for the decoder.
             features: rows of every picture.
             device: where to compute.
+            show: told of each group of matrices whose tables are about to be trained.
         """
-        groups = {
-            label: group
-            for label, group in sharing_groups(self.plans).items()
-            if not all(self.work.holds(matrix.name) for matrix in group)
-        }
+        groups = sharing_groups(self.plans)
+        for label in [*groups]:
+            if (kept := kept_books(self.work, label, device)) is not None:
+                self.books |= kept
+                groups.pop(label)
         modules = {m.name: self._module(m.name) for group in groups.values() for m in group}
         tower = {name: module for name, module in modules.items() if name.startswith("visual.")}
         blocks = {name: module for name, module in modules.items() if name not in tower}
@@ -115,13 +118,17 @@ class Stream:
             weights = {name: w for name in blocks if (w := self._weights(name, batches))}
             moments |= input_moments(blocks, decoder_runs(self.model, batches, features), weights)
         for label, group in groups.items():
+            show(f"tables of {label}")
             own = {matrix.name: moments.pop(matrix.name) for matrix in group}
             with rounding_of(label):
                 problems = list(self._problems(group, own))
                 drawn = seeded(self.recipe.seed, label)
                 solved = solve(problems, self.recipe, drawn, is_trial=True)
+            books: dict[str, Codebook] = {}
             for problem, solution in zip(problems, solved, strict=True):
-                self.books |= books_of(problem, solution)
+                books |= books_of(problem, solution)
+            keep_books(self.work, label, books)
+            self.books |= books
 
     def vision(self, batches: Sequence[Sequence[ImageInput]], device: torch.device) -> None:
         """Quantize the vision tower and the merger on batches of pictures."""
@@ -366,18 +373,6 @@ class Stream:
                 weight, moment, plan.layout, self.recipe, generator, plan.channels
             )
         return Problem(weight, moment, order, plan.layout, plan.tables)
-
-
-def books_of(problem: Problem, solution: Solution) -> dict[str, Codebook]:
-    """Return the tables of a solved problem by name, to be reused by its siblings."""
-    weight = solution.weight
-    return {
-        name: Codebook(entries, float(scale))
-        for names, band, scales in zip(
-            problem.names, weight.codebooks, weight.codebook_scales, strict=True
-        )
-        for name, entries, scale in zip(names, band, scales, strict=True)
-    }
 
 
 def seeded(seed: int, label: str) -> torch.Generator:

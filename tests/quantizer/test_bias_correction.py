@@ -68,7 +68,7 @@ def test_every_layer_with_a_bias_is_corrected_on_what_it_sees(dense: Path, tmp_p
                 parameter.copy_(parameter.half())
             original = copy.deepcopy(model)
             stream = Stream(model, plans, recipe, work, lambda *_: None)
-            stream.share_books([pictures], [], {}, torch.device("cpu"))
+            stream.share_books([pictures], [], {}, torch.device("cpu"), lambda _: None)
             stream.vision([pictures], torch.device("cpu"))
             runs = [lambda model=model: encode_batch(model, pictures, "cpu")]
             found = mean_errors(model, original, runs)

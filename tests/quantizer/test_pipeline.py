@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mgvq_kernels import ops
-from mgvq_quantizer import cli
+from mgvq_quantizer import cli, stream
 from mgvq_quantizer.calibration import CalibrationError
+from mgvq_quantizer.codebook import Codebook
 from mgvq_quantizer.pipeline import quantize
 from mgvq_quantizer.recipe import QuantRecipe
 from mgvq_quantizer.report import Report
@@ -96,8 +98,13 @@ def test_rounding_with_feedback_beats_nearest_on_every_matrix(
 def test_an_interrupted_run_goes_on_to_the_same_bytes(
     dense: Path, quantized: tuple[Path, Report], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    saved = []
-    save = WorkFolder.save
+    saved: list[str] = []
+    trained: list[str] = []
+    save, keep_books = WorkFolder.save, stream.keep_books
+
+    def train(work: WorkFolder, label: str, books: Mapping[str, Codebook]) -> None:
+        keep_books(work, label, books)
+        trained.append(label)
 
     def stop_after(self: WorkFolder, name: str, solution: Solution) -> None:
         save(self, name, solution)
@@ -106,13 +113,16 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(
             raise KeyboardInterrupt
 
     monkeypatch.setattr(WorkFolder, "save", stop_after)
+    monkeypatch.setattr(stream, "keep_books", train)
     output = tmp_path / "checkpoint"
     with pytest.raises(KeyboardInterrupt):
         quantize(dense, output, RECIPE, show_progress=False)
     assert not output.exists()
-    assert len(list((tmp_path / "checkpoint.partial").glob("*.safetensors"))) == 14
+    kept = {file.stem for file in (tmp_path / "checkpoint.partial").glob("*.safetensors")}
+    assert kept == {*saved, *(f"tables of {label}" for label in trained)}
     quantize(dense, output, RECIPE, show_progress=False)
     assert len(saved) == len(set(saved)) == 20
+    assert len(trained) == len(set(trained)) > 3
     assert contents(output) == contents(quantized[0])
 
 

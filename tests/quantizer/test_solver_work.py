@@ -17,9 +17,9 @@ from mgvq_kernels.layout import Band, Stage, VQLayout, rate_stages
 from mgvq_quantizer import codebook, rounding, solver, solver_work, trellis_search
 from mgvq_quantizer.ordering import channel_order
 from mgvq_quantizer.recipe import QuantRecipe
+from mgvq_quantizer.shared_books import books_of
 from mgvq_quantizer.solver import Problem, solve
 from mgvq_quantizer.solver_work import SPREAD, TRAIN
-from mgvq_quantizer.stream import books_of
 from mgvq_quantizer.trellis_search import COMMON_TAIL, first_table
 
 RECIPE = QuantRecipe(bits=2, allocation="uniform", refit_rounds=2, codebook_iterations=3)
