@@ -26,7 +26,9 @@ TOKENS = (1, 2, 3, 4, 5, 8, 9, 15, 16, 17, 63, 64, 65, 128, 129)
 
 FOUR_KINDS = ((Stage(4),), (Stage(8),), (Stage(4), Stage(8)), (Stage(1),))
 
-KINDS = ("1 bit", "2 bits", "outliers", "one block", "interleaved")
+SINGLE = {"1 bit": (Stage(8),), "outliers": (Stage(1),), "two across": (Stage(8), Stage(8))}
+
+KINDS = ("1 bit", "2 bits", "two across", "outliers", "one block", "interleaved")
 """Single bands, a band of one block of 32 groups before another, four kinds of band in turns."""
 
 CODES = {
@@ -43,7 +45,7 @@ X = ("normal", "one-hot", "alternating", *VALUES)
 
 def edge_layout(out_features: int, in_features: int, kind: str) -> VQLayout:
     """Cut a matrix in one of the ways of `KINDS`; its channels are permuted."""
-    bands = [(in_features, {"1 bit": (Stage(8),), "outliers": (Stage(1),)}.get(kind, (Stage(4),)))]
+    bands = [(in_features, SINGLE.get(kind, (Stage(4),)))]
     if kind == "one block" and in_features > 128:
         bands = [(128, (Stage(4),)), (in_features - 128, (Stage(8),))]
     if kind == "interleaved":

@@ -94,6 +94,17 @@ def test_two_stages_without_couplings_are_chosen_best() -> None:
     assert torch.allclose(found, least, atol=1e-4)
 
 
+def test_two_vectors_across_each_other_are_chosen_best_of_all_pairs() -> None:
+    g = torch.Generator().manual_seed(7)
+    targets, metric = torch.randn(50, 8, generator=g), random_metrics(1, 8, g)[0]
+    tables = [torch.randn(256, 8, generator=g), 0.4 * torch.randn(256, 8, generator=g)]
+    sums = (tables[0][:, None] + tables[1]).flatten(0, 1)  # [65536, 8]
+    best = nearest(targets[None], sums, metric[None])[0]
+    codes, value = assign(targets, metric, tables)
+    assert torch.equal(codes[0][:, 0] * 256 + codes[1][:, 0], best)
+    assert torch.allclose(value, sums[best])
+
+
 def test_two_stages_are_put_right_with_couplings() -> None:
     """No other entry of the vector that is chosen last loses less, as the others stand."""
     g = torch.Generator().manual_seed(6)

@@ -138,7 +138,7 @@ def test_residuals_add_up_and_descent_never_raises_the_loss(correlated: Moment) 
 
 
 @pytest.mark.parametrize("kept", [1.0, 0.7])
-@pytest.mark.parametrize("dims", [(8,), (4,), (2,), (1,), (4, 8)])
+@pytest.mark.parametrize("dims", [(8,), (4,), (2,), (1,), (4, 8), (8, 8)])
 def test_compiled_code_chooses_as_torch_does(
     correlated: Moment, dims: tuple[int, ...], kept: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -169,7 +169,7 @@ def test_compiled_code_chooses_as_torch_does(
     assert losses == pytest.approx(expected, rel=5e-3)
 
 
-@pytest.mark.parametrize("dims", [(4,), (4, 8)])
+@pytest.mark.parametrize("dims", [(4,), (4, 8), (8, 8)])
 def test_what_is_no_number_still_gets_a_code(correlated: Moment, dims: tuple[int, ...]) -> None:
     g = torch.Generator().manual_seed(7)
     weight = torch.randn(40, 64, generator=g)
