@@ -33,9 +33,6 @@ T = TypeVar("T")
 _INT8_MAX = 127
 _SEARCH_ELEMENTS = 1 << 22
 """Distances held at once while searching: 16 MiB of float32."""
-MOST_STEPS = 8
-"""Conjugate gradient steps of a refit. With 25 refits took twice as long and left .999 of the error
-(15 matrices of SmolLM2, bands of 1 to 3 bits)."""
 SEED_VECTORS = 8192
 """Vectors among which the first codewords are drawn."""
 
@@ -174,7 +171,7 @@ def refit_codebooks(
     codes: Sequence[Sequence[Sequence[Tensor]]],
     names: Sequence[Names],
     tables: Mapping[str, Tensor],
-    iterations: int = MOST_STEPS,
+    iterations: int = 25,
     outputs: Sequence[Tensor | None] | None = None,
     settled: float = 1e-6,
 ) -> dict[str, Tensor]:

@@ -160,8 +160,7 @@ class QuantRecipe:
     """Rounds of expectation-maximisation that start a codebook."""
     refit_rounds: int | None = None
     """Rounds of re-assignment and least-squares refit of codebooks and row scales, the last of them
-    drawn out where draw_out says so; when not given, 4 with lookups and 1 with a trellis. Shared
-    codebooks take them when they are trained, and every matrix that reads them then takes one."""
+    drawn out where draw_out says so; when not given, 4 with lookups and 1 with a trellis."""
     descent_sweeps: int = 0
     """Coordinate descent passes over the codes after each assignment; they take the place of
     draw_out, as they would draw its values in again."""

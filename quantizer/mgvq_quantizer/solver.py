@@ -6,7 +6,6 @@ all bands. Rows are divided by their scales (root mean square at first); then ro
 descent, least-squares refit of the tables and of the scales take turns and the best state is kept.
 Where tables are drawn out (`rounding.kept_shares`) the last round is, from the best state before
 it: a round in which they are loses more, whatever it is worth.
-Tables that are given leave nothing to refit but scales, and one round does (`rounds_of`).
 The objective is `tr(E A E^T)` over the divided rows: equal relative error for every output; or
 `tr(B E A E^T)` where a problem brings a curvature `B` of its outputs (`two_sided`).
 Not here: where `A`, the second moment, and `B` come from, the order of channels (`ordering`),
@@ -143,7 +142,7 @@ def solve(
 
     Args:
         problems: at least one.
-        recipe: rounds (`rounds_of`), sweeps and damping.
+        recipe: rounds, sweeps and damping.
         generator: seeds the tables.
         books: tables that are already fixed, all of them, drawn out as far as the recipe says;
             codes and row scales adapt to them.
@@ -178,15 +177,6 @@ def solve(
     return solutions
 
 
-def rounds_of(recipe: QuantRecipe, is_fixed: bool) -> int:
-    """Return how many rounds a solve takes: the recipe's, or one where tables are given.
-
-    With given tables, one round for four left 1.001 of the error in bands of 1 to 3 bits and 1.011
-    at uniform 2 bits, in a third of the time (20 matrices of SmolLM2, held-out moments).
-    """
-    return 1 if is_fixed else recipe.rounds
-
-
 def _best_round(
     members: Sequence[_Member], books: Books, recipe: QuantRecipe, is_fixed: bool
 ) -> Books:
@@ -194,7 +184,7 @@ def _best_round(
     return its tables. If that one is the only round: the first tables, and no codes yet."""
     best_loss = float("inf")
     best = books, [m.scales for m in members], [m.rounded for m in members]
-    for _ in range(rounds_of(recipe, is_fixed) - bool(recipe.drawn_out)):
+    for _ in range(recipe.rounds - bool(recipe.drawn_out)):
         books = _round(members, books, recipe, is_fixed)
         loss = sum(map(_loss, members))
         if loss < best_loss:

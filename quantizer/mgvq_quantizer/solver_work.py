@@ -18,12 +18,11 @@ from collections.abc import Sequence
 from mgvq_kernels.layout import Band, Stage, VQLayout
 from mgvq_kernels.trellis import GROUP_WEIGHTS, segments
 from mgvq_quantizer.block_codes import FINALISTS
-from mgvq_quantizer.codebook import CODEBOOK_SIZE, MOST_STEPS, SEED_VECTORS
+from mgvq_quantizer.codebook import CODEBOOK_SIZE, SEED_VECTORS
 from mgvq_quantizer.first_tables import MAX_TRAINING_VECTORS
 from mgvq_quantizer.ordering import TRIAL_ROWS, quick
 from mgvq_quantizer.recipe import QuantRecipe
 from mgvq_quantizer.rounding import BUFFER, block_of
-from mgvq_quantizer.solver import rounds_of
 from mgvq_quantizer.trellis_search import CLOSING, SCALE_STEPS
 from mgvq_quantizer.two_sided import ROWS
 
@@ -55,14 +54,15 @@ FLOW = "flow"
 STORE = "store"
 """Bytes that are written, with their digests."""
 
-REFIT_STEPS = {1: 7, 2: 5, 3: 8, 4: 4, 8: 3}
+REFIT_STEPS = {1: 7, 2: 5, 3: 11, 4: 4, 8: 3}
 """Conjugate gradient steps of a refit by rate, till it has settled: most of those that were counted
 on moments of uneven channels with a decaying spectrum, 256 and 768 wide. Moments of fewer tokens
-than channels take all that a refit may."""
+than channels take up to all that a refit may."""
 _TRELLIS_REFIT_STEPS = {8: 4, 9: 4, 10: 5, 11: 7, 12: 8}
 """The same of a trellis by window, counted on the same moments: alike at 1 to 4 bits."""
 _TWO_SIDED_STEPS = 2.3
 """How many times as many a curvature of the outputs makes: 1.7 to 2.6 there."""
+_MOST_STEPS = 25
 
 
 def search(vector_dim: int) -> str:
@@ -111,12 +111,12 @@ def solve(
         is_two_sided: whether the problems bring a curvature of their outputs.
         is_trial: whether the error of the nearest codewords is left out.
     """
-    work, rounds = Work(), rounds_of(recipe, is_fixed)
+    work = Work()
     for layout in layouts:
         O, I = layout.out_features, layout.in_features  # noqa: E741
         square = O * I * I
         work.update(factorize(layout))
-        measured = rounds - bool(recipe.drawn_out)  # all rounds but one that is drawn out
+        measured = recipe.rounds - bool(recipe.drawn_out)  # all rounds but one that is drawn out
         work.update(times(form(layout, is_two_sided), 1 + measured))
         work.update(times(form(layout), 2))  # the error at the end, as a share
         if not is_trial:
@@ -124,15 +124,15 @@ def solve(
             work.update(sweep(_plain_rows(layout), keeps_better=False))
         if layout.codec == "trellis":
             work[MATMUL] += SCALE_STEPS * O * I  # reaching_scales
-        work.update(times(_assign(layout, recipe, is_two_sided), rounds))
-        work[MATMUL] += rounds * square  # _refit_scales
+        work.update(times(_assign(layout, recipe, is_two_sided), recipe.rounds))
+        work[MATMUL] += recipe.rounds * square  # _refit_scales
         if is_two_sided:
             work.update(_row_feedback(layout))
-            work[MATMUL] += rounds * 2 * O * O * I
-            work[MATMUL] += rounds * O**3 // 3
+            work[MATMUL] += recipe.rounds * 2 * O * O * I
+            work[MATMUL] += recipe.rounds * O**3 // 3
         if not is_fixed:
             refit = refit_codebooks(layout, is_two_sided)
-            work.update(times(refit, rounds))
+            work.update(times(refit, recipe.rounds))
     if not is_fixed:
         work.update(_first_books(layouts, recipe))
     return work
@@ -188,7 +188,7 @@ def refit_steps(layout: VQLayout, is_two_sided: bool = False) -> int:
     if layout.codec == "trellis":
         return max(_TRELLIS_REFIT_STEPS[band.stages[0].window] for band in layout.bands)
     steps = max(REFIT_STEPS[band.rate] for band in layout.bands)
-    return min(MOST_STEPS, round(steps * _TWO_SIDED_STEPS)) if is_two_sided else steps
+    return min(_MOST_STEPS, round(steps * _TWO_SIDED_STEPS)) if is_two_sided else steps
 
 
 def train_codebook(vectors: int, blocks: int, vector_dim: int, iterations: int) -> Work:

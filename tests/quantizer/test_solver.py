@@ -139,13 +139,7 @@ def test_siblings_share_tables_and_later_ones_take_them_over(
     books = [solution.weight.codebooks[0][0] for solution in solved]
     assert torch.equal(books[0], books[1])
     assert torch.equal(books[0], books[2])
-    given = books_of(cases[0], solved[0])
-    again, often = (
-        solve(cases[:1], replace(recipe, refit_rounds=rounds), seeded(2), given)[0]
-        for rounds in (1, 4)
-    )
-    assert torch.equal(often.weight.codes[0][0], again.weight.codes[0][0])  # nothing to refit
-    assert torch.equal(often.weight.scales, again.weight.scales)
+    again = solve(cases[:1], recipe, seeded(2), books_of(cases[0], solved[0]))[0]
     assert torch.equal(again.weight.codebooks[0][0], books[0])
     assert again.weight.codebook_scales == solved[0].weight.codebook_scales
     assert again.error < 1.3 * solved[0].error
