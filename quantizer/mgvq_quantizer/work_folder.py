@@ -1,10 +1,10 @@
 """The state of an unfinished run, beside its output (called by `pipeline`, `stream`, `survey`).
 
 `OUTPUT.partial/` holds `run.json` (settings, source, calibration) and one safetensors file for each
-finished matrix and each tuned block, written whole or not at all. A run with other settings is
-refused by name: mixing two recipes in one checkpoint would go unnoticed. So is a second process at
-work in the folder. Runs of one comparison share folders, each with the facts that decide what is in
-it.
+finished matrix, shared set of tables and tuned block, written whole or not at all. A run with other
+settings is refused by name: mixing two recipes in one checkpoint would go unnoticed. So is a second
+process at work in the folder. Runs of one comparison share folders, each with the facts that decide
+what is in it.
 """
 
 from __future__ import annotations

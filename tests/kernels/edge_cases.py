@@ -27,6 +27,7 @@ TOKENS = (1, 2, 3, 4, 5, 8, 9, 15, 16, 17, 63, 64, 65, 128, 129)
 FOUR_KINDS = ((Stage(4),), (Stage(8),), (Stage(4), Stage(8)), (Stage(1),))
 
 SINGLE = {"1 bit": (Stage(8),), "outliers": (Stage(1),), "two across": (Stage(8), Stage(8))}
+"""Stages of the single bands that have other ones than 2 bits' own."""
 
 KINDS = ("1 bit", "2 bits", "two across", "outliers", "one block", "interleaved")
 """Single bands, a band of one block of 32 groups before another, four kinds of band in turns."""
